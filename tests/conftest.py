@@ -1,0 +1,12 @@
+"""Eight CPU devices (ten for the test of dimensions that do not divide), strict promotion, one compilation cache a run."""
+
+import os
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 10)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), f"zerojax-tests-{jax.__version__}-{os.getuid()}"))

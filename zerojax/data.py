@@ -1,0 +1,82 @@
+"""Batches: to devices, and into microbatches."""
+
+import collections
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from zerojax.errors import BatchError
+from zerojax.policy import Policy
+
+
+def sharding(policy: Policy) -> NamedSharding:
+    """Of a batch: the first dimension over replicas and shards."""
+    return NamedSharding(policy.mesh, P(_entry(policy.batch_axes)))
+
+
+def _entry(axes: tuple[str, ...]):
+    return axes if len(axes) > 1 else axes[0]
+
+
+def check(policy: Policy, batch: Any, accumulate: int = 1) -> None:
+    """Raises `BatchError` for a leaf whose first dimension does not divide by devices x accumulate."""
+    n = policy.parts * accumulate
+    sizes = {}
+    for path, x in jax.tree.leaves_with_path(batch):
+        where = f"batch{jax.tree_util.keystr(path)}"
+        if not getattr(x, "shape", ()):
+            raise BatchError(f"{where} has no dimension; every array of a batch starts with the dimension of its examples.")
+        if x.shape[0] % n or x.shape[0] == 0:
+            near = max(n, x.shape[0] // n * n)
+            raise BatchError(f"{where} has {x.shape[0]} examples (shape {tuple(x.shape)}), which do not divide by {policy.parts} "
+                             f"devices x {accumulate} microbatches = {n}; write batches of {near}, or drop the last one.")
+        sizes[where] = x.shape[0]
+    if len(set(sizes.values())) > 1:
+        raise BatchError(f"the arrays of a batch differ in their number of examples: {sizes}.")
+
+
+def microbatches(policy: Policy, batch: Any, accumulate: int) -> Any:
+    """`[B, ...]` to `[accumulate, B / accumulate, ...]` without moving an example between devices.
+
+    Microbatch `a` holds examples a, a + accumulate, a + 2 accumulate, ...: splitting off contiguous ones instead would
+    send each device's examples to others (an all-to-all).
+    """
+    spec = NamedSharding(policy.mesh, P(None, _entry(policy.batch_axes)))
+    split = lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(split(x), spec), batch)
+
+
+def feed(batches: Iterable, zero: Policy, *, prefetch: int = 2) -> Iterator:
+    """Batches of numpy arrays as sharded device arrays, `prefetch` of them under way while one is in use.
+
+    Args:
+      batches: pytrees of arrays, each `[B, ...]` with the same B, divisible by the mesh's devices.
+      zero: the policy that will use them.
+
+    Raises:
+      BatchError: B does not divide by the number of devices, or differs between arrays.
+
+    >>> import numpy as np, zerojax as zj
+    >>> zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:2]))
+    >>> [b.sharding.spec for b in zj.feed([np.zeros((4, 3))], zero)]
+    [PartitionSpec('data',)]
+    """
+    target = sharding(zero)
+    queue = collections.deque()
+    batches = iter(batches)
+
+    def put(batch):
+        check(zero, batch)
+        queue.append(jax.device_put(batch, target))
+
+    for batch in itertools.islice(batches, prefetch):
+        put(batch)
+    while queue:
+        ready = queue.popleft()
+        for batch in itertools.islice(batches, 1):
+            put(batch)
+        yield ready

@@ -1,0 +1,33 @@
+"""What zerojax raises: one tree under `ZeroError`, each class also the builtin a caller would expect."""
+
+
+class ZeroError(Exception):
+    """Base of every error that zerojax raises on purpose."""
+
+
+class PolicyError(ZeroError, ValueError):
+    """A stage, dtype, axis or way to differentiate that can't be, or can't be together."""
+
+
+class LayoutError(ZeroError, ValueError):
+    """A spec that does not fit its leaf, a rule that matches nothing, or a loop that slices the sharded axis."""
+
+
+class BatchError(ZeroError, ValueError):
+    """A batch that does not divide over devices and microbatches."""
+
+
+class LossError(ZeroError, ValueError):
+    """A loss function that returns something other than a scalar or a `Loss`."""
+
+
+class ModelError(ZeroError, ValueError):
+    """An `init_fn` result, or a tree given to `view`, that is not what it has to be."""
+
+
+class NonFiniteError(ZeroError, RuntimeError):
+    """More than `max_skipped` steps in a row had a loss or gradient that is not finite."""
+
+
+class MissingExtraError(ZeroError, ImportError):
+    """An optional package is not installed; the text names the extra to install."""

@@ -1,0 +1,151 @@
+"""The pair that ZeRO is made of: gather (shard to whole, in the compute dtype), scatter (its transpose).
+
+    gather    x[spec] params  ->  cast  ->  x[spec] compute  ->  all-gather  ->  w[whole] compute
+    scatter   ct[whole] partial sums    ->  reduce-scatter   ->  ct[spec] params
+
+Both are annotations: `with_sharding_constraint`, and sums over a mapped axis; XLA emits the collectives. What each
+constraint is there for (docs/how_it_works.md has the measurements):
+
+- cast before the gather: else the wire carries the parameters' dtype;
+- the sharded constraint between cast and gather: else XLA moves the cast behind the gather;
+- the whole constraint before the sharded one in scatter: else a small batch's embedding gradient gathers the
+  whole batch's activations instead of reducing the table.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from zerojax import specs
+
+PARTS = "zerojax_parts"  # the mapped axis over which each device differentiates its own part
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """How one parameter becomes whole and how its cotangent is reduced; a value, so jax caches by it.
+
+    Attributes:
+      mesh: all specs are over it.
+      spec, whole: at rest and gathered, one entry a dimension.
+      params, compute, reduce: dtypes, as in `Precision`.
+      axes: ZeRO's axes; replica: the axis of copies, or None.
+      per_device: each device differentiates its own part, under vmap over `PARTS`.
+      local: per device only; the cotangent is left as it is, one a part, for a reduction at the end of the step.
+    """
+
+    mesh: Mesh
+    spec: P
+    whole: P
+    params: str
+    compute: str
+    reduce: str
+    axes: tuple[str, ...]
+    replica: str | None = None
+    per_device: bool = False
+    local: bool = False
+
+    @property
+    def ndim(self) -> int:
+        return len(self.spec)
+
+    @property
+    def sharded(self) -> bool:
+        return self.spec != self.whole
+
+    def drop(self, index: int) -> "Gather":
+        """For the slices along dimension `index`."""
+        return dataclasses.replace(self, spec=specs.drop(self.spec, index), whole=specs.drop(self.whole, index))
+
+    def insert(self, index: int) -> "Gather":
+        """For a stack along a new, whole dimension `index`."""
+        add = lambda spec: P(*spec[:index], None, *spec[index:])
+        return dataclasses.replace(self, spec=add(self.spec), whole=add(self.whole))
+
+    def constrain(self, x: jax.Array, spec: P) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, specs.sharding(self.mesh, spec))
+
+    def top(self, x: jax.Array) -> jax.Array:
+        """`x` whole in the compute dtype, with no cotangent: what stages 1 and 2 gather once a step."""
+        return self._forward(jax.lax.stop_gradient(x))
+
+    def __call__(self, x: jax.Array, gathered: jax.Array | None = None) -> jax.Array:
+        """A read: `x` whole, or `gathered` where that was done before; its cotangent is scattered to `x`."""
+        return _gather(self)(x) if gathered is None else _read(self)(x, gathered)
+
+    def _forward(self, x):
+        x = x.astype(self.compute)
+        return self.constrain(self.constrain(x, self.spec), self.whole) if self.sharded else x
+
+    def _backward(self, ct):
+        if not self.per_device:
+            return self._partial_sums(ct).astype(self.params)
+        if self.local:
+            return self.constrain(ct, self.whole).astype(self.params)
+        return _scatter(self)(ct, jax.lax.axis_index(PARTS))
+
+    def _partial_sums(self, ct):
+        """One loss: XLA knows `ct` as partial sums, and reduces where it has to be sharded."""
+        if not self.sharded:
+            return ct
+        if self.replica is None:  # with replicas the two steps would reduce whole gradients over everything
+            ct = self.constrain(ct, self.whole)
+        return self.constrain(ct, self.spec)
+
+    def sum_parts(self, ct: jax.Array) -> jax.Array:
+        """`[parts, *shape]`, one cotangent a device, to their sum `[*shape]` at `spec`, in the reduce dtype on the wire."""
+        ct = ct.astype(self.reduce)
+        if self.replica is None:
+            ct = self.constrain(ct, P(self._entry, *self.whole))
+        else:  # shards first, then copies: only a shard crosses between replicas
+            ct = ct.reshape(self.mesh.shape[self.replica], -1, *ct.shape[1:])
+            ct = self.constrain(ct, P(self.replica, self._entry, *self.whole))
+            ct = self.constrain(_sum(ct, 1), P(self.replica, *self.spec))
+        return self.constrain(_sum(ct, 0), self.spec).astype(self.params)
+
+    @property
+    def _entry(self):
+        return self.axes if len(self.axes) > 1 else self.axes[0]
+
+
+def _sum(x, axis):
+    return jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (axis,))  # jnp.sum would widen bfloat16, on the wire too
+
+
+@functools.lru_cache(maxsize=4096)
+def _gather(g: Gather):
+    gather = jax.custom_vjp(g._forward)
+    # the rule inlines the body: a call would hide it from checkpoint policies
+    gather.defvjp(lambda x: (g._forward(x), None), lambda _, ct: (g._backward(ct),))
+    return gather
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(g: Gather):
+    read = jax.custom_vjp(lambda x, gathered: gathered)
+    read.defvjp(lambda x, gathered: (gathered, None), lambda _, ct: (g._backward(ct), None))
+    return read
+
+
+@functools.lru_cache(maxsize=4096)
+def _scatter(g: Gather):
+    """`(ct, part)`: summed over the parts. `part` is mapped over `PARTS` alone, which tells that axis from a user's vmap."""
+
+    @jax.custom_batching.custom_vmap
+    def scatter(ct, part):
+        return g.constrain(ct, g.spec).astype(g.params)
+
+    @scatter.def_vmap
+    def batched(size, mapped, ct, part):
+        ct_mapped, part_mapped = mapped
+        if not part_mapped:  # a user's own vmap: one more whole dimension in front
+            return _scatter(g.insert(0))(ct, part), True
+        if not ct_mapped:  # the same for every part
+            ct = jnp.broadcast_to(ct, (size, *ct.shape))
+        return g.sum_parts(ct), False
+
+    return scatter

@@ -1,0 +1,191 @@
+"""Gradients of one microbatch, in either way to differentiate; and the choice between them.
+
+global       one loss over the whole microbatch; XLA finds the partial sums and reduces them.
+per device   vmap over the batch's parts, one a device; each reduction is an operation of the program.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from zerojax import census, layout
+from zerojax.census import Census, Tag
+from zerojax.errors import LossError, PolicyError
+from zerojax.gather import PARTS, Gather
+from zerojax.loss import Loss, normalise, takes_rng
+from zerojax.policy import Policy
+from zerojax.specs import Leaf, Placement
+
+Tree = Any
+
+
+def reader(policy: Policy, place: Placement, per_device: bool) -> Gather:
+    """The pair for one parameter. Stages 0 and 1, and whole leaves, reduce once a step where the program can say so."""
+    p = policy.precision
+    return Gather(policy.mesh, place.spec, place.whole, p.params, p.compute, p.reduce, policy.axis, policy.replica_axis,
+                  per_device, per_device and (policy.stage <= 1 or not place.sharded))
+
+
+def gather_once(policy: Policy, readers: list[Gather], params: list) -> list:
+    """What is gathered at the start of a step: stages 1 and 2 all that is sharded, else nothing."""
+    return [g.top(x) if policy.stage in (1, 2) and g.sharded else None for g, x in zip(readers, params, strict=True)]
+
+
+def boxes(kind, leaves: tuple[Leaf, ...], readers: list, params: list, gathered: list, reads: Census) -> list:
+    """What the loss is given for each parameter: a box, or the whole array where the census says so."""
+    made = [kind.box(x, w, g, leaf.path, leaf.path in reads.often and g.sharded and not getattr(g, "per_device", False))
+            for leaf, g, x, w in zip(leaves, readers, params, gathered, strict=True)]
+    return [b.read() if b.path in reads.eager else b for b in made]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A loss function over a model of a known kind.
+
+    Attributes:
+      leaves: the parameters, in the order of `treedef`'s leaves.
+      treedef: of the params tree.
+    """
+
+    loss_fn: Callable
+    kind: Any
+    leaves: tuple[Leaf, ...]
+    treedef: Any
+
+    def __call__(self, boxed: list, model_state: Tree, batch: Tree, rng: jax.Array) -> tuple[Loss, bool]:
+        """The loss, with the model's state after it; and whether the function returned a `Loss`."""
+        model = self.kind.join(self.treedef.unflatten(boxed), model_state)
+        args = (batch, rng) if takes_rng(self.loss_fn) else (batch,)
+        result = self.loss_fn(model, *args)
+        loss = normalise(result)
+        after = self.kind.state_after(model, model_state)
+        return loss.replace(model_state=_merge(after, loss.model_state)), isinstance(result, Loss)
+
+
+def _merge(state, update):
+    if update is None:
+        return state
+    merged = {**state, **update} if isinstance(state, dict) else update
+    if jax.tree.structure(merged) != jax.tree.structure(state):
+        raise LossError(f"Loss.model_state has the tree {jax.tree.structure(update)}, the model's state has "
+                        f"{jax.tree.structure(state)}; return the collections that apply(..., mutable=...) gave back.")
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), merged, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What one abstract trace of the loss tells."""
+
+    reads: Census
+    is_sum: bool  # it returned a Loss
+    writes_state: bool
+
+
+def study(policy: Policy, objective: Objective, params: list, model_state: Tree, batch: Tree, rng) -> Study:
+    """Traces the loss over one microbatch. Raises what the loss raises, before anything is compiled."""
+    places = [layout.place(policy, leaf) for leaf in objective.leaves]
+    tags = [Tag(leaf.path, p.spec, p.whole, policy.precision.compute) for leaf, p in zip(objective.leaves, places, strict=True)]
+    found = {}
+
+    def traced(params, model_state, batch, rng):
+        marked = [census.tag_leaf(x, leaf.path) for x, leaf in zip(params, objective.leaves, strict=True)]
+        boxed = boxes(objective.kind, objective.leaves, tags, marked, [None] * len(tags), Census())
+        loss, found["is_sum"] = objective(boxed, model_state, batch, rng)
+        before, after = jax.tree.leaves(model_state), jax.tree.leaves(loss.model_state)
+        found["writes_state"] = any(a is not b and jnp.issubdtype(b.dtype, jnp.floating)
+                                    for a, b in zip(after, before, strict=True))
+        return loss
+
+    jaxpr = jax.make_jaxpr(traced)(params, model_state, batch, rng)
+    return Study(census.take(jaxpr), **found)
+
+
+def per_device(policy: Policy, found: Study) -> bool:
+    """The way to differentiate. Raises `PolicyError` for a wish that the other way alone can fulfil."""
+    way = policy.gradients or ("per_device" if found.is_sum and not found.writes_state else "global")
+    p = policy.precision
+    if way == "per_device" and found.writes_state:
+        raise PolicyError('gradients="per_device": the loss returns new model state (as BatchNorm does), and each device would '
+                          'have its own; write gradients="global".')
+    if way == "global" and p.reduce != p.compute:
+        why = "returns new model state" if found.writes_state else "returns a bare mean" if not found.is_sum else 'is "global"'
+        raise PolicyError(
+            f"Precision(compute={p.compute!r}, reduce={p.reduce!r}): with one loss over the whole batch (this one {why}) XLA "
+            f"reduces in the dtype of the product, {p.compute}. Return zj.Loss(total, weight) without new model state, "
+            f'so that each device differentiates its own part (gradients="per_device"), or leave reduce={p.compute!r}.')
+    return way == "per_device"
+
+
+@dataclasses.dataclass(frozen=True)
+class Differentiator:
+    """Gradients of an objective under a policy. Totals, not means: divide by the summed weight at the end."""
+
+    policy: Policy
+    objective: Objective
+    readers: list
+    reads: Census
+    per_device: bool
+
+    def __call__(self, params: list, gathered: list, model_state, batch, rng, scale) -> tuple[list, Loss]:
+        """(one gradient a parameter, the `Loss` summed over the microbatch).
+
+        A gradient has the parameter's shape and lies at its spec; those of `local` readers are `[parts, *shape]`.
+        """
+        run = self._parts if self.per_device else self._whole
+        return run(params, gathered, model_state, batch, rng, scale)
+
+    def _pull(self, params, gathered, model_state, batch, rng, scale):
+        def total(params):
+            boxed = boxes(self.objective.kind, self.objective.leaves, self.readers, params, gathered, self.reads)
+            loss, _ = self.objective(boxed, model_state, batch, rng)
+            return loss.total, loss
+
+        _, pull, loss = jax.vjp(total, params, has_aux=True)
+        weight = jax.lax.pmean(loss.weight, PARTS) if self.per_device and scale.metrics() else loss.weight
+        grads, = pull(scale.seed(weight))
+        return scale.unscale(grads, weight), loss
+
+    def _whole(self, params, gathered, model_state, batch, rng, scale):
+        return self._pull(params, gathered, model_state, batch, rng, scale)
+
+    def _parts(self, params, gathered, model_state, batch, rng, scale):
+        n = self.policy.parts
+        axes = self.policy.batch_axes
+        sharding = NamedSharding(self.policy.mesh, P(axes))
+        split = lambda x: jax.lax.with_sharding_constraint(x.reshape(n, -1, *x.shape[1:]), sharding)
+
+        def part(batch, index):
+            key = jax.random.fold_in(rng, index)
+            grads, loss = self._pull(params, gathered, _fold_keys(model_state, index), batch, key, scale)
+            return grads, loss.replace(model_state=None), _counts(loss.model_state)
+
+        out = ([0 if g.local else None for g in self.readers], 0, None)
+        mapped = jax.vmap(part, out_axes=out, axis_name=PARTS, spmd_axis_name=axes if len(axes) > 1 else axes[0])
+        grads, loss, counts = mapped(jax.tree.map(split, batch), jnp.arange(n))
+        loss = jax.tree.map(lambda x: x.sum(0), loss)
+        return grads, loss.replace(model_state=_recount(model_state, counts))
+
+
+def _is_key(x) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _fold_keys(state, index):
+    """Random keys that a module holds, told apart by part."""
+    fold = lambda key: jnp.vectorize(lambda k: jax.random.fold_in(k, index))(key) if key.ndim else jax.random.fold_in(key, index)
+    return jax.tree.map(lambda x: fold(x) if _is_key(x) else x, state)
+
+
+def _counts(state):
+    """The part of model state that goes on without the batch: integers, as the counts of random streams."""
+    return [x if jnp.issubdtype(x.dtype, jnp.integer) else None for x in jax.tree.leaves(state)]
+
+
+def _recount(state, counts):
+    leaves, treedef = jax.tree.flatten(state)
+    return treedef.unflatten([x if c is None else c for x, c in zip(leaves, counts, strict=True)])

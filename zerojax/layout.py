@@ -1,0 +1,131 @@
+"""Specs for whole states: parameters by rule and shape, and whatever an optax transform keeps by path and shape.
+
+There is no table of optimizers. A leaf whose path ends in a parameter's path and which has that parameter's shape
+lies where the parameter lies; every other leaf is laid out by its own shape.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from zerojax import specs
+from zerojax.policy import Policy
+from zerojax.specs import Leaf, Placement
+
+Tree = Any
+
+
+def path_of(path) -> str:
+    """A jax key path as "blocks/mlp/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def describe(tree: Tree, bases: Sequence[P] | None = None, scanned: Sequence[int | None] | None = None) -> tuple[Leaf, ...]:
+    """One `Leaf` for each array of `tree`; `bases` and `scanned` are in the order of its leaves."""
+    flat = jax.tree.leaves_with_path(tree)
+    bases = bases or [P()] * len(flat)
+    scanned = scanned or [None] * len(flat)
+    return tuple(Leaf(path_of(p), x.shape, str(x.dtype), specs.full(b, len(x.shape)), s)
+                 for (p, x), b, s in zip(flat, bases, scanned, strict=True))
+
+
+def place(policy: Policy, leaf: Leaf) -> Placement:
+    """Where a leaf lies at rest under a policy, and once gathered."""
+    if policy.stage == 0:
+        return Placement(leaf.base, leaf.base, "stage 0 keeps everything whole")
+    rule = specs.find_rule(leaf.path, policy.rules)
+    if rule is not None:
+        return specs.by_rule(leaf, rule, policy.rules[rule], policy.axis, policy.mesh.shape)
+    return specs.shard(leaf, policy.axis, policy.shards, policy.min_shard)
+
+
+def place_state(policy: Policy, params: Sequence[Leaf], tree: Tree) -> list[Placement]:
+    """A `Placement` for each leaf of `tree` (optimizer state, or a whole training state), given the parameters."""
+    known = {leaf.path: (leaf.shape, place(policy, leaf)) for leaf in params}
+    return [_inherit(known, leaf) or place(policy, leaf) for leaf in describe(tree)]
+
+
+def _inherit(known: dict, leaf: Leaf) -> Placement | None:
+    keys = leaf.path.split("/")
+    endings = ("/".join(keys[i:]) for i in range(len(keys)))
+    return next((known[e][1] for e in endings if e in known and known[e][0] == leaf.shape), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the report: where one leaf lies, and the bytes of it on each device."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: P
+    bytes: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Who holds what: one `Row` a leaf. Prints as a table, largest first; `bytes` are per device."""
+
+    rows: tuple[Row, ...]
+    devices: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes per device, of all leaves."""
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def whole(self) -> tuple[Row, ...]:
+        """The leaves that every device holds in full, each with its reason."""
+        return tuple(row for row in self.rows if row.reason)
+
+    def table(self, most: int = 40):
+        """A `rich.table.Table` of the `most` largest leaves."""
+        from rich.table import Table
+
+        table = Table("leaf", "shape", "dtype", "spec", "bytes/device", "whole because",
+                      title=f"{len(self.rows)} leaves, {self.bytes:,} bytes on each of {self.devices} devices")
+        for row in sorted(self.rows, key=lambda r: -r.bytes)[:most]:
+            table.add_row(row.path, str(row.shape), row.dtype, _short(row.spec), f"{row.bytes:,}", row.reason)
+        if len(self.rows) > most:
+            table.add_row(f"... {len(self.rows) - most} smaller leaves")
+        return table
+
+    def __str__(self) -> str:
+        return _render(self.table()).export_text()
+
+    def _repr_html_(self) -> str:
+        return _render(self.table()).export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def _render(table):
+    import io
+
+    from rich.console import Console
+
+    console = Console(record=True, width=150, file=io.StringIO())
+    console.print(table)
+    return console
+
+
+def _short(spec: P) -> str:
+    return "P(" + ", ".join(repr(e) for e in spec) + ")" if any(spec) else "whole"
+
+
+def report(policy: Policy, tree: Tree, placements: Sequence[Placement]) -> Layout:
+    """The `Layout` of a state's leaves."""
+    rows = [Row(leaf.path, leaf.shape, leaf.dtype, place.spec, _bytes(policy, leaf, place.spec),
+                place.reason if not place.sharded else "")
+            for leaf, place in zip(describe(tree), placements, strict=True)]
+    return Layout(tuple(rows), policy.mesh.size)
+
+
+def _bytes(policy: Policy, leaf: Leaf, spec: P) -> int:
+    itemsize = 8 if leaf.dtype.startswith("key") else np.dtype(leaf.dtype).itemsize
+    return itemsize * leaf.size // math.prod(policy.mesh.shape[a] for a in specs.axes_of(spec))

@@ -1,0 +1,129 @@
+"""Frozen values: what is said of a training run (`Precision`, `Policy`), and why it may not be.
+
+Needs no devices. `Zero` is a `Policy` with verbs.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+from zerojax.errors import PolicyError
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+Gradients = Literal["global", "per_device"]
+
+
+def _dtype_name(field: str, dtype) -> str:
+    """The name of a floating dtype given as text, numpy dtype or scalar type."""
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", None) or np.dtype(dtype).name
+    if name in DTYPES:
+        return name
+    near = difflib.get_close_matches(name, DTYPES, 1, 0)
+    raise PolicyError(f"Precision({field}={name!r}): no such dtype here; write one of {', '.join(DTYPES)} (perhaps {near[0]!r}).")
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """The dtypes of a step.
+
+    Args:
+      params: dtype of parameters and optimizer state at rest.
+      compute: dtype the model reads parameters in, and gathers move; None is as `params`.
+      reduce: dtype that gradients are summed in across devices; None is as `compute`.
+        Other than `compute` only where each device differentiates its own part (`gradients="per_device"`).
+      accumulate: dtype that gradients of microbatches are added in.
+
+    Raises:
+      PolicyError: an unknown dtype.
+
+    >>> Precision(compute="bfloat16")
+    Precision(params='float32', compute='bfloat16', reduce='bfloat16', accumulate='float32')
+    """
+
+    params: str = "float32"
+    compute: str | None = None
+    reduce: str | None = None
+    accumulate: str = "float32"
+
+    def __post_init__(self):
+        compute = self.params if self.compute is None else self.compute
+        reduce = compute if self.reduce is None else self.reduce
+        for field, dtype in dict(params=self.params, compute=compute, reduce=reduce, accumulate=self.accumulate).items():
+            object.__setattr__(self, field, _dtype_name(field, dtype))
+
+
+def _axes(axis) -> tuple[str, ...]:
+    return (axis,) if isinstance(axis, str) else tuple(axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A mesh and what ZeRO does over it; see `Zero`, which adds the verbs."""
+
+    mesh: Mesh | AbstractMesh
+    stage: int = 3
+    _: dataclasses.KW_ONLY
+    precision: Precision = Precision()
+    axis: tuple[str, ...] | str = ("data",)
+    replica_axis: str | None = None
+    gradients: Gradients | None = None
+    rules: Mapping[str, PartitionSpec] = dataclasses.field(default_factory=dict)
+    min_shard: int = 2**16
+
+    def __post_init__(self):
+        object.__setattr__(self, "axis", _axes(self.axis))
+        if self.replica_axis is None and "replica" in self.mesh.axis_names and "replica" not in self.axis:
+            object.__setattr__(self, "replica_axis", "replica")
+        object.__setattr__(self, "rules", MappingProxyType(dict(self.rules)))
+        self._check_stage()
+        self._check_mesh()
+
+    def _check_stage(self):
+        if self.stage not in (0, 1, 2, 3):
+            raise PolicyError(f"Zero(stage={self.stage!r}): stages are 0 (all whole), 1 (optimizer state sharded), "
+                              "2 (gradients too) and 3 (parameters too); write one of these integers.")
+        if self.gradients not in (None, "global", "per_device"):
+            raise PolicyError(f'Zero(gradients={self.gradients!r}): write "global" (one loss over the whole batch), '
+                              '"per_device" (each device differentiates its own part), or None to let the loss decide.')
+
+    def _check_mesh(self):
+        names = self.mesh.axis_names
+        missing = [a for a in self.batch_axes if a not in names]
+        if missing:
+            raise PolicyError(f"Zero: the mesh has axes {names}, none of them named {missing}; "
+                              f"build it with zj.make_mesh(), or name its own: Zero(mesh, axis={names[-1:]!r}).")
+        explicit = [a for a, t in zip(names, self.mesh.axis_types, strict=True) if t != AxisType.Auto]
+        if explicit:
+            raise PolicyError(f"Zero: mesh axes {explicit} are not of type Auto, which sharding constraints need "
+                              "(jax.make_mesh gives Explicit ones by default); write zj.make_mesh(), or "
+                              f"jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * {len(names)}).")
+
+    def __hash__(self):
+        return hash((self.mesh, self.stage, self.precision, self.axis, self.replica_axis, self.gradients, self.min_shard,
+                     tuple(self.rules.items())))
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """Mesh axes that the batch's first dimension is split over: replicas, then shards."""
+        return ((self.replica_axis,) if self.replica_axis else ()) + self.axis
+
+    @property
+    def shards(self) -> int:
+        """Number of devices that one copy of the state is spread over."""
+        return math.prod(self.mesh.shape[a] for a in self.axis)
+
+    @property
+    def replicas(self) -> int:
+        """Number of copies of the state."""
+        return self.mesh.shape[self.replica_axis] if self.replica_axis else 1
+
+    @property
+    def parts(self) -> int:
+        """Number of parts the batch is split into: replicas x shards."""
+        return self.replicas * self.shards

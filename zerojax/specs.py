@@ -1,0 +1,140 @@
+"""A leaf's spec, from its shape alone: which dimension is spread over the data axes, or why none is.
+
+Needs no devices; `shard` is the one rule of the whole library.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from zerojax.errors import LayoutError
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """What the layout knows of a leaf before any state exists.
+
+    Attributes:
+      path: keys joined by "/", as in "blocks/mlp/kernel"; rules match on it.
+      shape, dtype: logical, whole.
+      base: mesh axes that the user's model already spreads it over (tensor parallelism), one entry a dimension.
+      scanned: a dimension that a loop slices and that must therefore stay whole, or None.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    base: P
+    scanned: int | None = None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a leaf lies. `spec`: at rest. `whole`: once gathered. `reason`: why `spec` adds nothing to `whole`, or ""."""
+
+    spec: P
+    whole: P
+    reason: str = ""
+
+    @property
+    def sharded(self) -> bool:
+        return self.spec != self.whole
+
+
+def full(spec: Sequence, ndim: int) -> P:
+    """`spec` with one entry a dimension.
+
+    >>> full(P("data"), 3)
+    PartitionSpec('data', None, None)
+    """
+    return P(*spec, *[None] * (ndim - len(spec)))
+
+
+def sharding(mesh: Mesh, spec: Sequence) -> NamedSharding:
+    """`spec` over `mesh` as jit returns it, without trailing None: a second spelling of it would compile a second time."""
+    entries = list(spec)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return NamedSharding(mesh, P(*entries))
+
+
+def drop(spec: P, index: int) -> P:
+    """`spec` of the slices along dimension `index`."""
+    return P(*spec[:index], *spec[index + 1:])
+
+
+def axes_of(spec: Sequence) -> tuple[str, ...]:
+    """The mesh axes a spec names, in order of dimensions."""
+    return tuple(a for entry in spec if entry is not None for a in (entry if isinstance(entry, tuple) else (entry,)))
+
+
+def shard(leaf: Leaf, axes: tuple[str, ...], n: int, min_shard: int) -> Placement:
+    """The largest free dimension that `n` divides, the last of equals, is spread over `axes`.
+
+    Args:
+      leaf: its `base` axes are kept; its `scanned` dimension stays whole.
+      axes: the mesh axes of one copy of the state, `n` devices in all.
+      min_shard: a leaf of fewer elements stays whole.
+
+    >>> shard(Leaf("w", (24, 1000, 4000), "float32", P(None, None, None), scanned=0), ("data",), 8, 1).spec
+    PartitionSpec(None, None, 'data')
+    """
+    if n == 1 or leaf.size < min_shard:
+        return Placement(leaf.base, leaf.base, "one device" if n == 1 else f"{leaf.size} elements, fewer than min_shard={min_shard}")
+    free = [(d, i) for i, d in enumerate(leaf.shape) if leaf.base[i] is None and i != leaf.scanned and d % n == 0 and d > 0]
+    if not free:
+        return Placement(leaf.base, leaf.base, f"no free dimension of {leaf.shape} divides by {n}")
+    entry = axes if len(axes) > 1 else axes[0]
+    index = max(free)[1]
+    return Placement(P(*leaf.base[:index], entry, *leaf.base[index + 1:]), leaf.base)
+
+
+def by_rule(leaf: Leaf, pattern: str, spec: P, axes: tuple[str, ...], sizes: Mapping[str, int]) -> Placement:
+    """The placement a user's rule asks for; `whole` keeps the axes of it that are not ZeRO's.
+
+    Raises:
+      LayoutError: more entries than dimensions, an axis the mesh lacks, or a dimension it does not divide.
+    """
+    where = f"rule {pattern!r}: {spec} for {leaf.path} of shape {leaf.shape}"
+    if len(spec) > len(leaf.shape):
+        raise LayoutError(f"{where} names {len(spec)} dimensions, the leaf has {len(leaf.shape)}; drop the rest.")
+    unknown = [a for a in axes_of(spec) if a not in sizes]
+    if unknown:
+        raise LayoutError(f"{where} names axes {unknown}; the mesh has {tuple(sizes)}.")
+    wanted = full(spec, len(leaf.shape))
+    for dim, (d, entry) in enumerate(zip(leaf.shape, wanted, strict=True)):
+        n = math.prod(sizes[a] for a in axes_of((entry,)))
+        if d % n:
+            raise LayoutError(f"{where}: dimension {dim} of {d} does not divide by {n}, the devices of {entry!r}; "
+                              "name another dimension, or P() to leave the leaf whole.")
+    if leaf.scanned is not None and set(axes_of((wanted[leaf.scanned],))) & set(axes):
+        raise LayoutError(f"{where} shards dimension {leaf.scanned}, which a scan over layers slices; name another.")
+    return Placement(wanted, P(*(without(entry, axes) for entry in wanted)), f"rule {pattern!r}")
+
+
+def without(entry, axes):
+    kept = tuple(a for a in axes_of((entry,)) if a not in axes)
+    return None if not kept else kept[0] if len(kept) == 1 else kept
+
+
+def find_rule(path: str, rules: Mapping[str, P]) -> str | None:
+    """The first rule whose regex matches all of `path`, or None."""
+    return next((pattern for pattern in rules if re.fullmatch(pattern, path)), None)
+
+
+def check_rules(paths: Sequence[str], rules: Mapping[str, P]) -> None:
+    """Raises `LayoutError` for a rule that matches no path, with the nearest paths."""
+    for pattern in rules:
+        if not any(re.fullmatch(pattern, path) for path in paths):
+            near = difflib.get_close_matches(pattern, paths, 3, 0) or list(paths[:3])
+            raise LayoutError(f"rule {pattern!r} matches none of {len(paths)} parameters (a rule is a regex for the whole "
+                              f"path); the nearest are {', '.join(near)}.")

@@ -1,0 +1,128 @@
+"""Training state, born sharded: no device ever holds it whole."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec as P
+
+from zerojax import census, layout, scale, specs
+from zerojax.errors import ModelError
+from zerojax.linen import Linen
+from zerojax.nnx import Nnx
+from zerojax.policy import Policy
+from zerojax.specs import Leaf, Placement
+from zerojax.tree import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a state remembers of the model besides arrays: its kind, and its parameters as the layout sees them."""
+
+    kind: Any
+    leaves: tuple[Leaf, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "_hash", hash((self.kind, self.leaves)))
+
+    def __hash__(self):
+        return self._hash
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything a step changes.
+
+    Attributes:
+      step: int32 scalar, batches seen; skipped steps count.
+      params: tree of floating arrays, in `Precision.params`.
+      opt_state: what the optax transform keeps.
+      model_state: linen's other collections, or NNX's variables that are no `Param`.
+      rng: scalar key; steps fold their number into it.
+      scale: loss scale, `NoScale` but for float16.
+      skipped: int32 scalar, non-finite steps in a row up to now.
+      model: static.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    model_state: Any
+    rng: jax.Array
+    scale: Any
+    skipped: jax.Array
+    model: Model = struct.field(pytree_node=False)
+
+
+def _cast(policy: Policy, params):
+    return jax.tree.map(lambda x: jnp.asarray(x, policy.precision.params), params)
+
+
+def _kind(model):
+    return next(kind for kind in (Nnx, Linen, Tree) if kind is Tree or kind.is_one(model))
+
+
+def survey(policy: Policy, init_fn, args) -> Model:
+    """Traces `init_fn` and describes its parameters.
+
+    Raises:
+      ModelError: no floating array in what it returns.
+      LayoutError: a rule that matches nothing.
+    """
+    found = {}
+
+    def traced(*args):
+        model = init_fn(*args)
+        found["kind"], params, _, found["bases"] = _kind(model).split(model)
+        return _cast(policy, params)
+
+    jaxpr, params = jax.make_jaxpr(traced, return_shape=True)(*args)
+    if not jax.tree.leaves(params):
+        raise ModelError(f"init_fn returned a {found['kind'].__class__.__name__} model without a floating array: there is nothing to train. "
+                         "Return the parameters, as model.init(key, x) or a module.")
+    bases = [known_axes(policy, base) for base in found["bases"]]
+    leaves = layout.describe(params, bases, census.stacked(jaxpr))
+    specs.check_rules([leaf.path for leaf in leaves], policy.rules)
+    return Model(found["kind"], leaves)
+
+
+def known_axes(policy: Policy, base: P) -> P:
+    """A model's own axis names, without those that this mesh lacks (logical names that no rule maps)."""
+    keep = lambda entry: tuple(a for a in specs.axes_of((entry,)) if a in policy.mesh.axis_names)
+    return P(*(kept[0] if len(kept) == 1 else kept or None for kept in map(keep, base)))
+
+
+def builder(policy: Policy, model: Model, init_fn, tx, rng):
+    """A function of init_fn's arguments that makes the whole state."""
+
+    def build(*args):
+        _, params, model_state, _ = type(model.kind).split(init_fn(*args))
+        params = _cast(policy, params)
+        return TrainState(jnp.int32(0), params, tx.init(params), model_state, rng,
+                          scale.for_dtype(policy.precision.compute), jnp.int32(0), model)
+
+    return build
+
+
+def placements(policy: Policy, state: TrainState) -> TrainState:
+    """A `Placement` for each leaf of a state, as a state."""
+    whole = Placement(P(), P(), "needed whole")
+    leaves = state.model.leaves
+    params = jax.tree.structure(state.params).unflatten([layout.place(policy, leaf) for leaf in leaves])
+    opt = jax.tree.structure(state.opt_state).unflatten(layout.place_state(policy, leaves, state.opt_state))
+    return jax.tree.map(lambda _: whole, state).replace(params=params, opt_state=opt)
+
+
+def shardings(policy: Policy, state: TrainState) -> TrainState:
+    """A `NamedSharding` for each leaf of a state, as a state."""
+    return jax.tree.map(lambda p: specs.sharding(policy.mesh, p.spec), placements(policy, state),
+                        is_leaf=lambda x: isinstance(x, Placement))
+
+
+def default_rng(args, rng):
+    """The state's key: the one given, or one folded from the first key among init's arguments."""
+    if rng is not None:
+        return rng
+    keys = [x for x in jax.tree.leaves(args) if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    return jax.random.fold_in(keys[0], 0x5EED) if keys and isinstance(keys[0], jax.Array) else jax.random.key(0)

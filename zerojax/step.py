@@ -1,0 +1,194 @@
+"""The training step: one jitted function, traced once for a state and batch of given shapes.
+
+    params (shards) --gather once (stages 1, 2)--> w
+    for each microbatch:   loss reads params, gathering (3) or not -> gradients, scattered where read (2, 3) or kept (1)
+    reduce what was kept   -> gradients (shards) / summed weight
+    norm, clip, finite?    -> optax update on shards, or the state as it was
+"""
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+from zerojax import data, gradients, layout, specs
+from zerojax import state as states
+from zerojax.errors import ModelError, NonFiniteError, PolicyError
+from zerojax.gradients import Differentiator, Objective
+from zerojax.loss import Loss
+from zerojax.policy import Policy
+from zerojax.state import TrainState
+
+
+def objective(loss_fn: Callable, state: TrainState) -> Objective:
+    return Objective(loss_fn, state.model.kind, state.model.leaves, jax.tree.structure(state.params))
+
+
+def differentiator(policy: Policy, loss_fn: Callable, state: TrainState, batch: Any, rng) -> Differentiator:
+    """Studies the loss over one microbatch, and picks each parameter's pair and the way to differentiate."""
+    aim, params = objective(loss_fn, state), jax.tree.leaves(state.params)
+    found = gradients.study(policy, aim, params, state.model_state, batch, rng)
+    by_part = gradients.per_device(policy, found)
+    places = [layout.place(policy, leaf) for leaf in aim.leaves]
+    readers = [gradients.reader(policy, place, by_part) for place in places]
+    return Differentiator(policy, aim, readers, found.reads, by_part)
+
+
+def _accumulated(diff: Differentiator, state: TrainState, batch, accumulate: int, rng):
+    """(gradients of the summed total, `Loss` summed over the batch). `batch` is `[B, ...]`."""
+    params = jax.tree.leaves(state.params)
+    gathered = gradients.gather_once(diff.policy, diff.readers, params)
+    dtype = diff.policy.precision.accumulate
+
+    def one(model_state, micro, index):
+        key = jax.random.fold_in(rng, index)
+        grads, loss = diff(params, gathered, model_state, micro, key, state.scale)
+        return [g.astype(dtype) for g in grads], loss
+
+    if accumulate == 1:
+        return one(state.model_state, batch, 0)
+
+    def body(carry, xs):
+        grads, model_state = carry
+        new, loss = one(model_state, *xs)
+        grads = _constrain(diff, [a + b for a, b in zip(grads, new, strict=True)])
+        return (grads, loss.model_state), loss.replace(model_state=None)
+
+    zeros = _constrain(diff, [jnp.zeros(_shape(diff, g, x), dtype) for g, x in zip(diff.readers, params, strict=True)])
+    micro = data.microbatches(diff.policy, batch, accumulate)
+    (grads, model_state), losses = jax.lax.scan(body, (zeros, state.model_state), (micro, jnp.arange(accumulate)))
+    return grads, jax.tree.map(lambda x: x.sum(0), losses).replace(model_state=model_state)
+
+
+def _shape(diff, reader, x):
+    return (diff.policy.parts, *x.shape) if reader.local else x.shape
+
+
+def _constrain(diff, grads):
+    """Kept gradients over the parts, scattered ones at their spec."""
+    spec = lambda g: P(diff.policy.batch_axes, *g.whole) if g.local else g.spec
+    return [g.constrain(x, spec(g)) for g, x in zip(diff.readers, grads, strict=True)]
+
+
+def _reduced(diff, grads, weight):
+    """Gradients of the mean, each at its spec, in the parameters' dtype."""
+    whole = [g.sum_parts(x) if g.local else x for g, x in zip(diff.readers, grads, strict=True)]
+    mean = [(x / weight.astype(x.dtype)).astype(diff.policy.precision.params) for x in whole]
+    return [g.constrain(x, g.spec) for g, x in zip(diff.readers, mean, strict=True)]
+
+
+def norm(tree) -> jax.Array:
+    """The global 2-norm, in float32.
+
+    >>> float(norm([jnp.array([3.0]), jnp.array([4.0])]))
+    5.0
+    """
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
+
+
+class TrainStep:
+    """`step(state, batch) -> (state, metrics)`; made by `Zero.train_step`, which documents it.
+
+    The state given is donated: use the one returned.
+    """
+
+    def __init__(self, policy: Policy, loss_fn, tx, *, accumulate: int, clip_norm: float | None, max_skipped: int | None,
+                 compiler_options: dict | None):
+        if accumulate < 1 or int(accumulate) != accumulate:
+            raise PolicyError(f"train_step(accumulate={accumulate}): write a number of microbatches, 1 or more.")
+        if clip_norm is not None and not clip_norm > 0:
+            raise PolicyError(f"train_step(clip_norm={clip_norm}): write a positive norm, or None not to clip.")
+        self.policy, self.loss_fn, self.tx = policy, loss_fn, optax.with_extra_args_support(tx)
+        self.accumulate, self.clip_norm, self.max_skipped = accumulate, clip_norm, max_skipped
+        self._jitted = jax.jit(self._step, donate_argnums=0, compiler_options=compiler_options)
+        self._pending = collections.deque()
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        self._raise_if_stuck()
+        state, metrics = self._jitted(state, batch)
+        if self.max_skipped:
+            self._pending.append(metrics["skipped"])
+        return state, metrics
+
+    def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
+        """As jit's: states and batches may be `ShapeDtypeStruct`s; a batch without shardings is given its own."""
+        target = data.sharding(self.policy)
+        place = lambda x: x if getattr(x, "sharding", None) else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target)
+        return self._jitted.lower(state, jax.tree.map(place, batch))
+
+    def _raise_if_stuck(self):
+        """Looks at the step before the last, which is done by now: no call waits for the device."""
+        if len(self._pending) > 1 and (skipped := int(self._pending.popleft())) >= self.max_skipped:
+            self._pending.clear()
+            raise NonFiniteError(
+                f"{skipped} steps in a row had a loss or gradient that is not finite (max_skipped={self.max_skipped}); the state "
+                "is as it was before them. A summed weight of 0 does that, as do a learning rate too high, bad data, or float16 "
+                "at the lowest loss scale.")
+
+    def _step(self, state: TrainState, batch):
+        _check_state(state)
+        data.check(self.policy, batch, self.accumulate)
+        places = states.placements(self.policy, state)
+        rng = jax.random.fold_in(state.rng, state.step)
+        micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // self.accumulate, *x.shape[1:]), x.dtype), batch)
+        diff = differentiator(self.policy, self.loss_fn, state, micro, rng)
+        batch = jax.lax.with_sharding_constraint(batch, data.sharding(self.policy))
+        grads, loss = _accumulated(diff, state, batch, self.accumulate, rng)
+        grads = jax.tree.structure(state.params).unflatten(_reduced(diff, grads, loss.weight))
+        return self._finish(state, grads, loss, places)
+
+    def _finish(self, state, grads, loss: Loss, places):
+        mean, grad_norm = loss.total / loss.weight, norm(grads)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(mean)
+        if self.clip_norm is not None:
+            factor = jnp.minimum(1.0, self.clip_norm / grad_norm)
+            grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
+        updates, opt_state = self.tx.update(grads, state.opt_state, state.params, value=mean)
+        new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state, model_state=loss.model_state)
+        new = jax.tree.map(lambda a, b: b if a is b else jnp.where(finite, a, b), new, state)
+        new = new.replace(step=state.step + 1, scale=state.scale.update(finite), skipped=jnp.where(finite, 0, state.skipped + 1))
+        metrics = {"loss": mean, "grad_norm": grad_norm, "param_norm": norm(new.params), "weight": loss.weight,
+                   "skipped": new.skipped, **new.scale.metrics()}
+        if loss.aux is not None:
+            metrics["aux"] = jax.tree.map(lambda x: x / loss.weight, loss.aux)
+        return _at_rest(self.policy, new, places), metrics
+
+
+def _at_rest(policy, state, places):
+    """Without it, XLA would give the parameters whatever sharding the update had."""
+    put = lambda p, x: jax.lax.with_sharding_constraint(x, specs.sharding(policy.mesh, p.spec))
+    return jax.tree.map(put, places, state, is_leaf=lambda x: isinstance(x, layout.Placement))
+
+
+def _check_state(state):
+    if not isinstance(state, TrainState):
+        raise ModelError(f"a train_step's state is what zero.init returned, not a {type(state).__name__}; "
+                         "for a training state of your own use zero.create and zero.jit.")
+
+
+class EvalStep:
+    """`evaluate(state, batch) -> metrics`; made by `Zero.eval_step`, which documents it."""
+
+    def __init__(self, policy: Policy, loss_fn, compiler_options: dict | None):
+        self.policy, self.loss_fn = policy, loss_fn
+        self._jitted = jax.jit(self._evaluate, compiler_options=compiler_options)
+
+    def __call__(self, state: TrainState, batch: Any) -> dict[str, jax.Array]:
+        return self._jitted(state, batch)
+
+    def _evaluate(self, state, batch):
+        _check_state(state)
+        data.check(self.policy, batch)
+        batch = jax.lax.with_sharding_constraint(batch, data.sharding(self.policy))
+        aim, params, rng = objective(self.loss_fn, state), jax.tree.leaves(state.params), jax.random.fold_in(state.rng, -1)
+        reads = gradients.study(self.policy, aim, params, state.model_state, batch, rng).reads
+        readers = [gradients.reader(self.policy, layout.place(self.policy, leaf), False) for leaf in aim.leaves]
+        gathered = gradients.gather_once(self.policy, readers, params)
+        boxed = gradients.boxes(aim.kind, aim.leaves, readers, params, gathered, reads)
+        loss, _ = aim(boxed, state.model_state, batch, rng)
+        metrics = {"loss": loss.total / loss.weight, "weight": loss.weight}
+        return metrics if loss.aux is None else metrics | {"aux": jax.tree.map(lambda x: x / loss.weight, loss.aux)}

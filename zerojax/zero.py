@@ -1,0 +1,165 @@
+"""`Zero`: a policy with verbs. What each does is in the files below; here is how they are called."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from zerojax import census, data, layout, loop, specs
+from zerojax import state as states
+from zerojax.layout import Layout
+from zerojax.policy import Policy
+from zerojax.specs import Placement
+from zerojax.state import TrainState
+from zerojax.step import EvalStep, TrainStep
+
+
+class Zero(Policy):
+    """ZeRO as a sharding policy over a mesh (Rajbhandari et al. 2020, arXiv 1910.02054).
+
+    Args:
+      mesh: a `jax.sharding.Mesh` whose axes are of type Auto; `zj.make_mesh()` builds one.
+      stage: what is whole, and when, within a step. At rest, stages 1 to 3 keep the same shards.
+        0: everything always whole; 1: parameters gathered once a step, gradients reduced once a step;
+        2: gradients reduced where they arise; 3: parameters gathered where the model reads them.
+      precision: dtypes, see `Precision`.
+      axis: the mesh axis or axes that one copy of the state is spread over.
+      replica_axis: the axis of copies (hybrid sharding); "replica" if the mesh has one.
+      gradients: "global", one loss over the whole batch (any model); "per_device", each device differentiates its part
+        (exact when the loss is a sum over examples: `zj.Loss`. A bare mean becomes the mean of the devices' means, as
+        in DDP). None: per device when the loss function returns a `Loss` without new model state.
+      rules: regex for a parameter's whole path, as "blocks/.*/kernel", to the spec it shall have.
+      min_shard: leaves of fewer elements stay whole.
+
+    Raises:
+      PolicyError: any of these that can't be, or can't be together.
+
+    >>> import jax.numpy as jnp, optax, zerojax as zj
+    >>> zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:2]), stage=3, min_shard=1)
+    >>> state = zero.init(lambda: {"w": jnp.ones((4, 2))}, optax.sgd(0.1))
+    >>> state.params["w"].sharding.spec
+    PartitionSpec('data',)
+    >>> step = zero.train_step(lambda params, x: (x @ params["w"]).mean(), optax.sgd(0.1))
+    >>> state, metrics = step(state, jnp.ones((8, 4)))
+    >>> float(metrics["loss"])
+    4.0
+    """
+
+    def init(self, init_fn: Callable, tx, *args, rng: jax.Array | None = None) -> TrainState:
+        """A training state, born sharded: `init_fn(*args)` and `tx.init` run under jit with sharded results.
+
+        Args:
+          init_fn: returns a pytree of parameters, linen's dict of variables, or an NNX module.
+          tx: an optax transform.
+          *args: arrays for `init_fn`.
+          rng: the key that steps draw from; None derives one from the first key in `args`, else key(0).
+
+        Raises:
+          ModelError: `init_fn` returned no floating array.
+          LayoutError: a rule does not fit its leaf, or matches none.
+        """
+        rng = states.default_rng(args, rng)
+        build, shardings = self._plan(init_fn, tx, args, rng)
+        return jax.jit(build, out_shardings=shardings)(*args)
+
+    def abstract(self, init_fn: Callable, tx, *args, rng: jax.Array | None = None) -> TrainState:
+        """What `init` would return, as `ShapeDtypeStruct`s with shardings; nothing is allocated."""
+        build, shardings = self._plan(init_fn, tx, args, states.default_rng((), rng))
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                            jax.eval_shape(build, *args), shardings)
+
+    def _plan(self, init_fn, tx, args, rng):
+        model = states.survey(self, init_fn, args)
+        build = states.builder(self, model, init_fn, tx, rng)
+        return build, states.shardings(self, jax.eval_shape(build, *args))
+
+    def create(self, make: Callable[[], Any]) -> Any:
+        """`make()`, born sharded: any training state of your own, as flax's `TrainState`.
+
+        Its parameters are what it holds as `params`; what has a parameter's path ending and shape lies as it does.
+        """
+        abstract = jax.eval_shape(make)
+        places = self._places(make, abstract)
+        shardings = [specs.sharding(self.mesh, p.spec) for p in places]
+        return jax.jit(make, out_shardings=jax.tree.structure(abstract).unflatten(shardings))()
+
+    def _places(self, make, state) -> list[Placement]:
+        scanned = census.stacked(jax.make_jaxpr(make)())
+        leaves = layout.describe(state, scanned=scanned)
+        params = loop.params_of(state)
+        ours = {path for path in (f"params/{leaf.path}" for leaf in layout.describe(params))}
+        known = [dataclasses.replace(leaf, path=leaf.path.removeprefix("params/")) for leaf in leaves if leaf.path in ours]
+        specs.check_rules([leaf.path for leaf in known], self.rules)
+        return layout.place_state(self, known, state)
+
+    def view(self, params: Any) -> Any:
+        """`params` as a loss function of your own shall see them: each read gathers as the stage says.
+
+        Call it inside the function that is differentiated, in a function under `zero.jit`. It sees one loss: gradients
+        are reduced in the compute dtype, and stage 1 reduces where stage 2 does.
+
+        Raises:
+          ModelError: not the tree of the state's parameters.
+        """
+        return loop.view(self, params)
+
+    def jit(self, fn: Callable | None = None, *, donate: bool = True, compiler_options: dict | None = None):
+        """`jax.jit` for `fn(state, batch, ...)`: shardings follow the state, the batch is split over devices.
+
+        Args:
+          fn: returns the new state, or a tuple that starts with it, or anything else.
+          donate: the state's memory is reused; write False for functions that do not return it, as evaluation.
+          compiler_options: as jit's.
+        """
+        if fn is None:
+            return lambda fn: loop.Jitted(self, fn, donate, compiler_options)
+        return loop.Jitted(self, fn, donate, compiler_options)
+
+    def train_step(self, loss_fn: Callable, tx, *, accumulate: int = 1, clip_norm: float | None = None,
+                   max_skipped: int | None = 50, compiler_options: dict | None = None) -> TrainStep:
+        """A jitted `step(state, batch) -> (state, metrics)`; the state is donated.
+
+        Args:
+          loss_fn: `loss_fn(model, batch)` or `loss_fn(model, batch, rng)`; `model` is what `init_fn` returned, the batch is
+            whole (or a device's part). Returns a floating scalar, the mean; or `zj.Loss(total, weight)`.
+          tx: the optax transform that `init` was given.
+          accumulate: microbatches; examples a, a + accumulate, ... form microbatch a.
+          clip_norm: gradients of a larger global norm are scaled to it.
+          max_skipped: so many steps in a row that are not finite raise, at most two calls late; None never raises.
+          compiler_options: for XLA, as jit's.
+
+        Returns:
+          metrics are device scalars: `loss`, `grad_norm` (before clipping), `param_norm`, `weight`, `skipped` (in a row),
+          `loss_scale` (float16), `aux` (over the weight). Reading one waits for the step; read the last step's.
+
+        Raises:
+          BatchError: a batch that does not divide by devices x accumulate.
+          LossError: a loss that is no floating scalar.
+          PolicyError: a wish that the way to differentiate can't fulfil.
+          NonFiniteError: see `max_skipped`.
+        """
+        return TrainStep(self, loss_fn, tx, accumulate=accumulate, clip_norm=clip_norm, max_skipped=max_skipped,
+                         compiler_options=compiler_options)
+
+    def eval_step(self, loss_fn: Callable, *, compiler_options: dict | None = None) -> EvalStep:
+        """A jitted `evaluate(state, batch) -> metrics` (`loss`, `weight`, `aux`) under the same policy; changes nothing.
+
+        `loss_fn` is as for `train_step`; model state that it returns is dropped.
+        """
+        return EvalStep(self, loss_fn, compiler_options)
+
+    def layout(self, state: Any) -> Layout:
+        """Who holds what: prints as a table of leaves with shape, spec, bytes per device, and why one is whole."""
+        if isinstance(state, TrainState):
+            placed = states.placements(self, state)
+            places = jax.tree.leaves(placed, is_leaf=lambda x: isinstance(x, Placement))
+            return layout.report(self, state, places)
+        places = [loop._placed(self, leaf, getattr(x, "sharding", None))
+                  for leaf, x in zip(layout.describe(state), jax.tree.leaves(state), strict=True)]
+        return layout.report(self, state, places)
+
+    def batch_sharding(self) -> NamedSharding:
+        """Of a batch: its first dimension over every device."""
+        return data.sharding(self)
