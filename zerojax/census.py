@@ -21,6 +21,7 @@ from zerojax import specs
 
 _LEAF, _READ = "zerojax.leaf:", "zerojax.read:"
 _LOOPS = {"scan", "while"}
+_CASTS = {"convert_element_type", "copy", "name"}
 _MOVES = {"transpose", "stop_gradient", "convert_element_type", "copy", "slice", "dynamic_slice", "squeeze", "gather",
           "reshape", "broadcast_in_dim"}
 
@@ -147,13 +148,10 @@ def _stacked(var, made) -> int | None:
     eqn, i = made[var]
     inner = list(_inner(eqn))
     if eqn.primitive.name == "scan":
-        body = inner[0].outvars[i].aval
-        return 0 if len(var.aval.shape) == len(body.shape) + 1 else None
+        return 0 if len(var.aval.shape) > len(inner[0].outvars[i].aval.shape) else None  # a result a turn, not a carry
     if eqn.primitive.name == "transpose":
         axis = _stacked(eqn.invars[0], made)
         return None if axis is None else list(eqn.params["permutation"]).index(axis)
     if inner and len(inner[0].outvars) == len(eqn.outvars):
         return stacked(inner[0])[i]
-    if eqn.primitive.name in ("convert_element_type", "copy", "name", "mul") and eqn.invars[0] in made:
-        return _stacked(eqn.invars[0], made)
-    return None
+    return _stacked(eqn.invars[0], made) if eqn.primitive.name in _CASTS else None

@@ -36,6 +36,8 @@ class Gather:
       axes: ZeRO's axes; replica: the axis of copies, or None.
       per_device: each device differentiates its own part, under vmap over `PARTS`.
       local: per device only; the cotangent is left as it is, one a part, for a reduction at the end of the step.
+      whole_first: one loss only; the cotangent passes through the whole spec (see above). With replicas this would
+        reduce whole gradients over everything, so only what a loop accumulates does: else each turn would reduce.
     """
 
     mesh: Mesh
@@ -48,6 +50,7 @@ class Gather:
     replica: str | None = None
     per_device: bool = False
     local: bool = False
+    whole_first: bool = True
 
     @property
     def ndim(self) -> int:
@@ -92,9 +95,7 @@ class Gather:
         """One loss: XLA knows `ct` as partial sums, and reduces where it has to be sharded."""
         if not self.sharded:
             return ct
-        if self.replica is None:  # with replicas the two steps would reduce whole gradients over everything
-            ct = self.constrain(ct, self.whole)
-        return self.constrain(ct, self.spec)
+        return self.constrain(self.constrain(ct, self.whole) if self.whole_first else ct, self.spec)
 
     def sum_parts(self, ct: jax.Array) -> jax.Array:
         """`[parts, *shape]`, one cotangent a device, to their sum `[*shape]` at `spec`, in the reduce dtype on the wire."""

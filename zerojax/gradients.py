@@ -24,11 +24,16 @@ from zerojax.specs import Leaf, Placement
 Tree = Any
 
 
-def reader(policy: Policy, place: Placement, per_device: bool) -> Gather:
-    """The pair for one parameter. Stages 0 and 1, and whole leaves, reduce once a step where the program can say so."""
+def readers(policy: Policy, leaves: tuple[Leaf, ...], places: list[Placement], reads: Census, per_device: bool) -> list[Gather]:
+    """The pair for each parameter. Stages 0 and 1, and whole leaves, reduce once a step where the program can say so."""
     p = policy.precision
-    return Gather(policy.mesh, place.spec, place.whole, p.params, p.compute, p.reduce, policy.axis, policy.replica_axis,
-                  per_device, per_device and (policy.stage <= 1 or not place.sharded))
+
+    def pair(leaf, place):
+        local = per_device and (policy.stage <= 1 or not place.sharded)
+        return Gather(policy.mesh, place.spec, place.whole, p.params, p.compute, p.reduce, policy.axis, policy.replica_axis,
+                      per_device, local, whole_first=policy.replica_axis is None or leaf.path in reads.hoisted)
+
+    return list(map(pair, leaves, places))
 
 
 def gather_once(policy: Policy, readers: list[Gather], params: list) -> list:
@@ -38,9 +43,15 @@ def gather_once(policy: Policy, readers: list[Gather], params: list) -> list:
 
 def boxes(kind, leaves: tuple[Leaf, ...], readers: list, params: list, gathered: list, reads: Census) -> list:
     """What the loss is given for each parameter: a box, or the whole array where the census says so."""
-    made = [kind.box(x, w, g, leaf.path, leaf.path in reads.often and g.sharded and not getattr(g, "per_device", False))
-            for leaf, g, x, w in zip(leaves, readers, params, gathered, strict=True)]
+    made = [_box(kind, leaf.path, g, x, w, reads) for leaf, g, x, w in zip(leaves, readers, params, gathered, strict=True)]
     return [b.read() if b.path in reads.eager else b for b in made]
+
+
+def _box(kind, path, reader, x, gathered, reads):
+    if path not in reads.often or not reader.sharded or reader.per_device:
+        return kind.box(x, gathered, reader, path)
+    # the uses' cotangents are added before they are widened, so that XLA sees one reduction
+    return kind.box(x.astype(reader.compute), gathered, dataclasses.replace(reader, params=reader.compute), path, True)
 
 
 @dataclasses.dataclass(frozen=True)

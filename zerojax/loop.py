@@ -82,8 +82,9 @@ def view(policy: Policy, params: Any) -> Any:
         readers = [Tag(leaf.path, p.spec, p.whole, policy.precision.compute) for leaf, p in zip(leaves, places, strict=True)]
         gathered, reads = [None] * len(flat), Census()
     else:
-        readers = [gradients.reader(policy, place, False) for place in places]
-        gathered, reads = gradients.gather_once(policy, readers, flat), frame.reads if frame else Census()
+        reads = frame.reads if frame else Census()
+        readers = gradients.readers(policy, leaves, places, reads, False)
+        gathered = gradients.gather_once(policy, readers, flat)
     boxed = gradients.boxes(_Boxed(LinenBox), leaves, readers, flat, gathered, reads)
     return jax.tree.structure(params).unflatten(boxed)
 

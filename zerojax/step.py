@@ -34,7 +34,7 @@ def differentiator(policy: Policy, loss_fn: Callable, state: TrainState, batch: 
     found = gradients.study(policy, aim, params, state.model_state, batch, rng)
     by_part = gradients.per_device(policy, found)
     places = [layout.place(policy, leaf) for leaf in aim.leaves]
-    readers = [gradients.reader(policy, place, by_part) for place in places]
+    readers = gradients.readers(policy, aim.leaves, places, found.reads, by_part)
     return Differentiator(policy, aim, readers, found.reads, by_part)
 
 
@@ -186,7 +186,8 @@ class EvalStep:
         batch = jax.lax.with_sharding_constraint(batch, data.sharding(self.policy))
         aim, params, rng = objective(self.loss_fn, state), jax.tree.leaves(state.params), jax.random.fold_in(state.rng, -1)
         reads = gradients.study(self.policy, aim, params, state.model_state, batch, rng).reads
-        readers = [gradients.reader(self.policy, layout.place(self.policy, leaf), False) for leaf in aim.leaves]
+        places = [layout.place(self.policy, leaf) for leaf in aim.leaves]
+        readers = gradients.readers(self.policy, aim.leaves, places, reads, False)
         gathered = gradients.gather_once(self.policy, readers, params)
         boxed = gradients.boxes(aim.kind, aim.leaves, readers, params, gathered, reads)
         loss, _ = aim(boxed, state.model_state, batch, rng)
