@@ -23,8 +23,8 @@ from zerojax.zero import Zero
 __version__ = "0.1.0"
 __all__ = [
     "BatchError",
-    "LayoutError",
     "Layout",
+    "LayoutError",
     "Loss",
     "LossError",
     "MissingExtraError",

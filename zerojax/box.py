@@ -48,9 +48,9 @@ class Box:
         reader = self.reader
         if reader.spec[index] != reader.whole[index]:
             raise LayoutError(
-                f"{self.path}: a scan or vmap slices its dimension {index}, over which it is sharded ({reader.spec}); every "
-                f'slice would lie on one device. Write a rule for it that shards another, as Zero(rules={{"{self.path}": '
-                f'P({"None, " * (index + 1)}...)}}), or P() to leave it whole.')
+                f"{self.path}: a scan or vmap slices its dimension {index}, over which it is sharded ({reader.spec}), so that "
+                f"every slice would lie on one device. Zero(rules={{{self.path!r}: P({'None, ' * (index + 1)}'data')}}) shards the "
+                f"next dimension if it divides; {{{self.path!r}: P()}} leaves it whole.")
         return type(self)(self.value, self.gathered, reader.drop(index), self.path, self.often)
 
     def read(self) -> jax.Array:

@@ -13,7 +13,6 @@ and nested jaxprs alone. Three answers matter:
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
@@ -44,6 +43,13 @@ class Tag:
         return dataclasses.replace(self, spec=specs.drop(self.spec, index), whole=specs.drop(self.whole, index),
                                    slices=self.slices + 1)
 
+    @property
+    def one_loss(self) -> bool:
+        return True
+
+    def narrow(self) -> "Tag":
+        return self
+
     def insert(self, index: int) -> "Tag":
         return self
 
@@ -63,11 +69,12 @@ def tag_leaf(x: jax.Array, path: str) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Census:
-    """Paths of parameters, by how they are read."""
+    """Paths of parameters, by how they are read; and the mesh axes that the model's own constraints name."""
 
     hoisted: frozenset[str] = frozenset()
     bare: frozenset[str] = frozenset()
     often: frozenset[str] = frozenset()
+    constrained: frozenset[str] = frozenset()
 
     @property
     def eager(self) -> frozenset[str]:
@@ -77,7 +84,7 @@ class Census:
 
 def take(jaxpr) -> Census:
     """The census of a traced loss."""
-    found = {"hoisted": set(), "bare": set(), "often": set()}
+    found = {"hoisted": set(), "bare": set(), "often": set(), "constrained": set()}
     _walk(jaxpr, {}, 0, found)
     return Census(**{k: frozenset(v) for k, v in found.items()})
 
@@ -98,6 +105,9 @@ def _walk(jaxpr, leaves: dict, loops: int, found: dict) -> None:
             reads[eqn.outvars[0]] = path
             if loops > int(slices):
                 found["hoisted"].add(path)
+        elif eqn.primitive.name == "sharding_constraint":
+            found["constrained"].update(specs.axes_of(getattr(eqn.params["sharding"], "spec", ())))
+            leaves.update({v: path for path in held.values() for v in eqn.outvars})
         elif inner := list(_inner(eqn)):
             for body in inner:
                 _walk(body, _enter(body, eqn, held), loops + (eqn.primitive.name in _LOOPS), found)

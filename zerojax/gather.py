@@ -60,6 +60,15 @@ class Gather:
     def sharded(self) -> bool:
         return self.spec != self.whole
 
+    @property
+    def one_loss(self) -> bool:
+        """XLA finds this one's reduction."""
+        return self.sharded and not self.per_device
+
+    def narrow(self) -> "Gather":
+        """For a parameter already cast: its cotangent stays in the compute dtype."""
+        return dataclasses.replace(self, params=self.compute)
+
     def drop(self, index: int) -> "Gather":
         """For the slices along dimension `index`."""
         return dataclasses.replace(self, spec=specs.drop(self.spec, index), whole=specs.drop(self.whole, index))

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from zerojax import census, layout
 from zerojax.census import Census, Tag
-from zerojax.errors import LossError, PolicyError
+from zerojax.errors import LossError, ModelError, PolicyError, ZeroError
 from zerojax.gather import PARTS, Gather
 from zerojax.loss import Loss, normalise, takes_rng
 from zerojax.policy import Policy
@@ -48,10 +48,10 @@ def boxes(kind, leaves: tuple[Leaf, ...], readers: list, params: list, gathered:
 
 
 def _box(kind, path, reader, x, gathered, reads):
-    if path not in reads.often or not reader.sharded or reader.per_device:
+    if path not in reads.often or not reader.one_loss:
         return kind.box(x, gathered, reader, path)
     # the uses' cotangents are added before they are widened, so that XLA sees one reduction
-    return kind.box(x.astype(reader.compute), gathered, dataclasses.replace(reader, params=reader.compute), path, True)
+    return kind.box(x.astype(reader.compute), gathered, reader.narrow(), path, True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,34 +99,59 @@ class Study:
 
 def study(policy: Policy, objective: Objective, params: list, model_state: Tree, batch: Tree, rng) -> Study:
     """Traces the loss over one microbatch. Raises what the loss raises, before anything is compiled."""
+    args = (params, model_state, batch, rng)
+    try:
+        found = _trace(policy, objective, Census(), args)
+    except (TypeError, ValueError) as error:
+        raise _no_array(error) or error from None
+    if found.reads.often:  # only where every use takes a box
+        try:
+            _trace(policy, objective, Census(often=found.reads.often), args)
+        except (TypeError, ValueError):
+            return dataclasses.replace(found, reads=dataclasses.replace(found.reads, often=frozenset()))
+    return found
+
+
+def _trace(policy, objective, reads, args) -> Study:
     places = [layout.place(policy, leaf) for leaf in objective.leaves]
     tags = [Tag(leaf.path, p.spec, p.whole, policy.precision.compute) for leaf, p in zip(objective.leaves, places, strict=True)]
     found = {}
 
     def traced(params, model_state, batch, rng):
         marked = [census.tag_leaf(x, leaf.path) for x, leaf in zip(params, objective.leaves, strict=True)]
-        boxed = boxes(objective.kind, objective.leaves, tags, marked, [None] * len(tags), Census())
+        boxed = boxes(objective.kind, objective.leaves, tags, marked, [None] * len(tags), reads)
         loss, found["is_sum"] = objective(boxed, model_state, batch, rng)
         before, after = jax.tree.leaves(model_state), jax.tree.leaves(loss.model_state)
         found["writes_state"] = any(a is not b and jnp.issubdtype(b.dtype, jnp.floating)
                                     for a, b in zip(after, before, strict=True))
         return loss
 
-    jaxpr = jax.make_jaxpr(traced)(params, model_state, batch, rng)
-    return Study(census.take(jaxpr), **found)
+    return Study(census.take(jax.make_jaxpr(traced)(*args)), **found)
+
+
+def _no_array(error: Exception) -> ModelError | None:
+    if isinstance(error, ZeroError) or not any(word in str(error) for word in ("__jax_array__", "zerojax.box")):
+        return None
+    return ModelError(f"the loss gives a parameter to a function that takes arrays only, as jax.lax functions do ({error}); "
+                      "write zj.gather(w) there, or model = zj.gather(model) to have a whole submodule's parameters as arrays.")
 
 
 def per_device(policy: Policy, found: Study) -> bool:
     """The way to differentiate. Raises `PolicyError` for a wish that the other way alone can fulfil."""
-    way = policy.gradients or ("per_device" if found.is_sum and not found.writes_state else "global")
-    p = policy.precision
+    p, pinned = policy.precision, sorted(found.reads.constrained & set(policy.batch_axes))
+    able = found.is_sum and not found.writes_state and not pinned
+    way = policy.gradients or ("per_device" if able else "global")
+    if way == "per_device" and pinned:
+        raise PolicyError(f'gradients="per_device": the model constrains its activations over {pinned}, which each device '
+                          'differentiating its own part uses up already; drop those constraints, or write gradients="global".')
     if way == "per_device" and found.writes_state:
         raise PolicyError('gradients="per_device": the loss returns new model state (as BatchNorm does), and each device would '
                           'have its own; write gradients="global".')
     if way == "global" and p.reduce != p.compute:
-        why = "returns new model state" if found.writes_state else "returns a bare mean" if not found.is_sum else 'is "global"'
+        why = ("returns new model state" if found.writes_state else "returns a bare mean" if not found.is_sum else
+               f"constrains activations over {pinned}" if pinned else 'is asked to be "global"')
         raise PolicyError(
-            f"Precision(compute={p.compute!r}, reduce={p.reduce!r}): with one loss over the whole batch (this one {why}) XLA "
+            f"Precision(compute={p.compute!r}, reduce={p.reduce!r}): with one loss over the whole batch (this one {why}), XLA "
             f"reduces in the dtype of the product, {p.compute}. Return zj.Loss(total, weight) without new model state, "
             f'so that each device differentiates its own part (gradients="per_device"), or leave reduce={p.compute!r}.')
     return way == "per_device"

@@ -133,7 +133,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 def _trips(computations: dict[str, list[_Instruction]], entry: str) -> dict[str, int]:
     """How often each computation runs; a loop whose count XLA does not know counts once."""
-    times = {name: 0 for name in computations}
+    times = dict.fromkeys(computations, 0)
 
     def visit(name, factor):
         times[name] += factor
@@ -170,13 +170,25 @@ def groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
         ids = np.arange(math.prod(numbers(iota[2]))).reshape(numbers(iota[2]))
         ids = ids.transpose(numbers(iota[3])) if iota[3] else ids
         return tuple(map(tuple, ids.reshape(numbers(iota[1])).tolist()))
-    if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\S+)? \{(.*?)\}", text):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        chosen = tuple(re.findall(r"'([^']+)'", named[2]))
-        return _rows(sizes, chosen)
+    if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", text):
+        return _named(*named.groups())
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", text):
         return tuple(tuple(int(x) for x in g.split(",")) for g in re.findall(r"\{([\d,]+)\}", listed[1]))
     return (tuple(range(devices)),)
+
+
+def _named(mesh: str, dims: str | None, order: str | None, axes: str) -> tuple[tuple[int, ...], ...]:
+    """Groups over named axes, or parts of axes: `'a':(2)4` is the part of size 4 behind one of size 2."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    ids = np.arange(math.prod(sizes.values())).reshape([int(d) for d in dims.split(",")] if dims else -1)
+    ids = ids.transpose([int(d) for d in order.split(",")]) if order else ids
+    chosen = {name: (int(pre or 1), int(size or sizes[name])) for name, pre, size in
+              re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
+    split = [d for name, n in sizes.items() for pre, size in [chosen.get(name, (n, 1))] for d in (pre, size, n // pre // size)]
+    middle = [3 * i + 1 for i in range(len(sizes))]
+    rest = [i for i in range(len(split)) if i not in middle]
+    rows = ids.reshape(split).transpose(rest + middle).reshape(-1, math.prod(size for _, size in chosen.values()))
+    return tuple(map(tuple, rows.tolist()))
 
 
 def collectives(text: str) -> tuple[Collective, ...]:

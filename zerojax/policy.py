@@ -54,7 +54,7 @@ class Precision:
     def __post_init__(self):
         compute = self.params if self.compute is None else self.compute
         reduce = compute if self.reduce is None else self.reduce
-        for field, dtype in dict(params=self.params, compute=compute, reduce=reduce, accumulate=self.accumulate).items():
+        for field, dtype in {"params": self.params, "compute": compute, "reduce": reduce, "accumulate": self.accumulate}.items():
             object.__setattr__(self, field, _dtype_name(field, dtype))
 
 

@@ -131,6 +131,7 @@ class TrainStep:
 
     def _step(self, state: TrainState, batch):
         _check_state(state)
+        self._check_optimizer(state)
         data.check(self.policy, batch, self.accumulate)
         places = states.placements(self.policy, state)
         rng = jax.random.fold_in(state.rng, state.step)
@@ -140,6 +141,14 @@ class TrainStep:
         grads, loss = _accumulated(diff, state, batch, self.accumulate, rng)
         grads = jax.tree.structure(state.params).unflatten(_reduced(diff, grads, loss.weight))
         return self._finish(state, grads, loss, places)
+
+    def _check_optimizer(self, state):
+        ours = jax.eval_shape(self.tx.init, state.params)
+        shapes = lambda tree: [(layout.path_of(p), x.shape) for p, x in jax.tree.leaves_with_path(tree)]
+        if shapes(ours) != shapes(state.opt_state):
+            odd = sorted(set(shapes(ours)) ^ set(shapes(state.opt_state)))[:3]
+            raise ModelError(f"train_step was given another optimizer than zero.init: their states differ at {odd}; "
+                             "give both the same optax transform.")
 
     def _finish(self, state, grads, loss: Loss, places):
         mean, grad_norm = loss.total / loss.weight, norm(grads)

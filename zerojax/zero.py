@@ -89,7 +89,7 @@ class Zero(Policy):
         scanned = census.stacked(jax.make_jaxpr(make)())
         leaves = layout.describe(state, scanned=scanned)
         params = loop.params_of(state)
-        ours = {path for path in (f"params/{leaf.path}" for leaf in layout.describe(params))}
+        ours = {f"params/{leaf.path}" for leaf in layout.describe(params)}
         known = [dataclasses.replace(leaf, path=leaf.path.removeprefix("params/")) for leaf in leaves if leaf.path in ours]
         specs.check_rules([leaf.path for leaf in known], self.rules)
         return layout.place_state(self, known, state)

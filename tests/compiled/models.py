@@ -48,7 +48,8 @@ class Transformer(nn.Module):
         x = embed(tokens)
         block = nn.remat(Block, prevent_cse=not self.scanned, policy=self.policy) if self.remat else Block
         if self.scanned:
-            x, _ = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers)(name="blocks")(x, None)
+            layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers)
+            x, _ = layers(name="blocks")(x, None)
         else:
             for i in range(self.layers):
                 x, _ = block(name=f"block_{i}")(x)

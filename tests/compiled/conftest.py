@@ -1,0 +1,18 @@
+"""The GPU compiler's tests import the models beside them."""
+
+import pathlib
+import sys
+
+import jax
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_compilation_cache():
+    """Programs for devices that are not there can be written to the cache, but not be read back."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", enabled)

@@ -1,0 +1,85 @@
+"""Compiles a training step for GPUs that are not there, and says what ZeRO expects of it."""
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import models
+import optax
+
+import zerojax as zj
+from zerojax import hlo, theory, topology
+from zerojax.layout import path_of
+
+LARGE = 64 * 1024  # bytes; smaller collectives are those of scalars, and of leaves left whole
+ITEMSIZE = {"bfloat16": 2, "float32": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One program: a model of `models.CASES`, a policy, and the batch per device and microbatch."""
+
+    case: str
+    stage: int
+    way: str
+    accumulate: int = 1
+    replicas: int = 1
+    reduce: str = "bfloat16"
+    topology: str = "h200:1x8"
+    rows: int = 1
+
+    def __str__(self):
+        return "-".join(str(v) for v in dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What came out."""
+
+    spec: Spec
+    mesh: dict[str, int]
+    params: Any
+    collectives: tuple[hlo.Collective, ...]
+    text: str
+    memory: Any
+    batch_bytes: int
+
+    def large(self, kind: str) -> list[tuple[hlo.Collective, hlo.Shape]]:
+        return [(c, s) for c in self.collectives for s in c.shapes if c.kind == kind and s.bytes >= LARGE]
+
+    def wire(self, kind: str) -> float:
+        return sum(c.wire(s) for c, s in self.large(kind))
+
+
+def nbytes(tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@functools.lru_cache(maxsize=4)
+def program(spec: Spec) -> Program:
+    mesh = zj.make_mesh(topology=spec.topology, replica=spec.replicas)
+    case, tx = models.CASES[spec.case](), optax.adam(1e-3)
+    zero = zj.Zero(mesh, spec.stage, gradients=spec.way, precision=zj.Precision(compute="bfloat16", reduce=spec.reduce))
+    state, batch = zero.abstract(case.init, tx, *case.example), case.batch(mesh.size * spec.accumulate * spec.rows)
+    step = zero.train_step(case.loss, tx, accumulate=spec.accumulate, compiler_options=topology.COMPILER_OPTIONS)
+    compiled = step.lower(state, batch).compile()
+    text = compiled.as_text()
+    return Program(spec, dict(mesh.shape), state.params, hlo.collectives(text), text, compiled.memory_analysis(), nbytes(batch))
+
+
+def expected(p: Program) -> dict[str, float]:
+    """Bytes each device sends, by kind, from `theory.wire` for each sharded parameter."""
+    again, shards, replicas = models.CASES[p.spec.case]().again, p.mesh["data"], p.spec.replicas
+    out = {"all-gather": 0.0, "reduce-scatter": 0.0, "all-reduce": 0.0}
+    for path, x in jax.tree.leaves_with_path(p.params):
+        if x.sharding.is_fully_replicated:
+            continue
+        wire = theory.wire(p.spec.stage, p.spec.accumulate, per_device=p.spec.way == "per_device",
+                           regathered=bool(re.match(again, path_of(path))))
+        reduced = x.size * wire.reduced * ITEMSIZE[p.spec.reduce]
+        out["all-gather"] += x.size * wire.gathered * 2 * (shards - 1) / shards
+        out["reduce-scatter"] += reduced * (shards - 1) / shards
+        out["all-reduce"] += reduced / shards * 2 * (replicas - 1) / replicas
+    return out

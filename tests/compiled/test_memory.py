@@ -1,0 +1,63 @@
+"""What the compiled step keeps beside its arguments."""
+
+import jax
+import models
+import optax
+import pytest
+import reference
+from harness import Spec, program
+
+import zerojax as zj
+from zerojax import hlo, topology
+
+SIZES = [{"width": 512, "layers": 4, "vocab": 8192}, pytest.param({"width": 2048, "layers": 8, "vocab": 32000}, marks=pytest.mark.slow)]
+
+
+def _lowered(model, way, rows=8, seq=None):
+    zero = zj.Zero(zj.make_mesh(topology="h200:1x8"), 3, gradients=way, precision=zj.Precision(compute="bfloat16"))
+    case, tx = models.language(model), optax.adam(1e-3)
+    state = zero.abstract(case.init, tx, *case.example)
+    batch = jax.ShapeDtypeStruct((rows, seq or models.SEQ), "int32")
+    return zero, state, batch, zero.train_step(case.loss, tx).lower(state, batch)
+
+
+def _compile(lowered):
+    return lowered.compile(compiler_options=topology.COMPILER_OPTIONS)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: str(s["width"]))
+def test_stage_3_needs_no_more_than_fsdp_by_hand(size):
+    model = models.Transformer(**size)
+    seq = size["width"]
+    zero, state, batch, ours = _lowered(model, "global", seq=seq)
+    by_hand = _compile(reference.lower(zero.mesh, state, batch))
+    assert {c.kind for c in hlo.collectives(by_hand.as_text()) if c.bytes > 2**20} == {"all-gather", "reduce-scatter"}
+    most = by_hand.memory_analysis().temp_size_in_bytes
+    assert _compile(ours).memory_analysis().temp_size_in_bytes <= most
+    assert _compile(_lowered(model, "per_device", seq=seq)[3]).memory_analysis().temp_size_in_bytes <= most
+
+
+def _stacked_weights(text):
+    """Buffers of every layer's whole `up` or `down` matrix, in the compute dtype."""
+    wanted = sorted((models.LAYERS, models.WIDTH, 4 * models.WIDTH))
+    return [s for s in hlo.shapes(text) if s.dtype == "bf16" and sorted(s.dims) == wanted]
+
+
+@pytest.mark.parametrize("way", ["global", "per_device"])
+def test_regather_keeps_gathered_weights_out_of_the_residuals(way):
+    model = models.Transformer(policy=zj.policies.regather())
+    compiled = _compile(_lowered(model, way)[3])
+    assert _stacked_weights(compiled.as_text()) == []
+    gathers = [c for c in hlo.collectives(compiled.as_text()) if c.kind == "all-gather" and c.trips == models.LAYERS]
+    assert len({c.computation for c in gathers}) == 2  # forward loop and backward loop
+
+
+def test_a_policy_that_saves_everything_saves_them_too():
+    """What `regather` is for; and that the test above would see it."""
+    model = models.Transformer(policy=jax.checkpoint_policies.everything_saveable)
+    assert _stacked_weights(_compile(_lowered(model, "global")[3]).as_text()) != []
+
+
+def test_stages_need_less_memory_one_after_the_other():
+    temp = [program(Spec("scanned", stage, "per_device", 4)).memory.temp_size_in_bytes for stage in (1, 2, 3)]
+    assert temp[0] > temp[1] > temp[2]

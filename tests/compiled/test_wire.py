@@ -1,0 +1,84 @@
+"""Exactly ZeRO: every collective of the compiled step is one that ZeRO has, moves what it should, and as often."""
+
+import itertools
+
+import jax
+import pytest
+from harness import LARGE, Program, Spec, expected, program
+
+HLO_NAME = {"bfloat16": "bf16", "float32": "f32"}
+
+DEFAULT = [
+    Spec("scanned", 3, "global"),
+    Spec("scanned", 3, "per_device", 4, reduce="float32"),
+    Spec("scanned", 2, "global", 4),
+    Spec("scanned", 2, "per_device"),
+    Spec("scanned", 1, "per_device", 4),
+    Spec("scanned", 1, "global"),
+    Spec("scanned", 3, "per_device", topology="h200:8x8"),
+    Spec("scanned", 3, "per_device", replicas=2, reduce="float32", topology="h200:2x8"),
+    Spec("scanned", 3, "global", replicas=2, topology="h200:2x8", rows=8),
+    Spec("unrolled", 3, "global", 4),
+    Spec("unrolled", 1, "per_device", reduce="float32"),
+    Spec("tied", 3, "global", 4),
+    Spec("tied", 2, "global"),
+    Spec("tied", 3, "per_device"),
+    Spec("rnn", 3, "global"),
+    Spec("rnn", 3, "per_device", 4),
+    Spec("rnn", 2, "global", 4),
+    Spec("rnn", 1, "per_device", 4, replicas=2, topology="h200:2x8"),
+    Spec("resnet", 3, "global", 4),
+    Spec("resnet", 2, "global"),
+    Spec("resnet", 3, "global", topology="h200:8x8"),
+    Spec("nnx", 3, "per_device"),
+    Spec("nnx", 3, "global", 4),
+    Spec("nnx", 2, "per_device", 4),
+]
+BOTH = ("global", "per_device")
+WAYS = {"resnet": ("global",)}
+ALL = [Spec(case, stage, way, a, topology=t) for case in ("scanned", "unrolled", "tied", "rnn", "resnet", "nnx")
+       for stage, way, a, t in itertools.product((1, 2, 3), WAYS.get(case, BOTH), (1, 4), ("h200:1x8", "h200:8x8"))]
+SPECS = DEFAULT + [pytest.param(s, marks=pytest.mark.slow) for s in ALL if s not in DEFAULT]
+
+
+@pytest.fixture(params=SPECS, ids=str, scope="module")
+def compiled(request) -> Program:
+    return program(request.param)
+
+
+def test_bytes_on_the_wire_are_zeros(compiled):
+    for kind, bytes in expected(compiled).items():
+        if kind == "all-reduce" and compiled.spec.replicas == 1:
+            continue
+        assert compiled.wire(kind) == pytest.approx(bytes, rel=0.02), kind
+
+
+def test_gathers_move_the_compute_dtype_and_reductions_the_reduce_dtype(compiled):
+    assert {s.dtype for _, s in compiled.large("all-gather")} == {"bf16"}
+    reduce = HLO_NAME[compiled.spec.reduce]
+    assert {s.dtype for kind in ("reduce-scatter", "all-reduce") for _, s in compiled.large(kind)} == {reduce}
+
+
+def test_each_runs_over_the_axis_it_should(compiled):
+    assert {c.axes(compiled.mesh) for kind in ("all-gather", "reduce-scatter") for c, _ in compiled.large(kind)} == {("data",)}
+    over = {c.axes(compiled.mesh) for c, _ in compiled.large("all-reduce")}
+    assert over == ({("replica",)} if compiled.spec.replicas > 1 else set())
+
+
+def test_nothing_but_parameters_is_moved(compiled):
+    """Activations and tokens would be of other sizes; a resharded batch would be integers, or an all-to-all."""
+    sizes = {n for x in jax.tree.leaves(compiled.params) for n in (x.size, x.size // x.shape[0])}
+    moved = [pair for kind in ("all-gather", "reduce-scatter") for pair in compiled.large(kind)]
+    assert [(c.kind, s.dims) for c, s in moved if s.elements not in sizes] == []
+    assert [c.name for c in compiled.collectives if c.kind in ("all-to-all", "collective-permute")] == []
+    assert [c.name for c in compiled.collectives for s in c.shapes if s.dtype in ("s32", "u32") and s.dims] == []
+
+
+def test_arguments_are_a_shard_of_the_state(compiled):
+    leaves = jax.tree.leaves(compiled.params)
+    whole = sum(x.size for x in leaves if x.sharding.is_fully_replicated)
+    sharded = sum(x.size for x in leaves) - whole
+    devices = compiled.mesh["data"] * compiled.spec.replicas
+    state = compiled.memory.argument_size_in_bytes - compiled.batch_bytes / devices - 12 * whole
+    assert state == pytest.approx(12 * sharded / compiled.mesh["data"], rel=0.02, abs=LARGE)
+    assert compiled.memory.alias_size_in_bytes >= 0.98 * 12 * sharded / compiled.mesh["data"]  # donated

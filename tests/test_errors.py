@@ -1,0 +1,136 @@
+"""What bad input gets: the error's class, what was given, the numbers, and what to write instead."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import zerojax as zj
+
+TX = optax.sgd(0.1)
+X = np.ones((16, 8), np.float32)
+
+
+def _mesh():
+    return zj.make_mesh(devices=jax.devices()[:8])
+
+
+def _zero(**settings):
+    return zj.Zero(_mesh(), **{"min_shard": 1, **settings})
+
+
+def _state(zero, shape=(8, 16)):
+    return zero.init(lambda: {"w": jnp.ones(shape)}, TX)
+
+
+def _step(loss, zero=None, shape=(8, 16), batch=X, **options):
+    zero = zero or _zero()
+    return zero.train_step(loss, TX, **options)(_state(zero, shape), batch)
+
+
+def _mean(p, x):
+    return (x @ p["w"]).mean()
+
+
+def _constrains(p, x):
+    h = jax.lax.with_sharding_constraint(x @ p["w"], NamedSharding(_mesh(), P("data")))
+    return zj.Loss(h.sum(), x.shape[0])
+
+
+def _writes_state(variables, x):
+    y, new = nn.BatchNorm(use_running_average=False).apply(variables, x, mutable=["batch_stats"])
+    return zj.Loss((y ** 2).sum(), y.size, model_state=new)
+
+
+def _slices(p, x):
+    return jax.lax.scan(lambda c, w: (c + w.sum(), None), jnp.float32(0), p["w"])[0] + x.sum()
+
+
+def _batch_norm_per_device():
+    zero, norm = _zero(gradients="per_device"), nn.BatchNorm(use_running_average=False)
+    return zero.train_step(_writes_state, TX)(zero.init(norm.init, TX, jax.random.key(0), X), X)
+
+
+MIXED = zj.Precision(compute="bfloat16", reduce="float32")
+AUTO = (AxisType.Auto,)
+
+# name: (what provokes it, its class, words of its text)
+ERRORS = {
+    "stage": (lambda: zj.Zero(_mesh(), 4), zj.PolicyError, ["stage=4", "0 (all whole)", "3 (parameters too)"]),
+    "dtype": (lambda: zj.Precision(compute="bf61"), zj.PolicyError, ["compute='bf61'", "perhaps 'bfloat16'"]),
+    "gradients": (lambda: _zero(gradients="both"), zj.PolicyError, ["gradients='both'", '"per_device"', '"global"']),
+    "explicit axes": (lambda: zj.Zero(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:8])),
+                      zj.PolicyError, ["['data'] are not of type Auto", "zj.make_mesh()"]),
+    "mesh without the axis": (lambda: zj.Zero(jax.make_mesh((8,), ("x",), axis_types=AUTO, devices=jax.devices()[:8])),
+                              zj.PolicyError, ["('x',)", "['data']", "Zero(mesh, axis=('x',))"]),
+    "replicas": (lambda: zj.make_mesh(devices=jax.devices()[:8], replica=3),
+                 zj.PolicyError, ["replica=3", "8 devices", "divisor of 8"]),
+    "batch": (lambda: _step(_mean, accumulate=3),
+              zj.BatchError, ["16 examples", "8 devices x 3 microbatches = 24", "batches of 24"]),
+    "batch of scalars": (lambda: _step(_mean, batch=np.float32(1)), zj.BatchError, ["batch has no dimension"]),
+    "batch uneven": (lambda: _step(lambda p, b: _mean(p, b["x"]), batch={"x": X, "y": X[:8]}),
+                     zj.BatchError, ["differ", "16", "8"]),
+    "accumulate": (lambda: _zero().train_step(_mean, TX, accumulate=0), zj.PolicyError, ["accumulate=0"]),
+    "clip_norm": (lambda: _zero().train_step(_mean, TX, clip_norm=-1.0), zj.PolicyError, ["clip_norm=-1.0"]),
+    "loss a vector": (lambda: _step(lambda p, x: (x @ p["w"]).mean(0)), zj.LossError, ["shape (16,)", "loss.mean()"]),
+    "loss an integer": (lambda: _step(lambda p, x: _mean(p, x).astype(int)), zj.LossError, ["int32", "floating"]),
+    "loss a tuple": (lambda: _step(lambda p, x: (_mean(p, x), 1)), zj.LossError, ["is a tuple", "aux="]),
+    "weight 0": (lambda: _step(lambda p, x: zj.Loss(_mean(p, x), 0)), zj.LossError, ["Loss.weight is 0", "number of examples"]),
+    "weight a vector": (lambda: _step(lambda p, x: zj.Loss(_mean(p, x), jnp.ones(3))), zj.LossError, ["shape (3,)", "mask.sum()"]),
+    "aux a vector": (lambda: _step(lambda p, x: zj.Loss(_mean(p, x), 1, {"a": jnp.ones(3)})),
+                     zj.LossError, ["Loss.aux['a']", "(3,)"]),
+    "nothing to train": (lambda: _zero().init(lambda: {"w": jnp.ones(8, int)}, TX), zj.ModelError, ["nothing to train"]),
+    "rule fits nothing": (lambda: _state(_zero(rules={"v.*": P("data")})), zj.LayoutError, ["'v.*'", "none of 1", "nearest are w"]),
+    "rule does not divide": (lambda: _state(_zero(rules={"w": P("data")}), (9, 16)),
+                             zj.LayoutError, ["(9, 16)", "dimension 0 of 9", "by 8"]),
+    "rule too long": (lambda: _state(_zero(rules={"w": P(None, None, "data")})), zj.LayoutError, ["3 dimensions", "has 2"]),
+    "rule of no axis": (lambda: _state(_zero(rules={"w": P("fsdp")})), zj.LayoutError, ["['fsdp']", "('data',)"]),
+    "scan over the shards": (lambda: _step(_slices, shape=(8, 3, 3)),
+                             zj.LayoutError, ["w: a scan", "dimension 0", "Zero(rules={'w'"]),
+    "fp32 reduction of one loss": (lambda: _step(_mean, _zero(precision=MIXED)), zj.PolicyError,
+                                   ["reduce='float32'", "bare mean", "zj.Loss(total, weight)", "reduce='bfloat16'"]),
+    "state per device": (_batch_norm_per_device, zj.PolicyError, ["per_device", "model state", 'gradients="global"']),
+    "constraints per device": (lambda: _step(_constrains, _zero(gradients="per_device")),
+                               zj.PolicyError, ["['data']", 'gradients="global"']),
+    "lax on a box": (lambda: _step(lambda p, x: jax.lax.dot(x, p["w"]).sum()), zj.ModelError, ["arrays only", "zj.gather"]),
+    "other optimizer": (lambda: _zero().train_step(_mean, optax.adam(1.0))(_state(_zero()), X),
+                        zj.ModelError, ["another optimizer", "mu/w"]),
+    "not a state": (lambda: _zero().train_step(_mean, TX)({"w": X}, X), zj.ModelError, ["zero.init", "dict", "zero.jit"]),
+    "unknown gpu": (lambda: zj.make_mesh(topology="h20:1x8"), zj.PolicyError, ["'h20'", "h200"]),
+    "topology shape": (lambda: zj.make_mesh(topology="h200:8"), zj.PolicyError, ["hosts x GPUs", "h200:8x8"]),
+    "feed": (lambda: list(zj.feed([X[:12]], _zero())), zj.BatchError, ["12 examples", "8 devices"]),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_says_what_was_given_and_what_to_write(name):
+    provoke, kind, words = ERRORS[name]
+    with pytest.raises(kind) as caught:
+        provoke()
+    assert isinstance(caught.value, zj.ZeroError) and isinstance(caught.value, (ValueError, RuntimeError))
+    assert [w for w in words if w not in str(caught.value)] == [], str(caught.value)
+
+
+def test_nothing_is_half_done():
+    """A refused batch leaves the state usable: donation happens only when the step runs."""
+    zero = _zero()
+    step, state = zero.train_step(_mean, TX), _state(zero)
+    with pytest.raises(zj.BatchError):
+        step(state, X[:3])
+    state, metrics = step(state, X)
+    assert int(state.step) == 1 and np.isfinite(metrics["loss"])
+
+
+def test_a_tree_that_is_not_the_parameters():
+    zero = _zero()
+    state = zero.create(lambda: {"params": {"w": jnp.ones((8, 16))}, "other": {"v": jnp.ones((8, 16))}})
+    with pytest.raises(zj.ModelError, match=r"differ at v, w; write zero\.view\(state\.params\)"):
+        zero.jit(lambda state, x: (x @ zero.view(state["other"])["v"]).mean(), donate=False)(state, X)
+
+
+def test_constraints_choose_one_loss():
+    assert np.isfinite(_step(_constrains)[1]["loss"])

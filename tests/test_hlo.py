@@ -1,0 +1,83 @@
+"""HLO text to collectives, on text in every spelling seen from jax 0.10 to 0.12."""
+
+import pytest
+
+from zerojax import hlo
+
+MESH = {"replica": 2, "data": 4}
+OVER_DATA = ((0, 1, 2, 3), (4, 5, 6, 7))
+OVER_REPLICA = ((0, 4), (1, 5), (2, 6), (3, 7))
+
+SPELLINGS = [
+    ("replica_groups={{0,1,2,3},{4,5,6,7}}, use_global", OVER_DATA),
+    ("replica_groups=[2,4]<=[8], dimensions={0}", OVER_DATA),
+    ("replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}", OVER_REPLICA),
+    ("replica_groups=mesh['replica'=2,'data'=4] {'data'}, use", OVER_DATA),
+    ("replica_groups=mesh['replica'=2,'data'=4] {'replica'}, use", OVER_REPLICA),
+    ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}, use", OVER_DATA),
+    ("replica_groups=mesh['a'=8] {'a':(2)4}, use", OVER_DATA),
+    ("replica_groups=mesh['a'=8] {'a':(1)2}, use", OVER_REPLICA),
+    ("replica_groups={}, to_apply", (tuple(range(8)),)),
+]
+
+
+@pytest.mark.parametrize("text, expected", SPELLINGS)
+def test_groups_of_every_spelling(text, expected):
+    assert {frozenset(g) for g in hlo.groups(text, 8)} == {frozenset(g) for g in expected}
+
+
+PROGRAM = """\
+HloModule jit_step, num_partitions=8
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], bf16[64,8])) -> (s32[], bf16[64,8]) {
+  %x = bf16[16,8]{1,0} get-tuple-element(%p), index=1
+  %ag = ((bf16[16,8]{1,0}), bf16[64,8]{1,0}) all-gather-start(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}, METADATA
+  ROOT %agd = bf16[64,8]{1,0} all-gather-done(%ag)
+}
+
+%cond (p: (s32[], bf16[64,8])) -> pred[] {
+  ROOT %lt = pred[] constant(true)
+}
+
+ENTRY %main (w: bf16[16,8]) -> f32[2,8] {
+  %loop = (s32[], bf16[64,8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %rs = f32[16,8]{1,0} reduce-scatter(%g), channel_id=2, replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%sum
+  ROOT %ar = f32[2,8]{1,0} all-reduce(%rs), channel_id=3, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%sum
+}
+"""
+PROGRAM = PROGRAM.replace("METADATA", 'metadata={op_name="jit(step)/layer/gather" source_file="m.py" source_line=7}')
+
+
+def test_collectives_of_a_program():
+    gather, scatter, reduce = hlo.collectives(PROGRAM)
+    assert (gather.kind, gather.trips, gather.asynchronous, gather.axes(MESH)) == ("all-gather", 5, True, ("data",))
+    assert gather.shapes == (hlo.Shape("bf16", (64, 8)),)
+    assert (gather.op_name, gather.source) == ("jit(step)/layer/gather", "m.py:7")
+    assert (scatter.kind, scatter.trips, scatter.shapes[0].dims) == ("reduce-scatter", 1, (64, 8))
+    assert (reduce.axes(MESH), reduce.size) == (("replica",), 2)
+
+
+def test_wire_bytes_are_the_ring_algorithms():
+    gather, scatter, reduce = hlo.collectives(PROGRAM)
+    assert gather.wire_bytes == 64 * 8 * 2 * 3 / 4 * 5
+    assert scatter.wire_bytes == 64 * 8 * 4 * 3 / 4
+    assert reduce.wire_bytes == 2 * 2 * 8 * 4 / 2
+
+
+def test_groups_that_are_no_axes_have_none():
+    odd = PROGRAM.replace("{{0,4},{1,5},{2,6},{3,7}}", "{{0,5},{1,4},{2,6},{3,7}}")
+    assert hlo.collectives(odd)[-1].axes(MESH) is None
+
+
+def test_a_loop_inside_a_loop_multiplies():
+    outer = PROGRAM.replace("ENTRY %main", """%outer (p: s32[]) -> s32[] {
+  ROOT %w = (s32[]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+}
+
+ENTRY %main""").replace("condition=%cond, body=%body, backend_config={\"known_trip_count\":{\"n\":\"5\"}}",
+                        "condition=%cond, body=%outer, backend_config={\"known_trip_count\":{\"n\":\"5\"}}")
+    assert hlo.collectives(outer)[0].trips == 15
