@@ -143,7 +143,7 @@ def stacked(jaxpr) -> list[int | None]:
     """For each result of an init: the dimension along which a scan stacked it, or None.
 
     >>> import jax
-    >>> init = lambda key: jax.lax.scan(lambda c, _: (c, jnp.ones((3,))), 0, length=4)[1]
+    >>> init = lambda seed: jax.lax.scan(lambda c, _: (c + 1, jax.numpy.full((3,), c)), seed, length=4)[1]
     >>> stacked(jax.make_jaxpr(init)(0))
     [0]
     """

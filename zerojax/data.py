@@ -63,7 +63,7 @@ def feed(batches: Iterable, zero: Policy, *, prefetch: int = 2) -> Iterator:
     >>> import numpy as np, zerojax as zj
     >>> zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:2]))
     >>> [b.sharding.spec for b in zj.feed([np.zeros((4, 3))], zero)]
-    [PartitionSpec('data',)]
+    [P('data',)]
     """
     target = sharding(zero)
     queue = collections.deque()

@@ -54,7 +54,7 @@ def full(spec: Sequence, ndim: int) -> P:
     """`spec` with one entry a dimension.
 
     >>> full(P("data"), 3)
-    PartitionSpec('data', None, None)
+    P('data', None, None)
     """
     return P(*spec, *[None] * (ndim - len(spec)))
 
@@ -86,7 +86,7 @@ def shard(leaf: Leaf, axes: tuple[str, ...], n: int, min_shard: int) -> Placemen
       min_shard: a leaf of fewer elements stays whole.
 
     >>> shard(Leaf("w", (24, 1000, 4000), "float32", P(None, None, None), scanned=0), ("data",), 8, 1).spec
-    PartitionSpec(None, None, 'data')
+    P(None, None, 'data')
     """
     if n == 1 or leaf.size < min_shard:
         why = "one device" if n == 1 else f"{leaf.size} elements, fewer than min_shard={min_shard}"

@@ -80,7 +80,8 @@ def survey(policy: Policy, init_fn, args) -> Model:
     jaxpr, params = jax.make_jaxpr(traced, return_shape=True)(*args)
     if not jax.tree.leaves(params):
         kind = type(found["kind"]).__name__
-        raise ModelError(f"init_fn returned a model ({kind}) without a floating array: there is nothing to train. Return the parameters, as model.init(key, x) or a module.")
+        raise ModelError(f"init_fn returned a model ({kind}) without a floating array: there is nothing to train. "
+                         "Return the parameters, as model.init(key, x) or a module.")
     bases = [known_axes(policy, base) for base in found["bases"]]
     leaves = layout.describe(params, bases, census.stacked(jaxpr))
     specs.check_rules([leaf.path for leaf in leaves], policy.rules)

@@ -40,7 +40,7 @@ class Zero(Policy):
     >>> zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:2]), stage=3, min_shard=1)
     >>> state = zero.init(lambda: {"w": jnp.ones((4, 2))}, optax.sgd(0.1))
     >>> state.params["w"].sharding.spec
-    PartitionSpec('data',)
+    P('data',)
     >>> step = zero.train_step(lambda params, x: (x @ params["w"]).mean(), optax.sgd(0.1))
     >>> state, metrics = step(state, jnp.ones((8, 4)))
     >>> float(metrics["loss"])

@@ -10,7 +10,8 @@ from harness import Spec, program
 import zerojax as zj
 from zerojax import hlo, topology
 
-SIZES = [{"width": 512, "layers": 4, "vocab": 8192}, pytest.param({"width": 2048, "layers": 8, "vocab": 32000}, marks=pytest.mark.slow)]
+SIZES = [{"width": 512, "layers": 4, "vocab": 8192},
+         pytest.param({"width": 2048, "layers": 8, "vocab": 32000}, marks=pytest.mark.slow)]
 
 
 def _lowered(model, way, rows=8, seq=None):
