@@ -20,8 +20,8 @@ def make_mesh(*, replica: int = 1, devices=None, topology=None) -> Mesh:
     Raises:
       PolicyError: the number of devices does not divide by `replica`.
 
-    >>> make_mesh(devices=jax.devices()[:1]).shape
-    OrderedDict({'data': 1})
+    >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
+    {'data': 1}
     """
     if topology is not None:
         from zerojax import topology as absent  # needs a plugin that training does not
