@@ -11,43 +11,45 @@ def _as_loss(result):
     return result if isinstance(result, zj.Loss) else zj.Loss(result, 1.0)
 
 
-def _cast(tree, dtype):
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
-
-
-def _microbatch(batch, index, accumulate):
-    return jax.tree.map(lambda x: x[index::accumulate], batch)
-
-
-def _step(model, tx, accumulate, clip_norm, compute):
+def _gradients(model, compute, scale):
     def total(params, state, batch):
-        loss = _as_loss(model.loss(model.join(_cast(params, compute), state), batch))
-        return jnp.float32(loss.total), loss
+        cast = jax.tree.map(lambda x: x.astype(compute), params)
+        loss = _as_loss(model.loss(model.join(cast, state), batch))
+        return jnp.float32(loss.total) * scale / jax.lax.stop_gradient(loss.weight), loss
 
     @jax.jit
-    def step(params, state, opt_state, batch):
-        parts = []
-        for i in range(accumulate):
-            grads, loss = jax.grad(total, has_aux=True)(params, state, _microbatch(batch, i, accumulate))
-            state = state if loss.model_state is None else loss.model_state
-            parts.append((grads, jnp.float32(loss.total), jnp.float32(loss.weight)))
-        grads, value, weight = jax.tree.map(lambda *xs: sum(xs), *parts)
-        grads = jax.tree.map(lambda g: g / weight, grads)
+    def gradients(params, state, batch):
+        """(gradient of the total, the new state, total, weight)."""
+        grads, loss = jax.grad(total, has_aux=True)(params, state, batch)
+        grads = jax.tree.map(lambda g: g * (loss.weight / scale), grads)
+        return grads, state if loss.model_state is None else loss.model_state, loss.total, jnp.float32(loss.weight)
+
+    return gradients
+
+
+def _update(tx, clip_norm):
+    @jax.jit
+    def update(grads, opt_state, params):
         if clip_norm:
-            norm = optax.global_norm(grads)
+            norm = jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip_norm / norm), grads)
         updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), state, opt_state, value / weight
+        return optax.apply_updates(params, updates), opt_state
 
-    return step
+    return update
 
 
-def train(model, tx, batches, *, accumulate=1, clip_norm=None, compute="float32"):
-    """(params, model state, losses) of a zoo model after one step a batch."""
+def train(model, tx, batches, *, accumulate=1, clip_norm=None, compute="float32", scale=1.0):
+    """(params, model state, losses) of a zoo model after one step a batch; float16 needs a loss scale."""
     params, state = model.split(jax.jit(model.init)() if model.jits else model.init())
+    gradients, update = _gradients(model, compute, scale), _update(tx, clip_norm)
     opt_state, losses = tx.init(params), []
-    step = _step(model, tx, accumulate, clip_norm, compute)
     for batch in batches:
-        params, state, opt_state, loss = step(params, state, opt_state, batch)
-        losses.append(loss)
+        sums = []
+        for i in range(accumulate):  # microbatch i: examples i, i + accumulate, ...
+            grads, state, *counts = gradients(params, state, jax.tree.map(lambda x, i=i: x[i::accumulate], batch))
+            sums.append((grads, *counts))
+        grads, total, weight = jax.tree.map(lambda *xs: sum(xs), *sums)
+        params, opt_state = update(jax.tree.map(lambda g, w=weight: g / w, grads), opt_state, params)
+        losses.append(total / weight)
     return params, state, losses

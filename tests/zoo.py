@@ -15,7 +15,7 @@ from flax import nnx
 
 import zerojax as zj
 
-VOCAB, WIDTH, SEQ, LAYERS = 64, 32, 8, 2
+VOCAB, WIDTH, SEQ, LAYERS = 64, 32, 8, 2  # attention has no biases: softmax ignores the keys', whose gradient is all rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _=None):
         h = nn.LayerNorm()(x)
-        x = x + nn.MultiHeadDotProductAttention(2)(h, mask=nn.make_causal_mask(jnp.zeros(x.shape[:2])))
+        x = x + nn.MultiHeadDotProductAttention(2, use_bias=False)(h, mask=nn.make_causal_mask(jnp.zeros(x.shape[:2])))
         return x + nn.Dense(WIDTH, name="down")(nn.gelu(nn.Dense(4 * WIDTH, name="up")(nn.LayerNorm()(x)))), None
 
 
@@ -110,7 +110,7 @@ class ResNet(nn.Module):
 class NnxBlock(nnx.Module):
     def __init__(self, rngs):
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.attend = nnx.MultiHeadAttention(2, WIDTH, decode=False, rngs=rngs)
+        self.attend = nnx.MultiHeadAttention(2, WIDTH, decode=False, use_bias=False, rngs=rngs)
         self.up, self.down = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs), nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
         self.dropout = nnx.Dropout(0.0, rngs=rngs)
 
@@ -141,7 +141,7 @@ class Affine:
     name: str = dataclasses.field(default="affine", metadata={"static": True})
 
     def __call__(self, x):
-        return x @ self.weight.T + self.bias
+        return x @ self.weight.T + self.bias[None]
 
 
 def _matrix(seed, *shape):
@@ -214,7 +214,8 @@ MODELS = {
     "nnx": _nnx,
     "matrices": lambda: _tree(lambda: {"a": _matrix(1, WIDTH, 64), "b": _matrix(2, 64, WIDTH)},
                               lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]),
-    "scanned_matrices": lambda: _tree(lambda: {"layers": _matrix(1, 3, WIDTH, WIDTH), "out": _matrix(2, WIDTH, 40)}, _scan_matrices),
+    "scanned_matrices": lambda: _tree(lambda: {"layers": _matrix(1, 3, WIDTH, WIDTH), "out": _matrix(2, WIDTH, 40)},
+                                      _scan_matrices),
     "dataclass": lambda: _tree(lambda: [Affine(_matrix(1, 64, WIDTH), jnp.zeros(64)), Affine(_matrix(2, 40, 64), jnp.zeros(40))],
                                lambda p, x: p[1](jnp.tanh(p[0](x)))),
     "equinox": _equinox,

@@ -193,7 +193,7 @@ class EvalStep:
         _check_state(state)
         data.check(self.policy, batch)
         batch = jax.lax.with_sharding_constraint(batch, data.sharding(self.policy))
-        aim, params, rng = objective(self.loss_fn, state), jax.tree.leaves(state.params), jax.random.fold_in(state.rng, -1)
+        aim, params, rng = objective(self.loss_fn, state), jax.tree.leaves(state.params), jax.random.fold_in(state.rng, 0xFFFFFFFF)
         reads = gradients.study(self.policy, aim, params, state.model_state, batch, rng).reads
         places = [layout.place(self.policy, leaf) for leaf in aim.leaves]
         readers = gradients.readers(self.policy, aim.leaves, places, reads, False)

@@ -1,0 +1,106 @@
+"""A training loop of the user's own under `zero.jit`, with `zero.view` where the loss reads the parameters."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+import zoo
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import zerojax as zj
+
+
+def _zero(stage, **settings):
+    return zj.Zero(zj.make_mesh(devices=jax.devices()[:8]), stage, min_shard=1, **settings)
+
+
+def _tokens():
+    return [np.random.default_rng(i).integers(0, zoo.VOCAB, (16, zoo.SEQ), np.int32) for i in range(5)]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("make", [zoo.Recurrent, zoo.Transformer, lambda: zoo.Transformer(tied=True, remat=True)],
+                         ids=["rnn", "scanned", "tied"])
+def test_flax_train_state_equals_one_device(stage, make, lowerings):
+    net, tx, zero = make(), zoo.OPTIMIZERS["adamw"](), _zero(stage)
+    judged = zoo._linen(net, zoo.mean_tokens, zoo._tokens)
+    theirs, _, losses = oracle.train(judged, tx, _tokens())
+    state = zero.create(lambda: TrainState.create(apply_fn=net.apply, params=judged.init()["params"], tx=tx))
+    rest = jax.tree.map(lambda x: x.sharding, state)
+
+    @zero.jit
+    def train_step(state, tokens):
+        loss = lambda params: zoo.mean_tokens(state.apply_fn({"params": zero.view(params)}, tokens), tokens)
+        value, grads = jax.value_and_grad(loss)(state.params)
+        return state.apply_gradients(grads=grads), value
+
+    ours, counts = [], []
+    for tokens in zj.feed(_tokens(), zero):
+        before = len(lowerings)
+        state, value = train_step(state, tokens)
+        counts.append(len(lowerings) - before)
+        ours.append(float(value))
+    assert counts[1:] == [0] * 4, "compiles once"
+    assert jax.tree.map(lambda x: x.sharding, state) == rest
+    np.testing.assert_allclose(ours, losses, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_nnx_in_a_loop_of_ones_own(stage):
+    zero, tx, x = _zero(stage), optax.adam(1e-2), np.ones((8, 8), np.float32)
+    graphdef, _ = nnx.split(nnx.Linear(8, 16, rngs=nnx.Rngs(0)))
+
+    def make():
+        params = nnx.to_pure_dict(nnx.split(nnx.Linear(8, 16, rngs=nnx.Rngs(0)))[1])
+        return {"params": params, "opt_state": tx.init(params)}
+
+    def mean(params, x):
+        return (nnx.merge(graphdef, params)(x) ** 2).mean()
+
+    def update(state, x, see):
+        value, grads = jax.value_and_grad(lambda p: mean(see(p), x))(state["params"])
+        updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
+        return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}, value
+
+    step, plain = zero.jit(lambda s, x: update(s, x, zero.view)), jax.jit(lambda s, x: update(s, x, lambda p: p))
+    state, alone = zero.create(make), make()
+    assert state["params"]["kernel"].sharding.spec == jax.P(None, "data")
+    for _ in range(3):
+        (state, ours), (alone, theirs) = step(state, x), plain(alone, x)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    np.testing.assert_allclose(state["params"]["kernel"], alone["params"]["kernel"], atol=1e-6)
+
+
+def test_a_function_that_keeps_the_state_reads_it_without_donation():
+    zero, model = _zero(3), nn.Dense(16)
+    state = zero.create(lambda: {"params": model.init(jax.random.key(0), jnp.ones((1, 8)))["params"]})
+    predict = zero.jit(lambda state, x: model.apply({"params": zero.view(state["params"])}, x), donate=False)
+    x = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+    params = jax.tree.map(np.asarray, state["params"])
+    for _ in range(2):
+        np.testing.assert_allclose(predict(state, x), x @ params["kernel"] + params["bias"], rtol=1e-5, atol=1e-6)
+
+
+def test_the_state_lies_where_it_lay_whatever_stage_made_it():
+    """One checkpoint serves every stage: shardings follow the state that comes in."""
+    make = lambda: {"params": {"w": jnp.ones((8, 16))}}
+    loss = lambda zero: zero.jit(lambda s, x: {"params": {"w": s["params"]["w"] - jax.grad(
+        lambda p: (x @ zero.view(p)["w"]).mean())(s["params"])["w"]}})
+    whole, spread = _zero(0).create(make), _zero(3).create(make)
+    after = [loss(_zero(stage))(state, np.ones((8, 8), np.float32)) for stage, state in ((3, whole), (1, spread))]
+    assert after[0]["params"]["w"].sharding.is_fully_replicated
+    assert after[1]["params"]["w"].sharding.spec == jax.P(None, "data")
+    np.testing.assert_allclose(*(s["params"]["w"] for s in after), rtol=1e-6)
+
+
+def test_the_batch_is_checked_and_spread():
+    zero = _zero(3)
+    state = zero.create(lambda: {"params": {"w": jnp.ones((8, 16))}})
+    with pytest.raises(zj.BatchError, match="12 examples"):
+        zero.jit(lambda s, x: x.sum(), donate=False)(state, np.ones((12, 8)))
