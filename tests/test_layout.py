@@ -44,7 +44,7 @@ def test_small_and_indivisible_leaves_stay_whole_and_say_why():
     state = zero.init(lambda: {"odd": jnp.ones((9, 7)), "small": jnp.ones(8), "big": jnp.ones((16, 3))}, optax.sgd(1.0))
     reasons = {row.path: row.reason for row in zero.layout(state).rows}
     assert reasons["params/odd"] == "no free dimension of (9, 7) divides by 8"
-    assert reasons["params/small"] == "8 elements, fewer than min_shard=16"
+    assert reasons["params/small"] == "8 elements < min_shard=16"
     assert reasons["params/big"] == ""
     assert "P('data', None)" in str(zero.layout(state)) and "no free dimension of (9, 7)" in str(zero.layout(state))
 

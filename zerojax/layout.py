@@ -87,9 +87,10 @@ class Layout:
 
     def table(self, most: int = 40):
         """A `rich.table.Table` of the `most` largest leaves."""
+        from rich import box
         from rich.table import Table
 
-        table = Table("leaf", "shape", "dtype", "spec", "bytes/device", "whole because",
+        table = Table("leaf", "shape", "dtype", "spec", "bytes/device", "whole because", box=box.SIMPLE, title_justify="left",
                       title=f"{len(self.rows)} leaves, {self.bytes:,} bytes on each of {self.devices} devices")
         for row in sorted(self.rows, key=lambda r: -r.bytes)[:most]:
             table.add_row(row.path, str(row.shape), row.dtype, _short(row.spec), f"{row.bytes:,}", row.reason)
@@ -98,18 +99,21 @@ class Layout:
         return table
 
     def __str__(self) -> str:
-        return _render(self.table()).export_text()
+        return _recorded(self.table()).export_text()
 
     def _repr_html_(self) -> str:
-        return _render(self.table()).export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return _recorded(self.table()).export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
-def _render(table):
+def _recorded(table):
+    """A rich console with `table` on it, as wide as it needs: a path cut short names nothing."""
     import io
 
     from rich.console import Console
+    from rich.measure import Measurement
 
-    console = Console(record=True, width=150, file=io.StringIO())
+    wide = Console(width=1000)
+    console = Console(record=True, width=Measurement.get(wide, wide.options, table).maximum, file=io.StringIO())
     console.print(table)
     return console
 

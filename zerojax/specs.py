@@ -89,7 +89,7 @@ def shard(leaf: Leaf, axes: tuple[str, ...], n: int, min_shard: int) -> Placemen
     P(None, None, 'data')
     """
     if n == 1 or leaf.size < min_shard:
-        why = "one device" if n == 1 else f"{leaf.size} elements, fewer than min_shard={min_shard}"
+        why = "one device" if n == 1 else f"{leaf.size} elements < min_shard={min_shard}"
         return Placement(leaf.base, leaf.base, why)
     free = [(d, i) for i, d in enumerate(leaf.shape) if leaf.base[i] is None and i != leaf.scanned and d % n == 0 and d > 0]
     if not free:

@@ -1,0 +1,144 @@
+"""Trains a byte-level GPT on the Python language reference, ZeRO stage 3 over eight CPU devices, and samples from it.
+
+    python examples/train_gpt.py                                  # two minutes on two cores
+    python examples/train_gpt.py --stage 1 --devices 4 --accumulate 4 --compute bfloat16
+
+The text is `pydoc_data.topics`, which every CPython has (0.5 MB). What makes it ZeRO is marked with <--.
+"""
+
+import argparse
+import itertools
+import math
+import pydoc_data.topics
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import zerojax as zj
+
+VOCAB, WIDTH, HEADS, LAYERS, SEQ = 256, 128, 4, 4, 128
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        attention = nn.MultiHeadDotProductAttention(HEADS, use_bias=False, name="attention")
+        x = x + attention(nn.LayerNorm(name="norm_1")(x), mask=nn.make_causal_mask(x[..., 0]))
+        h = nn.Dense(4 * WIDTH, use_bias=False, name="up")(nn.LayerNorm(name="norm_2")(x))
+        return x + nn.Dense(WIDTH, use_bias=False, name="down")(nn.gelu(h)), None
+
+
+class GPT(nn.Module):
+    """int32[batch, seq] bytes to logits[batch, seq, VOCAB] for the next ones."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(VOCAB, WIDTH, name="embed")(tokens) + nn.Embed(SEQ, WIDTH, name="position")(jnp.arange(tokens.shape[1]))[None]
+        block = nn.remat(Block, prevent_cse=False, policy=zj.policies.regather())  # <-- whole weights are not kept for backward
+        layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
+        x, _ = layers(name="blocks")(x, None)
+        return nn.Dense(VOCAB, use_bias=False, name="head")(nn.LayerNorm(name="norm")(x))
+
+
+model = GPT()
+
+
+def loss_fn(variables, tokens):
+    """tokens: int32[batch, SEQ + 1]. A sum over tokens and their number: right under any split of the batch."""
+    logits = model.apply(variables, tokens[:, :-1]).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return zj.Loss(losses.sum(), losses.size)
+
+
+def read_text():
+    """(training bytes, held-out bytes), whole topics each."""
+    topics = sorted(pydoc_data.topics.topics.items())
+    join = lambda part: np.frombuffer("\n\n".join(text for _, text in part).encode(), np.uint8)
+    held_out = topics[::10]
+    return join([t for t in topics if t not in held_out]), join(held_out)
+
+
+def windows(text, rows, seed):
+    """Endless int32[rows, SEQ + 1] at random places of the text."""
+    rng = np.random.default_rng(seed)
+    while True:
+        starts = rng.integers(0, len(text) - SEQ, (rows, 1))
+        yield text[starts + np.arange(SEQ + 1)].astype(np.int32)
+
+
+def bits_per_byte(evaluate, zero, state, text, rows, batches=8):
+    fed = zj.feed(itertools.islice(windows(text, rows, seed=1), batches), zero)
+    return float(np.mean([evaluate(state, tokens)["loss"] for tokens in fed])) / math.log(2)
+
+
+def sampler(zero, length, temperature=0.7):
+    """A function of (state, prompts int32[rows, SEQ], key) that continues each by `length` bytes."""
+
+    @zero.jit(donate=False)  # <-- the state's shards, read as the stage says
+    def sample(state, tokens, key):
+        def one(tokens, key):
+            logits = model.apply({"params": zero.view(state.params)}, tokens)[:, -1]
+            byte = jax.random.categorical(key, logits.astype(jnp.float32) / temperature).astype(jnp.int32)
+            return jnp.concatenate([tokens[:, 1:], byte[:, None]], 1), byte
+
+        return jax.lax.scan(one, tokens, jax.random.split(key, length))[1].T
+
+    return sample
+
+
+def continued(zero, state, prompt, length=240):
+    rows = np.tile(np.frombuffer(prompt.encode(), np.uint8)[-SEQ:].astype(np.int32), (zero.parts, 1))
+    padded = np.concatenate([np.full((zero.parts, SEQ - rows.shape[1]), ord("\n"), np.int32), rows], 1)
+    sampled = sampler(zero, length)(state, padded, jax.random.key(0))
+    return bytes(np.asarray(sampled[0], np.uint8)).decode(errors="replace")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--stage", type=int, default=3, help="0: all whole, 1: optimizer state sharded, 2: gradients, 3: parameters")
+    parser.add_argument("--devices", type=int, default=8, help="how many; on a CPU as many are simulated")
+    parser.add_argument("--accumulate", type=int, default=1, help="microbatches a step")
+    parser.add_argument("--compute", default="float32", help="dtype of the model, and of what moves between devices")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=32, help="sequences a step, over all devices and microbatches")
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    jax.config.update("jax_num_cpu_devices", args.devices)
+    mesh = zj.make_mesh(devices=jax.devices()[:args.devices])
+    zero = zj.Zero(mesh, args.stage, precision=zj.Precision(compute=args.compute), min_shard=2**10)  # <-- the policy
+    tx = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 3e-3, args.steps // 10, args.steps), weight_decay=0.01)
+
+    state = zero.init(model.init, tx, jax.random.key(0), jnp.zeros((1, SEQ), jnp.int32))  # <-- born sharded
+    step, evaluate = zero.train_step(loss_fn, tx, accumulate=args.accumulate, clip_norm=1.0), zero.eval_step(loss_fn)  # <--
+    print(zero.layout(state))
+
+    train, held_out = read_text()
+    before = bits_per_byte(evaluate, zero, state, held_out, args.batch)
+    batches = zj.feed(itertools.islice(windows(train, args.batch, seed=0), args.steps), zero)  # <-- each part to its device
+    progress = tqdm(batches, total=args.steps, unit="step", desc=f"stage {args.stage}, {args.devices} devices")
+    last, started = None, None
+    for i, tokens in enumerate(progress):
+        state, metrics = step(state, tokens)
+        if last is not None:  # the step before has run by now: reading its loss keeps no device waiting
+            loss = float(last["loss"])
+            started = started or (time.perf_counter(), i)
+            rate = (i - started[1]) * args.batch * SEQ / max(time.perf_counter() - started[0], 1e-9)
+            progress.set_postfix(loss=f"{loss:.3f}", bits_per_byte=f"{loss / math.log(2):.3f}", tokens_per_s=f"{rate:,.0f}")
+        last = metrics
+    after = bits_per_byte(evaluate, zero, state, held_out, args.batch)
+    print(f"held-out text: {before:.3f} bits per byte before, {after:.3f} after {args.steps} steps")
+
+    prompt = 'The "try" statement\n*******************\n\nThe "try" statement '
+    print(f"\n{prompt}|{continued(zero, state, prompt)}")
+
+
+if __name__ == "__main__":
+    main()
