@@ -1,15 +1,19 @@
 # make demo, make test: on a fresh machine with Python and make, nothing else.
+# make PYTHON=python3.12 test picks the interpreter: .venv is made anew when it changes.
 PYTHON ?= python3
 VENV ?= .venv
 export JAX_PLATFORMS ?= cpu
+# lets the GPU compiler start without a GPU
+export JAX_SKIP_CUDA_CONSTRAINTS_CHECK ?= 1
 BIN = $(VENV)/bin
+STAMP = $(VENV)/installed-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 
-.PHONY: demo test test-all lint types bench install
+.PHONY: install demo test test-all lint types bench
 
-install: $(VENV)/.installed
+install: $(STAMP)
 
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import zerojax as zj
 
-VOCAB, WIDTH, HEADS, LAYERS, SEQ = 256, 128, 4, 4, 128
+VOCAB, WIDTH, HEADS, LAYERS, SEQ = 256, 96, 4, 2, 64
 
 
 class Block(nn.Module):
@@ -100,11 +100,11 @@ def continued(zero, state, prompt, length=240):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--stage", type=int, default=3, help="0: all whole, 1: optimizer state sharded, 2: gradients, 3: parameters")
+    parser.add_argument("--stage", type=int, default=3, help="of ZeRO, 0 to 3")
     parser.add_argument("--devices", type=int, default=8, help="how many; on a CPU as many are simulated")
     parser.add_argument("--accumulate", type=int, default=1, help="microbatches a step")
     parser.add_argument("--compute", default="float32", help="dtype of the model, and of what moves between devices")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=32, help="sequences a step, over all devices and microbatches")
     return parser.parse_args()
 
@@ -114,7 +114,8 @@ def main():
     jax.config.update("jax_num_cpu_devices", args.devices)
     mesh = zj.make_mesh(devices=jax.devices()[:args.devices])
     zero = zj.Zero(mesh, args.stage, precision=zj.Precision(compute=args.compute), min_shard=2**10)  # <-- the policy
-    tx = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 3e-3, args.steps // 10, args.steps), weight_decay=0.01)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 6e-3, args.steps // 10, args.steps)
+    tx = optax.adamw(schedule, b2=0.98, weight_decay=0.01)
 
     state = zero.init(model.init, tx, jax.random.key(0), jnp.zeros((1, SEQ), jnp.int32))  # <-- born sharded
     step, evaluate = zero.train_step(loss_fn, tx, accumulate=args.accumulate, clip_norm=1.0), zero.eval_step(loss_fn)  # <--

@@ -1,12 +1,5 @@
-"""The GPU compiler's tests import the models beside them."""
-
-import pathlib
-import sys
-
 import jax
 import pytest
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,10 +10,6 @@ from harness import Spec, program
 import zerojax as zj
 from zerojax import hlo, topology
 
-SIZES = [{"width": 512, "layers": 4, "vocab": 8192},
-         pytest.param({"width": 2048, "layers": 8, "vocab": 32000}, marks=pytest.mark.slow)]
-
-
 def _lowered(model, way, rows=8, seq=None):
     zero = zj.Zero(zj.make_mesh(topology="h200:1x8"), 3, gradients=way, precision=zj.Precision(compute="bfloat16"))
     case, tx = models.language(model), optax.adam(1e-3)
@@ -26,10 +22,9 @@ def _compile(lowered):
     return lowered.compile(compiler_options=topology.COMPILER_OPTIONS)
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda s: str(s["width"]))
-def test_stage_3_needs_no_more_than_fsdp_by_hand(size):
-    model = models.Transformer(**size)
-    seq = size["width"]
+def test_stage_3_needs_no_more_than_fsdp_by_hand():
+    """534 M parameters, 2048 tokens a GPU: 1018 MiB of weights in bfloat16."""
+    model, seq = models.Transformer(width=2048, layers=8, vocab=32000), 2048
     zero, state, batch, ours = _lowered(model, "global", seq=seq)
     by_hand = _compile(reference.lower(zero.mesh, state, batch))
     assert {c.kind for c in hlo.collectives(by_hand.as_text()) if c.bytes > 2**20} == {"all-gather", "reduce-scatter"}
