@@ -77,6 +77,45 @@ def test_nnx_in_a_loop_of_ones_own(stage):
     np.testing.assert_allclose(state["params"]["kernel"], alone["params"]["kernel"], atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["scanned", "nnx", "dataclass"])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_view_of_a_train_state_is_the_model(name, stage):
+    model, zero, tx = zoo.MODELS[name](), _zero(stage), optax.sgd(0.1)
+    state, batch = zero.init(model.init, tx), model.batch(16, 0)
+    loss = zero.jit(lambda state, batch: model.loss(zero.view(state), batch), donate=False)
+    alone = model.loss(model.init(), batch)
+    ours = loss(state, batch)
+    np.testing.assert_allclose(ours.total / ours.weight, alone.total / alone.weight, rtol=1e-5)
+
+
+class Twice(nn.Module):
+    """Hands one read of its parameter to two functions that take no box."""
+
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.lecun_normal(), (8, 8))
+        return jax.lax.dot(jax.lax.dot(x, w), w)
+
+
+def test_one_read_used_twice_by_jax_lax():
+    zero, model, x = _zero(3), Twice(), np.ones((8, 8), np.float32)
+    params = model.init(jax.random.key(0), x)
+    grads = jax.grad(lambda p, x: model.apply(p, x).mean())
+    step = zero.train_step(lambda variables, x: model.apply(variables, x).mean(), optax.sgd(1.0))
+    state = zero.create(lambda: {"params": params})
+    viewed = zero.jit(lambda state, x: jax.grad(lambda p: model.apply(zero.view(p), x).mean())(state["params"]), donate=False)
+    np.testing.assert_allclose(viewed(state, x)["params"]["w"], grads(params, x)["params"]["w"], rtol=1e-5, atol=1e-6)
+    _, metrics = step(zero.init(lambda: params, optax.sgd(1.0)), x)
+    np.testing.assert_allclose(metrics["loss"], model.apply(params, x).mean(), rtol=1e-5)
+
+
+def test_a_box_given_to_jax_lax_says_what_to_write():
+    zero = _zero(3)
+    state = zero.create(lambda: {"params": {"w": jnp.ones((8, 16))}})
+    with pytest.raises(zj.ModelError, match=r"takes arrays only.*zj\.gather"):
+        zero.jit(lambda s, x: jax.lax.dot(x, zero.view(s["params"])["w"]).sum(), donate=False)(state, np.ones((8, 8), np.float32))
+
+
 def test_a_function_that_keeps_the_state_reads_it_without_donation():
     zero, model = _zero(3), nn.Dense(16)
     state = zero.create(lambda: {"params": model.init(jax.random.key(0), jnp.ones((1, 8)))["params"]})

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zerojax import census, layout
+from zerojax.box import Box
 from zerojax.census import Census, Tag
 from zerojax.errors import LossError, ModelError, PolicyError, ZeroError
 from zerojax.gather import PARTS, Gather
@@ -41,17 +42,17 @@ def gather_once(policy: Policy, readers: list[Gather], params: list) -> list:
     return [g.top(x) if policy.stage in (1, 2) and g.sharded else None for g, x in zip(readers, params, strict=True)]
 
 
-def boxes(kind, leaves: tuple[Leaf, ...], readers: list, params: list, gathered: list, reads: Census) -> list:
+def boxes(box: type[Box], leaves: tuple[Leaf, ...], readers: list, params: list, gathered: list, reads: Census) -> list:
     """What the loss is given for each parameter: a box, or the whole array where the census says so."""
-    made = [_box(kind, leaf.path, g, x, w, reads) for leaf, g, x, w in zip(leaves, readers, params, gathered, strict=True)]
+    made = [_box(box, leaf.path, g, x, w, reads) for leaf, g, x, w in zip(leaves, readers, params, gathered, strict=True)]
     return [b.read() if b.path in reads.eager else b for b in made]
 
 
-def _box(kind, path, reader, x, gathered, reads):
+def _box(box, path, reader, x, gathered, reads):
     if path not in reads.often or not reader.one_loss:
-        return kind.box(x, gathered, reader, path)
+        return box(x, gathered, reader, path)
     # the uses' cotangents are added before they are widened, so that XLA sees one reduction
-    return kind.box(x.astype(reader.compute), gathered, reader.narrow(), path, True)
+    return box(x.astype(reader.compute), gathered, reader.narrow(), path, True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ def study(policy: Policy, objective: Objective, params: list, model_state: Tree,
     try:
         found = _trace(policy, objective, Census(), args)
     except (TypeError, ValueError) as error:
-        raise _no_array(error) or error from None
+        raise no_array(error) or error from None
     if found.reads.often:  # only where every use takes a box
         try:
             _trace(policy, objective, Census(often=found.reads.often), args)
@@ -119,7 +120,7 @@ def _trace(policy, objective, reads, args) -> Study:
 
     def traced(params, model_state, batch, rng):
         marked = [census.tag_leaf(x, leaf.path) for x, leaf in zip(params, objective.leaves, strict=True)]
-        boxed = boxes(objective.kind, objective.leaves, tags, marked, [None] * len(tags), reads)
+        boxed = boxes(objective.kind.box, objective.leaves, tags, marked, [None] * len(tags), reads)
         loss, found["is_sum"] = objective(boxed, model_state, batch, rng)
         before, after = jax.tree.leaves(model_state), jax.tree.leaves(loss.model_state)
         found["writes_state"] = any(a is not b and jnp.issubdtype(b.dtype, jnp.floating)
@@ -129,7 +130,8 @@ def _trace(policy, objective, reads, args) -> Study:
     return Study(census.take(jax.make_jaxpr(traced)(*args)), **found)
 
 
-def _no_array(error: Exception) -> ModelError | None:
+def no_array(error: Exception) -> ModelError | None:
+    """What to say of an error that comes from a box where an array was wanted; None for any other."""
     if isinstance(error, ZeroError) or not any(word in str(error) for word in ("__jax_array__", "zerojax.box")):
         return None
     return ModelError(f"the loss gives a parameter to a function that takes arrays only, as jax.lax functions do ({error}); "
@@ -177,7 +179,7 @@ class Differentiator:
 
     def _pull(self, params, gathered, model_state, batch, rng, scale):
         def total(params):
-            boxed = boxes(self.objective.kind, self.objective.leaves, self.readers, params, gathered, self.reads)
+            boxed = boxes(self.objective.kind.box, self.objective.leaves, self.readers, params, gathered, self.reads)
             loss, _ = self.objective(boxed, model_state, batch, rng)
             return loss.total, loss
 

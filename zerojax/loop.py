@@ -4,7 +4,6 @@ Inside a `zero.jit` the shardings are those of the state it was called with. It 
 to see how `view`ed parameters are read (`census`), once for real.
 """
 
-import contextlib
 import contextvars
 import dataclasses
 import functools
@@ -46,7 +45,8 @@ class Frame:
                              f"{', '.join(sorted(set(odd))[:5])}; write zero.view(state.params).")
 
     def places(self, policy: Policy, leaves: tuple[Leaf, ...]) -> list[Placement]:
-        shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(self.params)]
+        """Where the parameters lie; by the policy's rules if no state is known."""
+        shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(self.params)] or [None] * len(leaves)
         return [_placed(policy, leaf, s) for leaf, s in zip(leaves, shardings, strict=True)]
 
 
@@ -60,42 +60,32 @@ def _placed(policy, leaf, sharding) -> Placement:
 _frame: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("zerojax_frame", default=None)
 
 
-@contextlib.contextmanager
-def _entered(frame: Frame):
-    token = _frame.set(frame)
-    try:
-        yield
-    finally:
-        _frame.reset(token)
+def view(policy: Policy, params: Any, leaves: tuple[Leaf, ...] | None = None, box: type[Box] = LinenBox) -> Any:
+    """`params` with each leaf boxed, gathered as the stage says; see `Zero.view`.
 
-
-def view(policy: Policy, params: Any) -> Any:
-    """`params` with each leaf boxed, gathered as the stage says; see `Zero.view`."""
-    frame = _frame.get()
-    if frame is not None and frame.params is not None:
+    `leaves` describes them where more is known than their shapes; `box` is what the kind of model opens.
+    """
+    frame = _frame.get() or Frame(reads=Census())
+    if frame.params is not None:
         frame.check(params)
-    leaves, flat = layout.describe(params), jax.tree.leaves(params)
-    known = frame is not None and frame.params is not None
-    places = frame.places(policy, leaves) if known else [layout.place(policy, leaf) for leaf in leaves]
-    if frame is not None and frame.reads is None:
+    leaves, flat = leaves or layout.describe(params), jax.tree.leaves(params)
+    places = frame.places(policy, leaves)
+    if frame.reads is None:
         flat = [census.tag_leaf(x, leaf.path) for x, leaf in zip(flat, leaves, strict=True)]
         readers = [Tag(leaf.path, p.spec, p.whole, policy.precision.compute) for leaf, p in zip(leaves, places, strict=True)]
         gathered, reads = [None] * len(flat), Census()
     else:
-        reads = frame.reads if frame else Census()
+        reads = frame.reads
         readers = gradients.readers(policy, leaves, places, reads, False)
         gathered = gradients.gather_once(policy, readers, flat)
-    boxed = gradients.boxes(_Boxed(LinenBox), leaves, readers, flat, gathered, reads)
-    return jax.tree.structure(params).unflatten(boxed)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Boxed:
-    box: type[Box]
+    return jax.tree.structure(params).unflatten(gradients.boxes(box, leaves, readers, flat, gathered, reads))
 
 
 class Jitted:
-    """What `Zero.jit` returns: `fn`, jitted; the first argument is the state, the second (if any) the batch."""
+    """What `Zero.jit` returns: `fn`, jitted; the first argument is the state, the second (if any) the batch.
+
+    Arguments of the same shapes are traced once, for the layout of the first state that came.
+    """
 
     def __init__(self, policy: Policy, fn, donate: bool, compiler_options: dict | None):
         functools.update_wrapper(self, fn)
@@ -120,11 +110,28 @@ class Jitted:
         if args:
             data.check(self.policy, args[0])
             args = (jax.lax.with_sharding_constraint(args[0], data.sharding(self.policy)), *args[1:])
-        with _entered(Frame(params_of(concrete), None)):
-            reads = census.take(jax.make_jaxpr(self.fn)(state, *args))
-        with _entered(Frame(params_of(concrete), reads)):
-            result = self.fn(state, *args)
-        return self._kept(result, concrete)
+        params = params_of(concrete)
+        try:
+            reads = self._in(Frame(params), lambda: census.take(jax.make_jaxpr(self.fn)(state, *args)))
+        except (TypeError, ValueError) as error:
+            raise gradients.no_array(error) or error from None
+        return self._kept(self._run(params, reads, state, args), concrete)
+
+    def _in(self, frame: Frame, run):
+        token = _frame.set(frame)
+        try:
+            return run()
+        finally:
+            _frame.reset(token)
+
+    def _run(self, params, reads, state, args):
+        try:
+            return self._in(Frame(params, reads), lambda: self.fn(state, *args))
+        except (TypeError, ValueError):
+            if not reads.often:
+                raise
+        plain = dataclasses.replace(reads, often=frozenset())  # a use behind a read takes arrays only
+        return self._in(Frame(params, plain), lambda: self.fn(state, *args))
 
     def _kept(self, result, state):
         """The new state where the old one lay."""

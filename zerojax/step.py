@@ -198,7 +198,7 @@ class EvalStep:
         places = [layout.place(self.policy, leaf) for leaf in aim.leaves]
         readers = gradients.readers(self.policy, aim.leaves, places, reads, False)
         gathered = gradients.gather_once(self.policy, readers, params)
-        boxed = gradients.boxes(aim.kind, aim.leaves, readers, params, gathered, reads)
+        boxed = gradients.boxes(aim.kind.box, aim.leaves, readers, params, gathered, reads)
         loss, _ = aim(boxed, state.model_state, batch, rng)
         metrics = {"loss": loss.total / loss.weight, "weight": loss.weight}
         return metrics if loss.aux is None else metrics | {"aux": jax.tree.map(lambda x: x / loss.weight, loss.aux)}

@@ -94,16 +94,20 @@ class Zero(Policy):
         specs.check_rules([leaf.path for leaf in known], self.rules)
         return layout.place_state(self, known, state)
 
-    def view(self, params: Any) -> Any:
-        """`params` as a loss function of your own shall see them: each read gathers as the stage says.
+    def view(self, tree: Any) -> Any:
+        """Parameters as a loss function of your own shall see them: each read gathers as the stage says.
 
+        Given the params of a state, that tree. Given a `TrainState`, what `init_fn` returned: linen's variables, a module.
         Call it inside the function that is differentiated, in a function under `zero.jit`. It sees one loss: gradients
         are reduced in the compute dtype, and stage 1 reduces where stage 2 does.
 
         Raises:
           ModelError: not the tree of the state's parameters.
         """
-        return loop.view(self, params)
+        if not isinstance(tree, TrainState):
+            return loop.view(self, tree)
+        kind = tree.model.kind
+        return kind.join(loop.view(self, tree.params, tree.model.leaves, kind.box), tree.model_state)
 
     def jit(self, fn: Callable | None = None, *, donate: bool = True, compiler_options: dict | None = None):
         """`jax.jit` for `fn(state, batch, ...)`: shardings follow the state, the batch is split over devices.

@@ -10,6 +10,7 @@ from harness import Spec, program
 import zerojax as zj
 from zerojax import hlo, topology
 
+
 def _lowered(model, way, rows=8, seq=None):
     zero = zj.Zero(zj.make_mesh(topology="h200:1x8"), 3, gradients=way, precision=zj.Precision(compute="bfloat16"))
     case, tx = models.language(model), optax.adam(1e-3)
