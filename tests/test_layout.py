@@ -49,6 +49,13 @@ def test_small_and_indivisible_leaves_stay_whole_and_say_why():
     assert "P('data', None)" in str(zero.layout(state)) and "no free dimension of (9, 7)" in str(zero.layout(state))
 
 
+def test_whole_leaves_of_a_state_of_ones_own_say_why():
+    zero = _zero(min_shard=16)
+    state = zero.create(lambda: {"params": {"odd": jnp.ones((9, 7)), "big": jnp.ones((16, 3))}})
+    reasons = {row.path: row.reason for row in zero.layout(state).rows}
+    assert reasons == {"params/odd": "no free dimension of (9, 7) divides by 8", "params/big": ""}
+
+
 def test_layout_bytes_are_those_of_the_shards():
     zero = _zero()
     state = zero.init(lambda: {"w": jnp.ones((16, 8)), "b": jnp.ones(3)}, optax.adam(1e-3))

@@ -51,9 +51,13 @@ def place_state(policy: Policy, params: Sequence[Leaf], tree: Tree) -> list[Plac
 
 
 def _inherit(known: dict, leaf: Leaf) -> Placement | None:
-    keys = leaf.path.split("/")
-    endings = ("/".join(keys[i:]) for i in range(len(keys)))
-    return next((known[e][1] for e in endings if e in known and known[e][0] == leaf.shape), None)
+    return next((known[e][1] for e in _endings(leaf.path) if e in known and known[e][0] == leaf.shape), None)
+
+
+def _endings(path: str):
+    """Of "a/b/c": itself, "b/c", "c"."""
+    keys = path.split("/")
+    return ("/".join(keys[i:]) for i in range(len(keys)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Who holds what: one `Row` a leaf. Prints as a table, largest first; `bytes` are per device."""
+    """Who holds what: one `Row` a leaf. Prints as a table, largest first; bytes are per device."""
 
     rows: tuple[Row, ...]
     devices: int
@@ -85,24 +89,39 @@ class Layout:
         """The leaves that every device holds in full, each with its reason."""
         return tuple(row for row in self.rows if row.reason)
 
-    def table(self, most: int = 40):
-        """A `rich.table.Table` of the `most` largest leaves."""
+    def table(self, most: int = 24):
+        """A `rich.table.Table` of the `most` largest parameters, each with the optimizer state that lies as it does."""
         from rich import box
         from rich.table import Table
 
-        table = Table("leaf", "shape", "dtype", "spec", "bytes/device", "whole because", box=box.SIMPLE, title_justify="left",
-                      title=f"{len(self.rows)} leaves, {self.bytes:,} bytes on each of {self.devices} devices")
-        for row in sorted(self.rows, key=lambda r: -r.bytes)[:most]:
-            table.add_row(row.path, str(row.shape), row.dtype, _short(row.spec), f"{row.bytes:,}", row.reason)
-        if len(self.rows) > most:
-            table.add_row(f"... {len(self.rows) - most} smaller leaves")
+        title = f"{len(self.rows)} leaves, {self.bytes:,} bytes on each of {self.devices} devices"
+        table = Table("leaf", "copies", "shape", "dtype", "spec", "bytes/device", "whole because", box=box.SIMPLE,
+                      title=title, title_justify="left")
+        groups = sorted(_alike(self.rows), key=lambda g: -sum(r.bytes for r in g))
+        for group in groups[:most]:
+            row = group[0]
+            table.add_row(row.path, str(len(group)), str(row.shape), row.dtype, _short(row.spec),
+                          f"{sum(r.bytes for r in group):,}", row.reason)
+        if len(groups) > most:
+            rest = [r for group in groups[most:] for r in group]
+            table.add_row(f"... {len(groups) - most} smaller", str(len(rest)), "", "", "", f"{sum(r.bytes for r in rest):,}")
         return table
 
     def __str__(self) -> str:
-        return _recorded(self.table()).export_text()
+        return "\n".join(line.rstrip() for line in _recorded(self.table()).export_text().splitlines()).rstrip()
 
     def _repr_html_(self) -> str:
         return _recorded(self.table()).export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def _alike(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows in groups: a parameter first, then what has its path's ending, shape and spec (an optimizer's momenta)."""
+    params = {row.path.removeprefix("params/") for row in rows if row.path.startswith("params/")}
+    groups = {}
+    for row in rows:
+        owner = next((e for e in _endings(row.path) if e in params), row.path)
+        groups.setdefault((owner, row.shape, row.dtype, row.spec), []).append(row)
+    return list(groups.values())
 
 
 def _recorded(table):

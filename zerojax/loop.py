@@ -47,14 +47,16 @@ class Frame:
     def places(self, policy: Policy, leaves: tuple[Leaf, ...]) -> list[Placement]:
         """Where the parameters lie; by the policy's rules if no state is known."""
         shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(self.params)] or [None] * len(leaves)
-        return [_placed(policy, leaf, s) for leaf, s in zip(leaves, shardings, strict=True)]
+        return [placed(policy, leaf, s) for leaf, s in zip(leaves, shardings, strict=True)]
 
 
-def _placed(policy, leaf, sharding) -> Placement:
+def placed(policy: Policy, leaf: Leaf, sharding: Any) -> Placement:
+    """Where an array lies by its sharding, or would by the policy's rules if it has none; these also say why it is whole."""
+    ruled = layout.place(policy, leaf)
     if not isinstance(sharding, NamedSharding):
-        return layout.place(policy, leaf)
+        return ruled
     spec = specs.full(sharding.spec, len(leaf.shape))
-    return Placement(spec, P(*(specs.without(entry, policy.axis) for entry in spec)))
+    return Placement(spec, P(*(specs.without(entry, policy.axis) for entry in spec)), ruled.reason or "made so")
 
 
 _frame: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("zerojax_frame", default=None)

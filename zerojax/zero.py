@@ -160,7 +160,7 @@ class Zero(Policy):
             placed = states.placements(self, state)
             places = jax.tree.leaves(placed, is_leaf=lambda x: isinstance(x, Placement))
             return layout.report(self, state, places)
-        places = [loop._placed(self, leaf, getattr(x, "sharding", None))
+        places = [loop.placed(self, leaf, getattr(x, "sharding", None))
                   for leaf, x in zip(layout.describe(state), jax.tree.leaves(state), strict=True)]
         return layout.report(self, state, places)
 
