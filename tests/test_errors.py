@@ -96,7 +96,7 @@ ERRORS = {
     "state per device": (_batch_norm_per_device, zj.PolicyError, ["per_device", "model state", 'gradients="global"']),
     "constraints per device": (lambda: _step(_constrains, _zero(gradients="per_device")),
                                zj.PolicyError, ["['data']", 'gradients="global"']),
-    "lax on a box": (lambda: _step(lambda p, x: jax.lax.dot(x, p["w"]).sum()), zj.ModelError, ["arrays only", "zj.gather"]),
+    "lax on a box": (lambda: _step(lambda p, x: jax.lax.dot(x, p["w"]).sum()), zj.ModelError, ["arrays only", "zj.whole"]),
     "other optimizer": (lambda: _zero().train_step(_mean, optax.adam(1.0))(_state(_zero()), X),
                         zj.ModelError, ["another optimizer", "mu/w"]),
     "not a state": (lambda: _zero().train_step(_mean, TX)({"w": X}, X), zj.ModelError, ["zero.init", "dict", "zero.jit"]),

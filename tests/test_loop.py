@@ -112,8 +112,18 @@ def test_one_read_used_twice_by_jax_lax():
 def test_a_box_given_to_jax_lax_says_what_to_write():
     zero = _zero(3)
     state = zero.create(lambda: {"params": {"w": jnp.ones((8, 16))}})
-    with pytest.raises(zj.ModelError, match=r"takes arrays only.*zj\.gather"):
+    with pytest.raises(zj.ModelError, match=r"takes arrays only.*zj\.whole"):
         zero.jit(lambda s, x: jax.lax.dot(x, zero.view(s["params"])["w"]).sum(), donate=False)(state, np.ones((8, 8), np.float32))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_whole_gives_arrays_to_jax_lax(stage):
+    zero, tx, x = _zero(stage), optax.sgd(0.1), np.ones((8, 8), np.float32)
+    init = lambda: {"w": jnp.ones((8, 16)), "b": jnp.ones(16)}
+    loss = lambda p, x: zj.Loss((jax.lax.dot(x, zj.whole(p)["w"]) * zj.whole(p["b"])[None]).sum(), x.shape[0])
+    state, metrics = zero.train_step(loss, tx)(zero.init(init, tx), x)
+    assert float(metrics["loss"]) == 8 * 16
+    np.testing.assert_allclose(state.params["w"], np.full((8, 16), 0.9), rtol=1e-6)
 
 
 def test_a_function_that_keeps_the_state_reads_it_without_donation():

@@ -1,7 +1,7 @@
 """ZeRO for JAX as a sharding policy: pick a stage, keep the model, the optimizer and the loop."""
 
 from zerojax import policies
-from zerojax.box import gather
+from zerojax.box import whole
 from zerojax.data import feed
 from zerojax.errors import (
     BatchError,
@@ -36,7 +36,7 @@ __all__ = [
     "Zero",
     "ZeroError",
     "feed",
-    "gather",
     "make_mesh",
     "policies",
+    "whole",
 ]

@@ -16,7 +16,7 @@ class Box:
     """Behaves as the whole array in jnp functions, operators, indexing and attributes; each use is a read.
 
     A pytree of the arrays it holds, so it goes through scan, vmap, remat and jit; a scan's slices are boxes again.
-    `jax.lax` functions take arrays only: give them `zj.gather(box)`.
+    `jax.lax` functions take arrays only: give them `zj.whole(box)`.
 
     Attributes:
       value: the parameter at rest.
@@ -123,12 +123,12 @@ def array(x):
     return x.read() if isinstance(x, Box) else x
 
 
-def gather(tree):
+def whole(tree):
     """`tree` with every parameter whole, as plain arrays in the compute dtype: for `jax.lax` functions, which take no boxes.
 
     Outside a loss function, and for arrays, it changes nothing.
 
-    >>> gather({"w": 1.0})
+    >>> whole({"w": 1.0})
     {'w': 1.0}
     """
     return jax.tree.map(array, tree, is_leaf=lambda x: isinstance(x, Box))

@@ -10,6 +10,7 @@ and nested jaxprs alone. Three answers matter:
   before reducing either and so reduces one of them whole; read at each use, the two are reduced as one.
 """
 
+import collections
 import dataclasses
 
 import jax
@@ -92,11 +93,10 @@ def take(jaxpr) -> Census:
 def _walk(jaxpr, leaves: dict, loops: int, found: dict) -> None:
     """`leaves`: variables that hold an unread parameter, by path."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    reads = {}
+    reads, uses = {}, collections.Counter()
     for eqn in jaxpr.eqns:
         held = {i: leaves[v] for i, v in enumerate(eqn.invars) if _is_var(v) and v in leaves}
-        used = [reads[v] for v in eqn.invars if _is_var(v) and v in reads]
-        found["often"].update(path for path in used if _count(reads, jaxpr, path) > 1)
+        uses.update(reads[v] for v in set(filter(_is_var, eqn.invars)) if v in reads)
         name = eqn.params.get("name") if eqn.primitive.name == "name" else None
         if name and name.startswith(_LEAF):
             leaves[eqn.outvars[0]] = name.removeprefix(_LEAF)
@@ -115,15 +115,11 @@ def _walk(jaxpr, leaves: dict, loops: int, found: dict) -> None:
             leaves.update({v: path for path in held.values() for v in eqn.outvars})
         else:
             found["bare"].update(held.values())
+    found["often"].update(path for path, n in uses.items() if n > 1)
 
 
 def _is_var(v) -> bool:
     return not hasattr(v, "val")  # a literal has a value
-
-
-def _count(reads, jaxpr, path) -> int:
-    variables = {v for v, p in reads.items() if p == path}
-    return sum(_is_var(v) and v in variables for eqn in jaxpr.eqns for v in set(filter(_is_var, eqn.invars)))
 
 
 def _inner(eqn):

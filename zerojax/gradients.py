@@ -135,7 +135,7 @@ def no_array(error: Exception) -> ModelError | None:
     if isinstance(error, ZeroError) or not any(word in str(error) for word in ("__jax_array__", "zerojax.box")):
         return None
     return ModelError(f"the loss gives a parameter to a function that takes arrays only, as jax.lax functions do ({error}); "
-                      "write zj.gather(w) there, or model = zj.gather(model) to have a whole submodule's parameters as arrays.")
+                      "write zj.whole(w) there, or model = zj.whole(model) to have a whole submodule's parameters as arrays.")
 
 
 def per_device(policy: Policy, found: Study) -> bool:
