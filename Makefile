@@ -33,4 +33,4 @@ types: install
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: install
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py | tee benchmarks/results.md

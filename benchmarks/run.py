@@ -1,0 +1,28 @@
+"""Every table, as Markdown on standard output: `make bench` writes it to benchmarks/results.md.
+
+    python benchmarks/run.py             # some fifteen minutes on two cores
+    python benchmarks/run.py overhead    # overhead, stages, compile, collectives: those named
+"""
+
+import os
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the GPU compiler without a GPU
+
+import machine
+import overhead
+import programs
+
+TABLES = {
+    "overhead": ("What `train_step` costs beside the same step by hand", overhead.markdown),
+    "stages": ("The stages: 534 M parameters, 8 H200s, 4 microbatches of one sequence of 2048 a GPU", programs.stage_table),
+    "compile": ("Compile time for 8 H200s, with the GPU compiler", programs.compile_table),
+    "collectives": ("MiB each GPU sends in a step, and keeps: H200s that are not there", programs.collectives_table),
+}
+
+if __name__ == "__main__":
+    print(f"# Measured\n\nBy `make bench`. {machine.header()}.\n")
+    for name in sys.argv[1:] or TABLES:
+        title, make = TABLES[name]
+        print(f"## {title}\n\n{make()}", flush=True)
