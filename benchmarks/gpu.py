@@ -148,7 +148,7 @@ def torch_run(args, tokens):
     model = torch.compile(TorchGPT().to(device))
     adam = torch.optim.Adam(model.parameters(), OPTIONS["learning_rate"], (OPTIONS["b1"], OPTIONS["b2"]), OPTIONS["eps"],
                             fused=device == "cuda")
-    tokens = torch.from_numpy(np.asarray(tokens)).long().to(device)
+    tokens = torch.tensor(np.asarray(tokens), dtype=torch.long, device=device)
 
     def run():
         for _ in range(args.steps):

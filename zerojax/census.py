@@ -106,7 +106,7 @@ def _walk(jaxpr, leaves: dict, loops: int, found: dict) -> None:
             if loops > int(slices):
                 found["hoisted"].add(path)
         elif eqn.primitive.name == "sharding_constraint":
-            found["constrained"].update(specs.axes_of(getattr(eqn.params["sharding"], "spec", ())))
+            found["constrained"].update(specs.axes_of(getattr(eqn.params["sharding"], "spec", P())))
             leaves.update({v: path for path in held.values() for v in eqn.outvars})
         elif inner := list(_inner(eqn)):
             for body in inner:

@@ -15,11 +15,7 @@ from zerojax.policy import Policy
 
 def sharding(policy: Policy) -> NamedSharding:
     """Of a batch: the first dimension over replicas and shards."""
-    return NamedSharding(policy.mesh, P(_entry(policy.batch_axes)))
-
-
-def _entry(axes: tuple[str, ...]):
-    return axes if len(axes) > 1 else axes[0]
+    return NamedSharding(policy.mesh, P(policy.batch_axes))
 
 
 def check(policy: Policy, batch: Any, accumulate: int = 1) -> None:
@@ -45,7 +41,7 @@ def microbatches(policy: Policy, batch: Any, accumulate: int) -> Any:
     Microbatch `a` holds examples a, a + accumulate, a + 2 accumulate, ...: splitting off contiguous ones instead would
     send each device's examples to others (an all-to-all).
     """
-    spec = NamedSharding(policy.mesh, P(None, _entry(policy.batch_axes)))
+    spec = NamedSharding(policy.mesh, P(None, policy.batch_axes))
     split = lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(split(x), spec), batch)
 

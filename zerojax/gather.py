@@ -17,7 +17,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from zerojax import specs
@@ -40,7 +40,7 @@ class Gather:
         reduce whole gradients over everything, so only what a loop accumulates does: else each turn would reduce.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     spec: P
     whole: P
     params: str
@@ -110,16 +110,12 @@ class Gather:
         """`[parts, *shape]`, one cotangent a device, to their sum `[*shape]` at `spec`, in the reduce dtype on the wire."""
         ct = ct.astype(self.reduce)
         if self.replica is None:
-            ct = self.constrain(ct, P(self._entry, *self.whole))
+            ct = self.constrain(ct, P(self.axes, *self.whole))
         else:  # shards first, then copies: only a shard crosses between replicas
             ct = ct.reshape(self.mesh.shape[self.replica], -1, *ct.shape[1:])
-            ct = self.constrain(ct, P(self.replica, self._entry, *self.whole))
+            ct = self.constrain(ct, P(self.replica, self.axes, *self.whole))
             ct = self.constrain(_sum(ct, 1), P(self.replica, *self.spec))
         return self.constrain(_sum(ct, 0), self.spec).astype(self.params)
-
-    @property
-    def _entry(self):
-        return self.axes if len(self.axes) > 1 else self.axes[0]
 
 
 def _sum(x, axis):

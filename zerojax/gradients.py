@@ -31,7 +31,7 @@ def readers(policy: Policy, leaves: tuple[Leaf, ...], places: list[Placement], r
 
     def pair(leaf, place):
         local = per_device and (policy.stage <= 1 or not place.sharded)
-        return Gather(policy.mesh, place.spec, place.whole, p.params, p.compute, p.reduce, policy.axis, policy.replica_axis,
+        return Gather(policy.mesh, place.spec, place.whole, p.params, p.compute, p.reduce, policy.axes, policy.replica_axis,
                       per_device, local, whole_first=policy.replica_axis is None or leaf.path in reads.hoisted)
 
     return list(map(pair, leaves, places))
@@ -203,7 +203,7 @@ class Differentiator:
             return grads, loss.replace(model_state=None), _counts(loss.model_state)
 
         out = ([0 if g.local else None for g in self.readers], 0, None)
-        mapped = jax.vmap(part, out_axes=out, axis_name=PARTS, spmd_axis_name=axes if len(axes) > 1 else axes[0])
+        mapped = jax.vmap(part, out_axes=out, axis_name=PARTS, spmd_axis_name=axes)
         grads, loss, counts = mapped(jax.tree.map(split, batch), jnp.arange(n))
         loss = jax.tree.map(lambda x: x.sum(0), loss)
         return grads, loss.replace(model_state=_recount(model_state, counts))

@@ -40,8 +40,8 @@ def place(policy: Policy, leaf: Leaf) -> Placement:
         return Placement(leaf.base, leaf.base, "stage 0 keeps everything whole")
     rule = specs.find_rule(leaf.path, policy.rules)
     if rule is not None:
-        return specs.by_rule(leaf, rule, policy.rules[rule], policy.axis, policy.mesh.shape)
-    return specs.shard(leaf, policy.axis, policy.shards, policy.min_shard)
+        return specs.by_rule(leaf, rule, policy.rules[rule], policy.axes, policy.mesh.shape)
+    return specs.shard(leaf, policy.axes, policy.shards, policy.min_shard)
 
 
 def place_state(policy: Policy, params: Sequence[Leaf], tree: Tree) -> list[Placement]:

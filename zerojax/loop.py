@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from zerojax import census, data, gradients, layout, specs
 from zerojax.box import Box
@@ -56,7 +55,7 @@ def placed(policy: Policy, leaf: Leaf, sharding: Any) -> Placement:
     if not isinstance(sharding, NamedSharding):
         return ruled
     spec = specs.full(sharding.spec, len(leaf.shape))
-    return Placement(spec, P(*(specs.without(entry, policy.axis) for entry in spec)), ruled.reason or "made so")
+    return Placement(spec, specs.keep(spec, lambda axis: axis not in policy.axes), ruled.reason or "made so")
 
 
 _frame: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("zerojax_frame", default=None)

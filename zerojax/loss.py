@@ -10,8 +10,7 @@ from flax import struct
 from zerojax.errors import LossError
 
 
-@struct.dataclass
-class Loss:
+class Loss(struct.PyTreeNode):
     """A loss as a sum over examples, so that any split of the batch adds up to the same.
 
     Gradient and reported loss are (sum of `total`) / (sum of `weight`), over devices and microbatches.

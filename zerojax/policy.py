@@ -47,8 +47,8 @@ class Precision:
     """
 
     params: str = "float32"
-    compute: str | None = None
-    reduce: str | None = None
+    compute: str = None  # pyright: ignore[reportAssignmentType]  resolved below
+    reduce: str = None  # pyright: ignore[reportAssignmentType]
     accumulate: str = "float32"
 
     def __post_init__(self):
@@ -56,10 +56,6 @@ class Precision:
         reduce = compute if self.reduce is None else self.reduce
         for field, dtype in {"params": self.params, "compute": compute, "reduce": reduce, "accumulate": self.accumulate}.items():
             object.__setattr__(self, field, _dtype_name(field, dtype))
-
-
-def _axes(axis) -> tuple[str, ...]:
-    return (axis,) if isinstance(axis, str) else tuple(axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +73,8 @@ class Policy:
     min_shard: int = 2**16
 
     def __post_init__(self):
-        object.__setattr__(self, "axis", _axes(self.axis))
-        if self.replica_axis is None and "replica" in self.mesh.axis_names and "replica" not in self.axis:
+        object.__setattr__(self, "axis", self.axes)
+        if self.replica_axis is None and "replica" in self.mesh.axis_names and "replica" not in self.axes:
             object.__setattr__(self, "replica_axis", "replica")
         object.__setattr__(self, "rules", MappingProxyType(dict(self.rules)))
         self._check_stage()
@@ -105,18 +101,23 @@ class Policy:
                               f"jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * {len(names)}).")
 
     def __hash__(self):
-        return hash((self.mesh, self.stage, self.precision, self.axis, self.replica_axis, self.gradients, self.min_shard,
+        return hash((self.mesh, self.stage, self.precision, self.axes, self.replica_axis, self.gradients, self.min_shard,
                      tuple(self.rules.items())))
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Mesh axes that one copy of the state is spread over."""
+        return (self.axis,) if isinstance(self.axis, str) else tuple(self.axis)
 
     @property
     def batch_axes(self) -> tuple[str, ...]:
         """Mesh axes that the batch's first dimension is split over: replicas, then shards."""
-        return ((self.replica_axis,) if self.replica_axis else ()) + self.axis
+        return ((self.replica_axis,) if self.replica_axis else ()) + self.axes
 
     @property
     def shards(self) -> int:
         """Number of devices that one copy of the state is spread over."""
-        return math.prod(self.mesh.shape[a] for a in self.axis)
+        return math.prod(self.mesh.shape[a] for a in self.axes)
 
     @property
     def replicas(self) -> int:

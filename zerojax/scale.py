@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 
-@struct.dataclass
-class NoScale:
+class NoScale(struct.PyTreeNode):
     """For dtypes with float32's range: does nothing."""
 
     def seed(self, weight):
@@ -28,8 +27,7 @@ class NoScale:
         return {}
 
 
-@struct.dataclass
-class DynamicScale:
+class DynamicScale(struct.PyTreeNode):
     """A loss scale that looks for the largest that does not overflow.
 
     The seed is also divided by the weight, so that float16 sees the gradient of the mean.

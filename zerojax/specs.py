@@ -7,9 +7,9 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zerojax.errors import LayoutError
@@ -50,7 +50,7 @@ class Placement:
         return self.spec != self.whole
 
 
-def full(spec: Sequence, ndim: int) -> P:
+def full(spec: P, ndim: int) -> P:
     """`spec` with one entry a dimension.
 
     >>> full(P("data"), 3)
@@ -59,7 +59,7 @@ def full(spec: Sequence, ndim: int) -> P:
     return P(*spec, *[None] * (ndim - len(spec)))
 
 
-def sharding(mesh: Mesh, spec: Sequence) -> NamedSharding:
+def sharding(mesh: Mesh | AbstractMesh, spec: P) -> NamedSharding:
     """`spec` over `mesh` as jit returns it, without trailing None: a second spelling of it would compile a second time."""
     entries = list(spec)
     while entries and entries[-1] is None:
@@ -72,7 +72,7 @@ def drop(spec: P, index: int) -> P:
     return P(*spec[:index], *spec[index + 1:])
 
 
-def axes_of(spec: Sequence) -> tuple[str, ...]:
+def axes_of(spec: P) -> tuple[str, ...]:
     """The mesh axes a spec names, in order of dimensions."""
     return tuple(a for entry in spec if entry is not None for a in (entry if isinstance(entry, tuple) else (entry,)))
 
@@ -94,9 +94,8 @@ def shard(leaf: Leaf, axes: tuple[str, ...], n: int, min_shard: int) -> Placemen
     free = [(d, i) for i, d in enumerate(leaf.shape) if leaf.base[i] is None and i != leaf.scanned and d % n == 0 and d > 0]
     if not free:
         return Placement(leaf.base, leaf.base, f"no free dimension of {leaf.shape} divides by {n}")
-    entry = axes if len(axes) > 1 else axes[0]
-    index = max(free)[1]
-    return Placement(P(*leaf.base[:index], entry, *leaf.base[index + 1:]), leaf.base)
+    _, index = max(free)
+    return Placement(P(*leaf.base[:index], axes, *leaf.base[index + 1:]), leaf.base)
 
 
 def by_rule(leaf: Leaf, pattern: str, spec: P, axes: tuple[str, ...], sizes: Mapping[str, int]) -> Placement:
@@ -113,18 +112,22 @@ def by_rule(leaf: Leaf, pattern: str, spec: P, axes: tuple[str, ...], sizes: Map
         raise LayoutError(f"{where} names axes {unknown}; the mesh has {tuple(sizes)}.")
     wanted = full(spec, len(leaf.shape))
     for dim, (d, entry) in enumerate(zip(leaf.shape, wanted, strict=True)):
-        n = math.prod(sizes[a] for a in axes_of((entry,)))
+        n = math.prod(sizes[a] for a in axes_of(P(entry)))
         if d % n:
             raise LayoutError(f"{where}: dimension {dim} of {d} does not divide by {n}, the devices of {entry!r}; "
                               "name another dimension, or P() to leave the leaf whole.")
-    if leaf.scanned is not None and set(axes_of((wanted[leaf.scanned],))) & set(axes):
+    if leaf.scanned is not None and set(axes_of(P(wanted[leaf.scanned]))) & set(axes):
         raise LayoutError(f"{where} shards dimension {leaf.scanned}, which a scan over layers slices; name another.")
-    return Placement(wanted, P(*(without(entry, axes) for entry in wanted)), f"rule {pattern!r}")
+    return Placement(wanted, keep(wanted, lambda axis: axis not in axes), f"rule {pattern!r}")
 
 
-def without(entry, axes):
-    kept = tuple(a for a in axes_of((entry,)) if a not in axes)
-    return None if not kept else kept[0] if len(kept) == 1 else kept
+def keep(spec: P, wanted: Callable[[str], bool]) -> P:
+    """`spec` with those of its axes that are wanted.
+
+    >>> keep(P(("data", "model"), "data"), lambda axis: axis != "data")
+    P('model', None)
+    """
+    return P(*(tuple(filter(wanted, axes_of(P(entry)))) for entry in spec))
 
 
 def find_rule(path: str, rules: Mapping[str, P]) -> str | None:

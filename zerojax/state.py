@@ -1,6 +1,7 @@
 """Training state, born sharded: no device ever holds it whole."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -24,8 +25,9 @@ class Model:
     kind: Any
     leaves: tuple[Leaf, ...]
 
-    def __post_init__(self):
-        object.__setattr__(self, "_hash", hash((self.kind, self.leaves)))
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.kind, self.leaves))
 
     def __hash__(self):
         return self._hash
@@ -60,7 +62,7 @@ def _cast(policy: Policy, params):
 
 
 def _kind(model):
-    return next(kind for kind in (Nnx, Linen, Tree) if kind is Tree or kind.is_one(model))
+    return next(kind for kind in (Nnx, Linen, Tree) if kind.is_one(model))
 
 
 def survey(policy: Policy, init_fn, args) -> Model:
@@ -90,8 +92,7 @@ def survey(policy: Policy, init_fn, args) -> Model:
 
 def known_axes(policy: Policy, base: P) -> P:
     """A model's own axis names, without those that this mesh lacks (logical names that no rule maps)."""
-    keep = lambda entry: tuple(a for a in specs.axes_of((entry,)) if a in policy.mesh.axis_names)
-    return P(*(kept[0] if len(kept) == 1 else kept or None for kept in map(keep, base)))
+    return specs.keep(base, lambda axis: axis in policy.mesh.axis_names)
 
 
 def builder(policy: Policy, model: Model, init_fn, tx, rng):

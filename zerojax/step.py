@@ -122,7 +122,7 @@ class TrainStep:
 
     def _raise_if_stuck(self):
         """Looks at the step before the last, which is done by now: no call waits for the device."""
-        if len(self._pending) > 1 and (skipped := int(self._pending.popleft())) >= self.max_skipped:
+        if self.max_skipped and len(self._pending) > 1 and (skipped := int(self._pending.popleft())) >= self.max_skipped:
             self._pending.clear()
             raise NonFiniteError(
                 f"{skipped} steps in a row had a loss or gradient that is not finite (max_skipped={self.max_skipped}); the state "

@@ -25,6 +25,10 @@ class Tree:
     static: tuple
     box = Box
 
+    @staticmethod
+    def is_one(model) -> bool:
+        return True
+
     @classmethod
     def split(cls, model) -> tuple["Tree", Any, Any, list]:
         """(kind, params, model_state, no mesh axes); both trees are the model's, with None in the other's places."""
