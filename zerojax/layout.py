@@ -131,8 +131,9 @@ def _recorded(table):
     from rich.console import Console
     from rich.measure import Measurement
 
-    wide = Console(width=1000)
-    console = Console(record=True, width=Measurement.get(wide, wide.options, table).maximum, file=io.StringIO())
+    wide = Console(width=1000, force_jupyter=False)
+    width = Measurement.get(wide, wide.options, table).maximum
+    console = Console(record=True, width=width, force_jupyter=False, file=io.StringIO())
     console.print(table)
     return console
 
