@@ -1,4 +1,4 @@
-"""The examples as a person runs them, in processes of their own."""
+"""The examples, and the benchmark of a real GPU in small, as a person runs them: in processes of their own."""
 
 import pathlib
 import re
@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+ROOT = pathlib.Path(__file__).parent.parent
 
 
-def run(name, *options):
-    done = subprocess.run([sys.executable, EXAMPLES / f"{name}.py", *options], capture_output=True, text=True, timeout=300)
+def run(name, *options, folder="examples"):
+    done = subprocess.run([sys.executable, ROOT / folder / f"{name}.py", *options], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -40,3 +40,9 @@ def test_nnx_transformer():
     out = run("nnx_transformer", "--stage", "2", "--accumulate", "2")
     word, backwards = re.search(r"(\w+) backwards is (\w+)", out).groups()
     assert backwards == word[::-1]
+
+
+def test_gpu_benchmark_in_small():
+    sizes = {"width": 64, "layers": 2, "vocab": 256, "seq": 32, "batch": 2, "steps": 1, "rounds": 1}
+    out = run("gpu", *(word for name, n in sizes.items() for word in (f"--{name}", str(n))), folder="benchmarks")
+    assert re.search(r"\| zerojax, stage 3 \| [\d,]+ \|", out) and re.search(r"\| jax by hand \| [\d,]+ \|", out)

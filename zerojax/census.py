@@ -58,14 +58,12 @@ class Tag:
         return x.astype(self.compute)
 
     def __call__(self, x, gathered=None):
-        # without the stop, a user's value_and_grad moves a loop's constant reads out of the loop
-        x = jax.lax.stop_gradient(x).astype(self.compute)
-        return checkpoint_name(x, f"{_READ}{self.slices}:{self.path}")
+        return checkpoint_name(x.astype(self.compute), f"{_READ}{self.slices}:{self.path}")
 
 
 def tag_leaf(x: jax.Array, path: str) -> jax.Array:
-    """Marks a parameter as it enters the loss."""
-    return checkpoint_name(x, _LEAF + path)
+    """Marks a parameter as it enters the loss; not to be differentiated, which would move constant reads out of loops."""
+    return checkpoint_name(jax.lax.stop_gradient(x), _LEAF + path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,12 +14,16 @@ from zerojax import hlo, theory, topology
 from zerojax.layout import path_of
 
 LARGE = 64 * 1024  # bytes; smaller collectives are those of scalars, and of leaves left whole
+WAYS = {"global": "global", "per_device": "per_device", "own": None}
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """One program: a model of `models.CASES`, a policy, and the batch per device and microbatch."""
+    """One program: a model of `models.CASES`, a policy, and the batch per device and microbatch.
+
+    The way is one to differentiate, or "own": a loop of the user's own, which has one loss.
+    """
 
     case: str
     stage: int
@@ -57,13 +61,27 @@ def nbytes(tree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def own_loop(zero, loss, tx):
+    """A step as a user of linen writes it."""
+
+    def step(state, batch):
+        mean = lambda params: (r := loss({"params": zero.view(params)}, batch)).total / r.weight
+        updates, opt_state = tx.update(jax.grad(mean)(state.params), state.opt_state, state.params)
+        return state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+
+    return step
+
+
 @functools.lru_cache(maxsize=4)
 def program(spec: Spec) -> Program:
     mesh = zj.make_mesh(topology=spec.topology, replica=spec.replicas)
     case, tx = models.CASES[spec.case](), optax.adam(1e-3)
-    zero = zj.Zero(mesh, spec.stage, gradients=spec.way, precision=zj.Precision(compute="bfloat16", reduce=spec.reduce))
+    zero = zj.Zero(mesh, spec.stage, gradients=WAYS[spec.way], precision=zj.Precision(compute="bfloat16", reduce=spec.reduce))
     state, batch = zero.abstract(case.init, tx, *case.example), case.batch(mesh.size * spec.accumulate * spec.rows)
-    step = zero.train_step(case.loss, tx, accumulate=spec.accumulate, compiler_options=topology.COMPILER_OPTIONS)
+    if spec.way == "own":
+        step = zero.jit(own_loop(zero, case.loss, tx), compiler_options=topology.COMPILER_OPTIONS)
+    else:
+        step = zero.train_step(case.loss, tx, accumulate=spec.accumulate, compiler_options=topology.COMPILER_OPTIONS)
     compiled = step.lower(state, batch).compile()
     text = compiled.as_text()
     return Program(spec, dict(mesh.shape), state.params, hlo.collectives(text), text, compiled.memory_analysis(), nbytes(batch))

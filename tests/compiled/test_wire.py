@@ -33,6 +33,10 @@ DEFAULT = [
     Spec("nnx", 3, "per_device"),
     Spec("nnx", 3, "global", 4),
     Spec("nnx", 2, "per_device", 4),
+    Spec("scanned", 3, "own"),
+    Spec("tied", 3, "own"),
+    Spec("rnn", 2, "own"),
+    Spec("scanned", 1, "own"),
 ]
 BOTH = ("global", "per_device")
 WAYS = {"resnet": ("global",)}
