@@ -1,10 +1,14 @@
 """The judge: a plain trainer on one device, whole parameters, no zerojax but for the `Loss` that a loss may return."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
 
 import zerojax as zj
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # of compiling, not of running
 
 
 def _as_loss(result):
@@ -17,7 +21,7 @@ def _gradients(model, compute, scale):
         loss = _as_loss(model.loss(model.join(cast, state), batch))
         return jnp.float32(loss.total) * scale / jax.lax.stop_gradient(loss.weight), loss
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def gradients(params, state, batch):
         """(gradient of the total, the new state, total, weight)."""
         grads, loss = jax.grad(total, has_aux=True)(params, state, batch)
@@ -28,7 +32,7 @@ def _gradients(model, compute, scale):
 
 
 def _update(tx, clip_norm):
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def update(grads, opt_state, params):
         if clip_norm:
             norm = jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))

@@ -69,7 +69,7 @@ def test_equals_one_device(case, lowerings):
     if case["precision"][0] == F16:
         state = state.replace(scale=state.scale.replace(value=jnp.full_like(state.scale.value, SCALE)))
     born, rest = jax.tree.map(np.asarray, state.params), jax.tree.map(lambda x: x.sharding, state)
-    step = zero.train_step(model.loss, tx, accumulate=case["accumulate"], clip_norm=case["clip"])
+    step = zero.train_step(model.loss, tx, accumulate=case["accumulate"], clip_norm=case["clip"], compiler_options=oracle.QUICK)
     metrics = []
     for batch in zj.feed(batches, zero):
         before = len(lowerings)

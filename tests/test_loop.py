@@ -32,7 +32,7 @@ def test_flax_train_state_equals_one_device(stage, make, lowerings):
     state = zero.create(lambda: TrainState.create(apply_fn=net.apply, params=judged.init()["params"], tx=tx))
     rest = jax.tree.map(lambda x: x.sharding, state)
 
-    @zero.jit
+    @zero.jit(compiler_options=oracle.QUICK)
     def train_step(state, tokens):
         loss = lambda params: zoo.mean_tokens(state.apply_fn({"params": zero.view(params)}, tokens), tokens)
         value, grads = jax.value_and_grad(loss)(state.params)
