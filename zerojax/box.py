@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from zerojax.errors import LayoutError
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
-_COMPARE = ("lt", "le", "gt", "ge")
+_COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")
+_UNARY = ("neg", "pos", "abs")
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -28,6 +29,7 @@ class Box:
 
     __slots__ = ("gathered", "often", "path", "reader", "value")
     __array_ufunc__ = None  # numpy arrays leave operators to us
+    __hash__ = None  # pyright: ignore[reportAssignmentType]  as arrays
 
     def __init__(self, value, gathered, reader, path, often=False):
         self.value, self.gathered, self.reader, self.path, self.often = value, gathered, reader, path, often
@@ -45,7 +47,7 @@ class Box:
 
     def sliced(self, index: int) -> "Box":
         """What a loop over dimension `index` sees of it. Raises `LayoutError` if that is the sharded one."""
-        reader = self.reader
+        reader, index = self.reader, index % self.reader.ndim
         if reader.spec[index] != reader.whole[index]:
             raise LayoutError(
                 f"{self.path}: a scan or vmap slices its dimension {index}, over which it is sharded ({reader.spec}), so that "
@@ -100,8 +102,14 @@ class Box:
     def __iter__(self):
         return iter(self.read())
 
-    def __neg__(self):
-        return -self.read()
+    def __round__(self, digits=0):
+        return round(self.read(), digits)
+
+    def __divmod__(self, other):
+        return divmod(self.read(), array(other))
+
+    def __rdivmod__(self, other):
+        return divmod(array(other), self.read())
 
     def __repr__(self):
         return f"Box({self.path}, {self.value!r})"
@@ -114,8 +122,15 @@ def _operators(name):
         setattr(Box, f"__r{name}__", lambda self, other: op(array(other), self.read()))
 
 
+def _unary(name):
+    op = getattr(operator, name)
+    setattr(Box, f"__{name}__", lambda self: op(self.read()))
+
+
 for _name in _BINARY + _COMPARE:
     _operators(_name)
+for _name in _UNARY:
+    _unary(_name)
 
 
 def array(x):

@@ -22,8 +22,7 @@ from zerojax import specs
 _LEAF, _READ = "zerojax.leaf:", "zerojax.read:"
 _LOOPS = {"scan", "while"}
 _CASTS = {"convert_element_type", "copy", "name"}
-_MOVES = {"transpose", "stop_gradient", "convert_element_type", "copy", "slice", "dynamic_slice", "squeeze", "gather",
-          "reshape", "broadcast_in_dim"}
+_MOVES = {"transpose", "stop_gradient", "copy", "slice", "dynamic_slice", "squeeze", "gather"}  # as scans and layer[i] slice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Tag:
         return x.astype(self.compute)
 
     def __call__(self, x, gathered=None):
-        return checkpoint_name(x.astype(self.compute), f"{_READ}{self.slices}:{self.path}")
+        return checkpoint_name(x, f"{_READ}{self.slices}:{self.path}").astype(self.compute)
 
 
 def tag_leaf(x: jax.Array, path: str) -> jax.Array:
@@ -94,7 +93,11 @@ def _walk(jaxpr, leaves: dict, loops: int, found: dict) -> None:
     reads, uses = {}, collections.Counter()
     for eqn in jaxpr.eqns:
         held = {i: leaves[v] for i, v in enumerate(eqn.invars) if _is_var(v) and v in leaves}
-        uses.update(reads[v] for v in set(filter(_is_var, eqn.invars)) if v in reads)
+        used = [reads[v] for v in set(filter(_is_var, eqn.invars)) if v in reads]
+        if used and eqn.primitive.name == "convert_element_type":  # as good as the read itself
+            reads[eqn.outvars[0]], = used
+            continue
+        uses.update(used)
         name = eqn.params.get("name") if eqn.primitive.name == "name" else None
         if name and name.startswith(_LEAF):
             leaves[eqn.outvars[0]] = name.removeprefix(_LEAF)

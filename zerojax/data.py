@@ -1,7 +1,6 @@
 """Batches: to devices, and into microbatches."""
 
 import collections
-import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -35,6 +34,12 @@ def check(policy: Policy, batch: Any, accumulate: int = 1) -> None:
         raise BatchError(f"the arrays of a batch differ in their number of examples: {sizes}.")
 
 
+def is_batch(tree: Any) -> bool:
+    """Whether every leaf is an array with a first dimension."""
+    leaves = jax.tree.leaves(tree)
+    return bool(leaves) and all(getattr(x, "shape", ()) for x in leaves)
+
+
 def microbatches(policy: Policy, batch: Any, accumulate: int) -> Any:
     """`[B, ...]` to `[accumulate, B / accumulate, ...]` without moving an example between devices.
 
@@ -61,18 +66,17 @@ def feed(batches: Iterable, zero: Policy, *, prefetch: int = 2) -> Iterator:
     >>> [b.sharding.spec for b in zj.feed([np.zeros((4, 3))], zero)]
     [P('data',)]
     """
-    target = sharding(zero)
-    queue = collections.deque()
-    batches = iter(batches)
-
-    def put(batch):
-        check(zero, batch)
+    target, queue, bad = sharding(zero), collections.deque(), None
+    for batch in batches:
+        try:
+            check(zero, batch)
+        except BatchError as error:  # the good ones before it come first
+            bad = error
+            break
         queue.append(jax.device_put(batch, target))
-
-    for batch in itertools.islice(batches, prefetch):
-        put(batch)
+        if len(queue) > prefetch:
+            yield queue.popleft()
     while queue:
-        ready = queue.popleft()
-        for batch in itertools.islice(batches, 1):
-            put(batch)
-        yield ready
+        yield queue.popleft()
+    if bad:
+        raise bad

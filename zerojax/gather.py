@@ -75,6 +75,7 @@ class Gather:
 
     def insert(self, index: int) -> "Gather":
         """For a stack along a new, whole dimension `index`."""
+        index %= self.ndim + 1
         add = lambda spec: P(*spec[:index], None, *spec[index:])
         return dataclasses.replace(self, spec=add(self.spec), whole=add(self.whole))
 

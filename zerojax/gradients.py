@@ -4,12 +4,14 @@ global       one loss over the whole microbatch; XLA finds the partial sums and 
 per device   vmap over the batch's parts, one a device; each reduction is an operation of the program.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.core import unfreeze
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,7 +20,7 @@ from zerojax.box import Box
 from zerojax.census import Census, Tag
 from zerojax.errors import LossError, ModelError, PolicyError, ZeroError
 from zerojax.gather import PARTS, Gather
-from zerojax.loss import Loss, normalise, takes_rng
+from zerojax.loss import Loss, call, normalise
 from zerojax.policy import Policy
 from zerojax.specs import Leaf, Placement
 
@@ -27,14 +29,20 @@ Tree = Any
 
 def readers(policy: Policy, leaves: tuple[Leaf, ...], places: list[Placement], reads: Census, per_device: bool) -> list[Gather]:
     """The pair for each parameter. Stages 0 and 1, and whole leaves, reduce once a step where the program can say so."""
-    p = policy.precision
 
     def pair(leaf, place):
         local = per_device and (policy.stage <= 1 or not place.sharded)
-        return Gather(policy.mesh, place.spec, place.whole, p.params, p.compute, p.reduce, policy.axes, policy.replica_axis,
+        compute = policy.precision.compute or leaf.dtype
+        reduce = policy.precision.reduce or compute
+        return Gather(policy.mesh, place.spec, place.whole, leaf.dtype, compute, reduce, policy.axes, policy.replica_axis,
                       per_device, local, whole_first=policy.replica_axis is None or leaf.path in reads.hoisted)
 
     return list(map(pair, leaves, places))
+
+
+def census_tags(policy: Policy, leaves: tuple[Leaf, ...], places: list[Placement]) -> list[Tag]:
+    """What stands in for `readers` while a census is taken."""
+    return [Tag(leaf.path, p.spec, p.whole, policy.precision.compute or leaf.dtype) for leaf, p in zip(leaves, places, strict=True)]
 
 
 def gather_once(policy: Policy, readers: list[Gather], params: list) -> list:
@@ -72,8 +80,7 @@ class Objective:
     def __call__(self, boxed: list, model_state: Tree, batch: Tree, rng: jax.Array) -> tuple[Loss, bool]:
         """The loss, with the model's state after it; and whether the function returned a `Loss`."""
         model = self.kind.join(self.treedef.unflatten(boxed), model_state)
-        args = (batch, rng) if takes_rng(self.loss_fn) else (batch,)
-        result = self.loss_fn(model, *args)
+        result = call(self.loss_fn, model, batch, rng)
         loss = normalise(result)
         after = self.kind.state_after(model, model_state)
         return loss.replace(model_state=_merge(after, loss.model_state)), isinstance(result, Loss)
@@ -82,10 +89,10 @@ class Objective:
 def _merge(state, update):
     if update is None:
         return state
-    merged = {**state, **update} if isinstance(state, dict) else update
+    merged = {k: unfreeze(update[k]) if k in update else v for k, v in state.items()} if isinstance(state, dict) else update
     if jax.tree.structure(merged) != jax.tree.structure(state):
-        raise LossError(f"Loss.model_state has the tree {jax.tree.structure(update)}, the model's state has "
-                        f"{jax.tree.structure(state)}; return the collections that apply(..., mutable=...) gave back.")
+        raise LossError(f"Loss.model_state has the tree {jax.tree.structure(merged)}, the model's state has "
+                        f"{jax.tree.structure(state)}; return the collections that apply(..., mutable=...) gave back, as they are.")
     return jax.tree.map(lambda new, old: new.astype(old.dtype), merged, state)
 
 
@@ -95,16 +102,14 @@ class Study:
 
     reads: Census
     is_sum: bool  # it returned a Loss
-    writes_state: bool
+    writes_state: bool  # floating, or keys: what parts of a batch would each write otherwise
+    statistics: bool  # the model has floating state, as BatchNorm's: the batch may be seen as one even if it is not written
 
 
 def study(policy: Policy, objective: Objective, params: list, model_state: Tree, batch: Tree, rng) -> Study:
     """Traces the loss over one microbatch. Raises what the loss raises, before anything is compiled."""
     args = (params, model_state, batch, rng)
-    try:
-        found = _trace(policy, objective, Census(), args)
-    except (TypeError, ValueError) as error:
-        raise no_array(error) or error from None
+    found = _trace(policy, objective, Census(), args)
     if found.reads.often:  # only where every use takes a box
         try:
             _trace(policy, objective, Census(often=found.reads.often), args)
@@ -115,7 +120,7 @@ def study(policy: Policy, objective: Objective, params: list, model_state: Tree,
 
 def _trace(policy, objective, reads, args) -> Study:
     places = [layout.place(policy, leaf) for leaf in objective.leaves]
-    tags = [Tag(leaf.path, p.spec, p.whole, policy.precision.compute) for leaf, p in zip(objective.leaves, places, strict=True)]
+    tags = census_tags(policy, objective.leaves, places)
     found = {}
 
     def traced(params, model_state, batch, rng):
@@ -123,16 +128,26 @@ def _trace(policy, objective, reads, args) -> Study:
         boxed = boxes(objective.kind.box, objective.leaves, tags, marked, [None] * len(tags), reads)
         loss, found["is_sum"] = objective(boxed, model_state, batch, rng)
         before, after = jax.tree.leaves(model_state), jax.tree.leaves(loss.model_state)
-        found["writes_state"] = any(a is not b and jnp.issubdtype(b.dtype, jnp.floating)
-                                    for a, b in zip(after, before, strict=True))
+        found["writes_state"] = any(a is not b and not _counts_on(b) for a, b in zip(after, before, strict=True))
+        found["statistics"] = any(jnp.issubdtype(b.dtype, jnp.floating) for b in before)
         return loss
 
     return Study(census.take(jax.make_jaxpr(traced)(*args)), **found)
 
 
-def no_array(error: Exception) -> ModelError | None:
+@contextlib.contextmanager
+def arrays_wanted():
+    """Says what to write where user code gives a box to a function that takes arrays only."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _no_array(error) or error from None
+
+
+def _no_array(error: Exception) -> ModelError | None:
     """What to say of an error that comes from a box where an array was wanted; None for any other."""
-    if isinstance(error, ZeroError) or not any(word in str(error) for word in ("__jax_array__", "zerojax.box")):
+    signs = ("__jax_array__", "zerojax.box", "LinenBox", "'Box'")
+    if isinstance(error, ZeroError) or not any(sign in str(error) for sign in signs):
         return None
     return ModelError(f"the loss gives a parameter to a function that takes arrays only, as jax.lax functions do ({error}); "
                       "write zj.whole(w) there, or model = zj.whole(model) to have a whole submodule's parameters as arrays.")
@@ -141,7 +156,7 @@ def no_array(error: Exception) -> ModelError | None:
 def per_device(policy: Policy, found: Study) -> bool:
     """The way to differentiate. Raises `PolicyError` for a wish that the other way alone can fulfil."""
     p, pinned = policy.precision, sorted(found.reads.constrained & set(policy.batch_axes))
-    able = found.is_sum and not found.writes_state and not pinned
+    able = found.is_sum and not found.writes_state and not found.statistics and not pinned
     way = policy.gradients or ("per_device" if able else "global")
     if way == "per_device" and pinned:
         raise PolicyError(f'gradients="per_device": the model constrains its activations over {pinned}, which each device '
@@ -149,13 +164,14 @@ def per_device(policy: Policy, found: Study) -> bool:
     if way == "per_device" and found.writes_state:
         raise PolicyError('gradients="per_device": the loss returns new model state (as BatchNorm does), and each device would '
                           'have its own; write gradients="global".')
-    if way == "global" and p.reduce != p.compute:
-        why = ("returns new model state" if found.writes_state else "returns a bare mean" if not found.is_sum else
+    if way == "global" and p.reduces != p.computes:
+        why = ("returns new model state" if found.writes_state else "is of a model with floating state, as BatchNorm's"
+               if found.statistics else "returns a bare mean" if not found.is_sum else
                f"constrains activations over {pinned}" if pinned else 'is asked to be "global"')
         raise PolicyError(
-            f"Precision(compute={p.compute!r}, reduce={p.reduce!r}): with one loss over the whole batch (this one {why}), XLA "
-            f"reduces in the dtype of the product, {p.compute}. Return zj.Loss(total, weight) without new model state, "
-            f'so that each device differentiates its own part (gradients="per_device"), or leave reduce={p.compute!r}.')
+            f"Precision(compute={p.computes!r}, reduce={p.reduces!r}): with one loss over the whole batch (this one {why}), XLA "
+            f"reduces in the dtype of the product, {p.computes}. Return zj.Loss(total, weight) without new model state, "
+            f'so that each device differentiates its own part (gradients="per_device"), or leave reduce={p.computes!r}.')
     return way == "per_device"
 
 
@@ -204,7 +220,10 @@ class Differentiator:
 
         out = ([0 if g.local else None for g in self.readers], 0, None)
         mapped = jax.vmap(part, out_axes=out, axis_name=PARTS, spmd_axis_name=axes)
-        grads, loss, counts = mapped(jax.tree.map(split, batch), jnp.arange(n))
+        try:
+            grads, loss, counts = mapped(jax.tree.map(split, batch), jnp.arange(n))
+        except ValueError as error:
+            raise _of_the_batch(error) or error from None
         loss = jax.tree.map(lambda x: x.sum(0), loss)
         return grads, loss.replace(model_state=_recount(model_state, counts))
 
@@ -219,9 +238,20 @@ def _fold_keys(state, index):
     return jax.tree.map(lambda x: fold(x) if _is_key(x) else x, state)
 
 
+def _of_the_batch(error: ValueError) -> PolicyError | None:
+    if "out_axes" not in str(error):
+        return None
+    return PolicyError('gradients="per_device": the loss writes integers of the batch into the model\'s state, and each device '
+                       'would have its own; write gradients="global".')
+
+
+def _counts_on(x) -> bool:
+    """Whether a leaf of model state goes on without the batch, as the counts of random streams and flags do."""
+    return not (jnp.issubdtype(x.dtype, jnp.inexact) or _is_key(x))
+
+
 def _counts(state):
-    """The part of model state that goes on without the batch: integers, as the counts of random streams."""
-    return [x if jnp.issubdtype(x.dtype, jnp.integer) else None for x in jax.tree.leaves(state)]
+    return [x if _counts_on(x) else None for x in jax.tree.leaves(state)]
 
 
 def _recount(state, counts):

@@ -35,19 +35,28 @@ def describe(tree: Tree, bases: Sequence[P] | None = None, scanned: Sequence[int
 
 
 def place(policy: Policy, leaf: Leaf) -> Placement:
-    """Where a leaf lies at rest under a policy, and once gathered."""
-    if policy.stage == 0:
-        return Placement(leaf.base, leaf.base, "stage 0 keeps everything whole")
+    """Where a parameter lies at rest under a policy, and once gathered."""
     rule = specs.find_rule(leaf.path, policy.rules)
-    if rule is not None:
-        return specs.by_rule(leaf, rule, policy.rules[rule], policy.axes, policy.mesh.shape)
-    return specs.shard(leaf, policy.axes, policy.shards, policy.min_shard)
+    if rule is None:
+        return place_other(policy, leaf)
+    placed = specs.by_rule(leaf, rule, policy.rules[rule], policy.axes, policy.mesh.shape, policy.replica_axis)
+    return placed if policy.stage else _whole(placed)
+
+
+def place_other(policy: Policy, leaf: Leaf) -> Placement:
+    """Where a leaf lies that no rule is about."""
+    placed = specs.shard(leaf, policy.axes, policy.shards, policy.min_shard)
+    return placed if policy.stage else _whole(placed)
+
+
+def _whole(placed: Placement) -> Placement:
+    return Placement(placed.whole, placed.whole, "stage 0 keeps everything whole")
 
 
 def place_state(policy: Policy, params: Sequence[Leaf], tree: Tree) -> list[Placement]:
     """A `Placement` for each leaf of `tree` (optimizer state, or a whole training state), given the parameters."""
     known = {leaf.path: (leaf.shape, place(policy, leaf)) for leaf in params}
-    return [_inherit(known, leaf) or place(policy, leaf) for leaf in describe(tree)]
+    return [_inherit(known, leaf) or place_other(policy, leaf) for leaf in describe(tree)]
 
 
 def _inherit(known: dict, leaf: Leaf) -> Placement | None:

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from zerojax import census, data, gradients, layout, specs
 from zerojax.box import Box
-from zerojax.census import Census, Tag
-from zerojax.errors import ModelError
+from zerojax.census import Census
+from zerojax.errors import ModelError, PolicyError
 from zerojax.linen import LinenBox
 from zerojax.policy import Policy
 from zerojax.specs import Leaf, Placement
@@ -66,6 +67,7 @@ def view(policy: Policy, params: Any, leaves: tuple[Leaf, ...] | None = None, bo
 
     `leaves` describes them where more is known than their shapes; `box` is what the kind of model opens.
     """
+    _check_wishes(policy)
     frame = _frame.get() or Frame(reads=Census())
     if frame.params is not None:
         frame.check(params)
@@ -73,77 +75,82 @@ def view(policy: Policy, params: Any, leaves: tuple[Leaf, ...] | None = None, bo
     places = frame.places(policy, leaves)
     if frame.reads is None:
         flat = [census.tag_leaf(x, leaf.path) for x, leaf in zip(flat, leaves, strict=True)]
-        readers = [Tag(leaf.path, p.spec, p.whole, policy.precision.compute) for leaf, p in zip(leaves, places, strict=True)]
+        readers = gradients.census_tags(policy, leaves, places)
         gathered, reads = [None] * len(flat), Census()
     else:
         reads = frame.reads
         readers = gradients.readers(policy, leaves, places, reads, False)
         gathered = gradients.gather_once(policy, readers, flat)
-    return jax.tree.structure(params).unflatten(gradients.boxes(box, leaves, readers, flat, gathered, reads))
+    boxed = gradients.boxes(box, leaves, readers, flat, gathered, reads)
+    chosen = [b if jnp.issubdtype(x.dtype, jnp.floating) else x for b, x in zip(boxed, flat, strict=True)]
+    return jax.tree.structure(params).unflatten(chosen)
+
+
+def _check_wishes(policy: Policy):
+    p = policy.precision
+    if policy.gradients == "per_device" or p.reduces != p.computes:
+        given = f"gradients={policy.gradients!r}, Precision(compute={p.computes!r}, reduce={p.reduces!r})"
+        raise PolicyError(f"zero.view with {given}: a loop of one's own has one loss over the whole batch, which XLA reduces in "
+                          "the dtype of the product; use zero.train_step, or leave both wishes out.")
 
 
 class Jitted:
-    """What `Zero.jit` returns: `fn`, jitted; the first argument is the state, the second (if any) the batch.
+    """What `Zero.jit` returns: `fn`, jitted; the first argument is the state, the second (if any) the batch."""
 
-    Arguments of the same shapes are traced once, for the layout of the first state that came.
-    """
-
-    def __init__(self, policy: Policy, fn, donate: bool, compiler_options: dict | None):
+    def __init__(self, policy: Policy, fn, **options):
         functools.update_wrapper(self, fn)
-        self.policy, self.fn = policy, fn
-        self._jitted = jax.jit(self._traced, donate_argnums=(0,) if donate else (), compiler_options=compiler_options)
-        self._called_with = None
+        self.policy, self.fn, self._options = policy, fn, options
+        self._jitted = {}  # by layout: jit traces for shapes alone
 
-    def __call__(self, state, *args):
-        self._called_with = state
-        try:
-            return self._jitted(state, *args)
-        finally:
-            self._called_with = None
+    def __call__(self, state, *args, **kwargs):
+        return self._of(state)(state, *args, **kwargs)
 
-    def lower(self, state, *args):
+    def lower(self, state, *args, **kwargs):
         """As jit's; `state` as from `Zero.abstract` or `jax.eval_shape` with shardings."""
-        self._called_with = state
-        return self._jitted.lower(state, *args)
+        return self._of(state).lower(state, *args, **kwargs)
 
-    def _traced(self, state, *args):
-        concrete = self._called_with
-        if args:
+    def _of(self, state):
+        layout = tuple(getattr(x, "sharding", None) for x in jax.tree.leaves(state))
+        if layout not in self._jitted:
+            self._jitted[layout] = jax.jit(functools.partial(self._traced, layout), **self._options)
+        return self._jitted[layout]
+
+    def _traced(self, layout, state, *args, **kwargs):
+        known = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(jax.tree.leaves(state), layout, strict=True)]
+        known = jax.tree.structure(state).unflatten(known)
+        if args and data.is_batch(args[0]):
             data.check(self.policy, args[0])
             args = (jax.lax.with_sharding_constraint(args[0], data.sharding(self.policy)), *args[1:])
-        params = params_of(concrete)
-        try:
-            reads = self._in(Frame(params), lambda: census.take(jax.make_jaxpr(self.fn)(state, *args)))
-        except (TypeError, ValueError) as error:
-            raise gradients.no_array(error) or error from None
-        return self._kept(self._run(params, reads, state, args), concrete)
+        call = functools.partial(self.fn, state, *args, **kwargs)
+        with gradients.arrays_wanted():
+            return _kept(self._run(params_of(known), call), known)
 
-    def _in(self, frame: Frame, run):
-        token = _frame.set(frame)
+    def _run(self, params, call):
+        reads = _in(Frame(params), lambda: census.take(jax.make_jaxpr(call)()))
         try:
-            return run()
-        finally:
-            _frame.reset(token)
-
-    def _run(self, params, reads, state, args):
-        try:
-            return self._in(Frame(params, reads), lambda: self.fn(state, *args))
+            return _in(Frame(params, reads), call)
         except (TypeError, ValueError):
             if not reads.often:
                 raise
         plain = dataclasses.replace(reads, often=frozenset())  # a use behind a read takes arrays only
-        return self._in(Frame(params, plain), lambda: self.fn(state, *args))
+        return _in(Frame(params, plain), call)
 
-    def _kept(self, result, state):
-        """The new state where the old one lay."""
-        treedef = jax.tree.structure(state)
-        put = lambda new, old: jax.lax.with_sharding_constraint(new, old.sharding) if _named(old) else new
-        is_state = lambda x: jax.tree.structure(x) == treedef
-        first = result[0] if isinstance(result, tuple) and result and not is_state(result) else result
-        if not is_state(first):
-            return result
-        kept = jax.tree.map(put, first, state)
-        return kept if first is result else (kept, *result[1:])
+
+def _in(frame: Frame, run):
+    token = _frame.set(frame)
+    try:
+        return run()
+    finally:
+        _frame.reset(token)
+
+
+def _kept(result, known):
+    """`result` with every state in it where the old one lay: a gradient or update may lie elsewhere."""
+    of = lambda tree: (jax.tree.structure(tree), [(jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)])
+    wanted = of(known)
+    is_state = lambda x: jax.tree.structure(x) == wanted[0] and of(x) == wanted
+    put = lambda new, old: jax.lax.with_sharding_constraint(new, old.sharding) if _named(old) else new
+    return jax.tree.map(lambda x: jax.tree.map(put, x, known) if is_state(x) else x, result, is_leaf=is_state)
 
 
 def _named(x) -> bool:

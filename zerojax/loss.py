@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.core import Tracer
 
 from zerojax.errors import LossError
 
@@ -13,7 +14,9 @@ from zerojax.errors import LossError
 class Loss(struct.PyTreeNode):
     """A loss as a sum over examples, so that any split of the batch adds up to the same.
 
-    Gradient and reported loss are (sum of `total`) / (sum of `weight`), over devices and microbatches.
+    Gradient and reported loss are (sum of `total`) / (sum of `weight`), over devices and microbatches. Returning one says
+    that examples do not see each other: each device then differentiates its own part. For a loss whose examples do
+    (contrastive, batch statistics, load balancing) write `Zero(gradients="global")`.
 
     Attributes:
       total: floating scalar, the sum over this batch's examples (or tokens).
@@ -31,11 +34,18 @@ class Loss(struct.PyTreeNode):
     model_state: Any = None
 
 
-def takes_rng(loss_fn) -> bool:
-    """Whether a loss function has a third positional parameter."""
+def call(loss_fn, model, batch, rng):
+    """`loss_fn(model, batch)`, with the key if it has a parameter named `rng`, or a third one without a default.
+
+    >>> call(lambda model, batch, smoothing=0.1: smoothing, 1, 2, 3), call(lambda model, batch, key: key, 1, 2, 3)
+    (0.1, 3)
+    """
+    parameters = inspect.signature(loss_fn).parameters
+    if "rng" in parameters:
+        return loss_fn(model, batch, rng=rng)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = [p for p in inspect.signature(loss_fn).parameters.values() if p.kind in kinds]
-    return len(required) >= 3
+    required = [p for p in parameters.values() if p.kind in kinds and p.default is inspect.Parameter.empty]
+    return loss_fn(model, batch, rng) if len(required) >= 3 else loss_fn(model, batch)
 
 
 def normalise(result) -> Loss:
@@ -49,7 +59,7 @@ def normalise(result) -> Loss:
     _check_scalar(what, loss.total)
     if jnp.shape(loss.weight) != ():
         raise LossError(f"Loss.weight has shape {jnp.shape(loss.weight)}; write its sum, as mask.sum().")
-    if isinstance(loss.weight, (int, float)) and not loss.weight > 0:
+    if not isinstance(loss.weight, Tracer) and not loss.weight > 0:
         raise LossError(f"Loss.weight is {loss.weight}: the loss would be divided by it; "
                         "write the number of examples, or the sum of the mask.")
     for path, x in jax.tree.leaves_with_path(loss.aux):

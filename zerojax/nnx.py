@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
@@ -28,6 +27,10 @@ def _stack(variable, index, name):
 
 
 _HOOKS = {"on_get_value": _open, "on_remove_axis": _slice, "on_add_axis": _stack}
+
+
+def _known(after, before):
+    return {k: _known(after[k], v) for k, v in before.items()} if isinstance(before, dict) else after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,5 @@ class Nnx:
         return model
 
     def state_after(self, model, model_state):
-        """What the loss left in the module; its random keys stay, their counts go on."""
-        after = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
-        return jax.tree.map(lambda new, old: old if jnp.issubdtype(old.dtype, jax.dtypes.prng_key) else new, after, model_state)
+        """What the loss left in the module's variables; those that it added (`sow`) are dropped."""
+        return _known(nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param))), model_state)

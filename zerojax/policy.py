@@ -6,10 +6,11 @@ Needs no devices. `Zero` is a `Policy` with verbs.
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Literal
 
+import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
@@ -24,8 +25,8 @@ def _dtype_name(field: str, dtype) -> str:
     name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", None) or np.dtype(dtype).name
     if name in DTYPES:
         return name
-    near = difflib.get_close_matches(name, DTYPES, 1, 0)
-    raise PolicyError(f"Precision({field}={name!r}): no such dtype here; write one of {', '.join(DTYPES)} (perhaps {near[0]!r}).")
+    near = [f" (perhaps {n!r})" for n in difflib.get_close_matches(name, DTYPES, 1, 0.5)]
+    raise PolicyError(f"Precision({field}={name!r}): no such dtype here; write one of {', '.join(DTYPES)}{''.join(near)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,29 +34,48 @@ class Precision:
     """The dtypes of a step.
 
     Args:
-      params: dtype of parameters and optimizer state at rest.
+      params: dtype of parameters and optimizer state at rest; not float16, whose gradients of sums overflow.
       compute: dtype the model reads parameters in, and gathers move; None is as `params`.
       reduce: dtype that gradients are summed in across devices; None is as `compute`.
         Other than `compute` only where each device differentiates its own part (`gradients="per_device"`).
-      accumulate: dtype that gradients of microbatches are added in.
+      accumulate: dtype that gradients of microbatches are added in; not float16 either.
 
     Raises:
-      PolicyError: an unknown dtype.
+      PolicyError: an unknown dtype, or one that can't be had there.
 
-    >>> Precision(compute="bfloat16")
-    Precision(params='float32', compute='bfloat16', reduce='bfloat16', accumulate='float32')
+    >>> Precision(compute="bfloat16").reduces
+    'bfloat16'
     """
 
     params: str = "float32"
-    compute: str = None  # pyright: ignore[reportAssignmentType]  resolved below
-    reduce: str = None  # pyright: ignore[reportAssignmentType]
+    compute: str | None = None
+    reduce: str | None = None
     accumulate: str = "float32"
 
     def __post_init__(self):
-        compute = self.params if self.compute is None else self.compute
-        reduce = compute if self.reduce is None else self.reduce
-        for field, dtype in {"params": self.params, "compute": compute, "reduce": reduce, "accumulate": self.accumulate}.items():
-            object.__setattr__(self, field, _dtype_name(field, dtype))
+        for field in dataclasses.fields(self):
+            if (dtype := getattr(self, field.name)) is not None:
+                object.__setattr__(self, field.name, _dtype_name(field.name, dtype))
+                self._check(field.name)
+
+    def _check(self, field: str):
+        dtype = getattr(self, field)
+        if dtype == "float16" and field in ("params", "accumulate"):
+            raise PolicyError(f'Precision({field}="float16"): sums over a batch overflow above 65504; write '
+                              '"float32" or "bfloat16" there, and compute="float16", whose loss is scaled.')
+        if dtype == "float64" and not jax.config.read("jax_enable_x64"):
+            raise PolicyError(f'Precision({field}="float64"): jax makes that float32; write float32, or before it '
+                              'jax.config.update("jax_enable_x64", True).')
+
+    @property
+    def computes(self) -> str:
+        """The compute dtype, also where it is as `params`."""
+        return self.compute or self.params
+
+    @property
+    def reduces(self) -> str:
+        """The reduce dtype, also where it is as compute."""
+        return self.reduce or self.computes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,20 +96,33 @@ class Policy:
         object.__setattr__(self, "axis", self.axes)
         if self.replica_axis is None and "replica" in self.mesh.axis_names and "replica" not in self.axes:
             object.__setattr__(self, "replica_axis", "replica")
-        object.__setattr__(self, "rules", MappingProxyType(dict(self.rules)))
+        object.__setattr__(self, "rules", dict(self.rules))
         self._check_stage()
+        self._check_rules()
         self._check_mesh()
 
     def _check_stage(self):
-        if self.stage not in (0, 1, 2, 3):
+        if isinstance(self.stage, bool) or self.stage not in (0, 1, 2, 3):
             raise PolicyError(f"Zero(stage={self.stage!r}): stages are 0 (all whole), 1 (optimizer state sharded), "
                               "2 (gradients too) and 3 (parameters too); write one of these integers.")
         if self.gradients not in (None, "global", "per_device"):
             raise PolicyError(f'Zero(gradients={self.gradients!r}): write "global" (one loss over the whole batch), '
                               '"per_device" (each device differentiates its own part), or None to let the loss decide.')
 
+    def _check_rules(self):
+        for pattern, spec in self.rules.items():
+            if not isinstance(spec, PartitionSpec):
+                raise PolicyError(f"rule {pattern!r}: {spec!r} is no PartitionSpec; write jax.P({spec!r}).")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise PolicyError(f"rule {pattern!r} is no regular expression: {error}.") from None
+
     def _check_mesh(self):
         names = self.mesh.axis_names
+        if not self.axes or len(set(self.batch_axes)) < len(self.batch_axes):
+            raise PolicyError(f"Zero(axis={self.axis!r}, replica_axis={self.replica_axis!r}): name one axis or more, each once; "
+                              f"the mesh has {names}.")
         missing = [a for a in self.batch_axes if a not in names]
         if missing:
             raise PolicyError(f"Zero: the mesh has axes {names}, none of them named {missing}; "

@@ -88,6 +88,8 @@ def shard(leaf: Leaf, axes: tuple[str, ...], n: int, min_shard: int) -> Placemen
     >>> shard(Leaf("w", (24, 1000, 4000), "float32", P(None, None, None), scanned=0), ("data",), 8, 1).spec
     P(None, None, 'data')
     """
+    if set(axes_of(leaf.base)) & set(axes):  # the model says itself how it is spread over ZeRO's axes
+        return Placement(leaf.base, keep(leaf.base, lambda axis: axis not in axes))
     if n == 1 or leaf.size < min_shard:
         why = "one device" if n == 1 else f"{leaf.size} elements < min_shard={min_shard}"
         return Placement(leaf.base, leaf.base, why)
@@ -98,11 +100,11 @@ def shard(leaf: Leaf, axes: tuple[str, ...], n: int, min_shard: int) -> Placemen
     return Placement(P(*leaf.base[:index], axes, *leaf.base[index + 1:]), leaf.base)
 
 
-def by_rule(leaf: Leaf, pattern: str, spec: P, axes: tuple[str, ...], sizes: Mapping[str, int]) -> Placement:
+def by_rule(leaf: Leaf, pattern: str, spec: P, axes: tuple[str, ...], sizes: Mapping[str, int], replica: str | None) -> Placement:
     """The placement a user's rule asks for; `whole` keeps the axes of it that are not ZeRO's.
 
     Raises:
-      LayoutError: more entries than dimensions, an axis the mesh lacks, or a dimension it does not divide.
+      LayoutError: more entries than dimensions, an axis the mesh lacks, that of copies, or a dimension it does not divide.
     """
     where = f"rule {pattern!r}: {spec} for {leaf.path} of shape {leaf.shape}"
     if len(spec) > len(leaf.shape):
@@ -110,6 +112,8 @@ def by_rule(leaf: Leaf, pattern: str, spec: P, axes: tuple[str, ...], sizes: Map
     unknown = [a for a in axes_of(spec) if a not in sizes]
     if unknown:
         raise LayoutError(f"{where} names axes {unknown}; the mesh has {tuple(sizes)}.")
+    if replica in axes_of(spec):
+        raise LayoutError(f"{where} names {replica!r}, the axis of copies; the state is spread over {axes}.")
     wanted = full(spec, len(leaf.shape))
     for dim, (d, entry) in enumerate(zip(leaf.shape, wanted, strict=True)):
         n = math.prod(sizes[a] for a in axes_of(P(entry)))

@@ -58,6 +58,10 @@ class TrainState(struct.PyTreeNode):
 
 
 def _cast(policy: Policy, params):
+    for path, x in jax.tree.leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            raise ModelError(f"parameter {layout.path_of(path)} is of dtype {jnp.result_type(x)}; what is trained is real and "
+                             "floating. Keep it in another collection (linen) or kind of Variable (NNX), or as a constant.")
     return jax.tree.map(lambda x: jnp.asarray(x, policy.precision.params), params)
 
 
@@ -70,6 +74,7 @@ def survey(policy: Policy, init_fn, args) -> Model:
 
     Raises:
       ModelError: no floating array in what it returns.
+      ModelError: nor a parameter that is not floating.
       LayoutError: a rule that matches nothing.
     """
     found = {}
@@ -101,8 +106,9 @@ def builder(policy: Policy, model: Model, init_fn, tx, rng):
     def build(*args):
         _, params, model_state, _ = type(model.kind).split(init_fn(*args))
         params = _cast(policy, params)
-        return TrainState(jnp.int32(0), params, tx.init(params), model_state, rng,
-                          scale.for_dtype(policy.precision.compute), jnp.int32(0), model)
+        key = _first_key(args) if rng is None else rng
+        return TrainState(jnp.int32(0), params, tx.init(params), model_state, key,
+                          scale.for_dtype(policy.precision.computes), jnp.int32(0), model)
 
     return build
 
@@ -122,9 +128,11 @@ def shardings(policy: Policy, state: TrainState) -> TrainState:
                         is_leaf=lambda x: isinstance(x, Placement))
 
 
-def default_rng(args, rng):
-    """The state's key: the one given, or one folded from the first key among init's arguments."""
-    if rng is not None:
-        return rng
-    keys = [x for x in jax.tree.leaves(args) if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
-    return jax.random.fold_in(keys[0], 0x5EED) if keys and isinstance(keys[0], jax.Array) else jax.random.key(0)
+def _first_key(args):
+    """The state's key: folded from the first key among init's arguments, of the new kind or the old, else key(0)."""
+    typed = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key) and x.shape == ()
+    plain = lambda x: x.dtype == jnp.uint32 and x.shape == (2,)
+    keys = [x for x in jax.tree.leaves(args) if hasattr(x, "dtype") and (typed(x) or plain(x))]
+    if not keys:
+        return jax.random.key(0)
+    return jax.random.fold_in(keys[0] if typed(keys[0]) else jax.random.wrap_key_data(keys[0]), 0x5EED)

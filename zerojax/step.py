@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 
 from zerojax import data, gradients, layout, specs
@@ -77,7 +78,7 @@ def _constrain(diff, grads):
 def _reduced(diff, grads, weight):
     """Gradients of the mean, each at its spec, in the parameters' dtype."""
     whole = [g.sum_parts(x) if g.local else x for g, x in zip(diff.readers, grads, strict=True)]
-    mean = [(x / weight.astype(x.dtype)).astype(diff.policy.precision.params) for x in whole]
+    mean = [(x.astype(jnp.float32) / weight).astype(diff.policy.precision.params) for x in whole]
     return [g.constrain(x, g.spec) for g, x in zip(diff.readers, mean, strict=True)]
 
 
@@ -98,20 +99,24 @@ class TrainStep:
 
     def __init__(self, policy: Policy, loss_fn, tx, *, accumulate: int, clip_norm: float | None, max_skipped: int | None,
                  compiler_options: dict | None):
-        if accumulate < 1 or int(accumulate) != accumulate:
+        if not isinstance(accumulate, int) or accumulate < 1:
             raise PolicyError(f"train_step(accumulate={accumulate}): write a number of microbatches, 1 or more.")
         if clip_norm is not None and not clip_norm > 0:
             raise PolicyError(f"train_step(clip_norm={clip_norm}): write a positive norm, or None not to clip.")
+        if max_skipped is not None and max_skipped < 1:
+            raise PolicyError(f"train_step(max_skipped={max_skipped}): write how many steps in a row, 1 or more, or None.")
         self.policy, self.loss_fn, self.tx = policy, loss_fn, optax.with_extra_args_support(tx)
         self.accumulate, self.clip_norm, self.max_skipped = accumulate, clip_norm, max_skipped
         self._jitted = jax.jit(self._step, donate_argnums=0, compiler_options=compiler_options)
-        self._pending = collections.deque()
+        self._pending, self._last = collections.deque(), None
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        self._raise_if_stuck()
+        self._raise_if_stuck(state)
         state, metrics = self._jitted(state, batch)
-        if self.max_skipped:
+        if self.max_skipped and not isinstance(metrics["skipped"], Tracer):
+            metrics["skipped"].copy_to_host_async()
             self._pending.append(metrics["skipped"])
+            self._last = state.skipped
         return state, metrics
 
     def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
@@ -120,8 +125,10 @@ class TrainStep:
         place = lambda x: x if getattr(x, "sharding", None) else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target)
         return self._jitted.lower(state, jax.tree.map(place, batch))
 
-    def _raise_if_stuck(self):
-        """Looks at the step before the last, which is done by now: no call waits for the device."""
+    def _raise_if_stuck(self, state):
+        """Looks at the step before the last, so that every host raises at the same call and the device has one more to do."""
+        if getattr(state, "skipped", None) is not self._last:  # of another run
+            self._pending.clear()
         if self.max_skipped and len(self._pending) > 1 and (skipped := int(self._pending.popleft())) >= self.max_skipped:
             self._pending.clear()
             raise NonFiniteError(
@@ -136,9 +143,10 @@ class TrainStep:
         places = states.placements(self.policy, state)
         rng = jax.random.fold_in(state.rng, state.step)
         micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // self.accumulate, *x.shape[1:]), x.dtype), batch)
-        diff = differentiator(self.policy, self.loss_fn, state, micro, rng)
         batch = jax.lax.with_sharding_constraint(batch, data.sharding(self.policy))
-        grads, loss = _accumulated(diff, state, batch, self.accumulate, rng)
+        with gradients.arrays_wanted():
+            diff = differentiator(self.policy, self.loss_fn, state, micro, rng)
+            grads, loss = _accumulated(diff, state, batch, self.accumulate, rng)
         grads = jax.tree.structure(state.params).unflatten(_reduced(diff, grads, loss.weight))
         return self._finish(state, grads, loss, places)
 
@@ -152,11 +160,11 @@ class TrainStep:
 
     def _finish(self, state, grads, loss: Loss, places):
         mean, grad_norm = loss.total / loss.weight, norm(grads)
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(mean)
         if self.clip_norm is not None:
             factor = jnp.minimum(1.0, self.clip_norm / grad_norm)
             grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params, value=mean)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(mean) & jnp.isfinite(norm(updates))
         new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state, model_state=loss.model_state)
         new = jax.tree.map(lambda a, b: b if a is b else jnp.where(finite, a, b), new, state)
         new = new.replace(step=state.step + 1, scale=state.scale.update(finite), skipped=jnp.where(finite, 0, state.skipped + 1))
@@ -194,6 +202,10 @@ class EvalStep:
         data.check(self.policy, batch)
         batch = jax.lax.with_sharding_constraint(batch, data.sharding(self.policy))
         aim, params, rng = objective(self.loss_fn, state), jax.tree.leaves(state.params), jax.random.fold_in(state.rng, 0xFFFFFFFF)
+        with gradients.arrays_wanted():
+            return self._evaluated(aim, params, state, batch, rng)
+
+    def _evaluated(self, aim, params, state, batch, rng):
         reads = gradients.study(self.policy, aim, params, state.model_state, batch, rng).reads
         places = [layout.place(self.policy, leaf) for leaf in aim.leaves]
         readers = gradients.readers(self.policy, aim.leaves, places, reads, False)

@@ -14,7 +14,7 @@ from zerojax.box import Box
 def _kind(leaf) -> str:
     if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
         return "static"
-    return "params" if jnp.issubdtype(leaf.dtype, jnp.floating) else "state"
+    return "params" if jnp.issubdtype(leaf.dtype, jnp.inexact) else "state"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,15 @@
 """`Zero`: a policy with verbs. What each does is in the files below; here is how they are called."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
+from flax.core import meta
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from zerojax import census, data, layout, loop, specs
 from zerojax import state as states
@@ -14,6 +18,11 @@ from zerojax.policy import Policy
 from zerojax.specs import Placement
 from zerojax.state import TrainState
 from zerojax.step import EvalStep, TrainStep
+
+
+def _specs(state) -> list:
+    """The mesh axes that linen's metadata names for each leaf."""
+    return jax.tree.leaves(nn.get_partition_spec(state), is_leaf=lambda s: s is None or isinstance(s, P))
 
 
 class Zero(Policy):
@@ -53,20 +62,19 @@ class Zero(Policy):
         Args:
           init_fn: returns a pytree of parameters, linen's dict of variables, or an NNX module.
           tx: an optax transform.
-          *args: arrays for `init_fn`.
+          *args: arrays for `init_fn`. Parameters at hand go in here: `zero.init(lambda params: params, tx, params)`.
           rng: the key that steps draw from; None derives one from the first key in `args`, else key(0).
 
         Raises:
-          ModelError: `init_fn` returned no floating array.
+          ModelError: `init_fn` returned no floating array, or a parameter that is not floating.
           LayoutError: a rule does not fit its leaf, or matches none.
         """
-        rng = states.default_rng(args, rng)
         build, shardings = self._plan(init_fn, tx, args, rng)
         return jax.jit(build, out_shardings=shardings)(*args)
 
     def abstract(self, init_fn: Callable, tx, *args, rng: jax.Array | None = None) -> TrainState:
         """What `init` would return, as `ShapeDtypeStruct`s with shardings; nothing is allocated."""
-        build, shardings = self._plan(init_fn, tx, args, states.default_rng((), rng))
+        build, shardings = self._plan(init_fn, tx, args, rng)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                             jax.eval_shape(build, *args), shardings)
 
@@ -87,7 +95,9 @@ class Zero(Policy):
 
     def _places(self, make, state) -> list[Placement]:
         scanned = census.stacked(jax.make_jaxpr(make)())
-        leaves = layout.describe(state, scanned=scanned)
+        bases = [states.known_axes(self, spec or P()) for spec in _specs(state)]
+        state = meta.unbox(state)  # of `nn.with_partitioning`'s boxes: their names are read, their arrays are the leaves
+        leaves = layout.describe(state, bases, scanned)
         params = loop.params_of(state)
         ours = {f"params/{leaf.path}" for leaf in layout.describe(params)}
         known = [dataclasses.replace(leaf, path=leaf.path.removeprefix("params/")) for leaf in leaves if leaf.path in ours]
@@ -103,23 +113,25 @@ class Zero(Policy):
 
         Raises:
           ModelError: not the tree of the state's parameters.
+          PolicyError: the policy asks for a reduction of its own dtype, or for gradients per device.
         """
         if not isinstance(tree, TrainState):
             return loop.view(self, tree)
         kind = tree.model.kind
         return kind.join(loop.view(self, tree.params, tree.model.leaves, kind.box), tree.model_state)
 
-    def jit(self, fn: Callable | None = None, *, donate: bool = True, compiler_options: dict | None = None):
+    def jit(self, fn: Callable | None = None, *, donate: bool = True, static_argnames=(), compiler_options: dict | None = None):
         """`jax.jit` for `fn(state, batch, ...)`: shardings follow the state, the batch is split over devices.
 
         Args:
-          fn: returns the new state, or a tuple that starts with it, or anything else.
+          fn: the second argument, if its arrays all have a first dimension, is the batch. A state in what it returns lies
+            where the one given lay.
           donate: the state's memory is reused; write False for functions that do not return it, as evaluation.
-          compiler_options: as jit's.
+          static_argnames, compiler_options: as jit's; static arguments are given by name.
         """
-        if fn is None:
-            return lambda fn: loop.Jitted(self, fn, donate, compiler_options)
-        return loop.Jitted(self, fn, donate, compiler_options)
+        options = {"donate_argnums": (0,) if donate else (), "static_argnames": static_argnames,
+                   "compiler_options": compiler_options}
+        return functools.partial(loop.Jitted, self, **options) if fn is None else loop.Jitted(self, fn, **options)
 
     def train_step(self, loss_fn: Callable, tx, *, accumulate: int = 1, clip_norm: float | None = None,
                    max_skipped: int | None = 50, compiler_options: dict | None = None) -> TrainStep:
