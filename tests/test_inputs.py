@@ -1,7 +1,9 @@
 """Unusual but plausible things that users write."""
 
+import dataclasses
 import functools
 import operator
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -310,13 +312,31 @@ def test_a_bare_mean_per_device_is_the_mean_of_means_even_if_parts_weigh_unequal
     assert abs(np.mean(parts) - float(masked(_weights(), x))) > 1e-3
 
 
-def test_precision_can_be_replaced_field_by_field():
-    import dataclasses
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Activated:
+    weight: jax.Array
+    act: Callable = dataclasses.field(metadata={"static": True})
 
+
+def test_a_static_function_that_init_makes_anew():
+    init = lambda: Activated(jnp.ones((8, 16)), lambda x: jnp.maximum(x, 0))
+    _, metrics = _first(_zero(), init, lambda m, x: m.act(x @ m.weight).mean())
+    np.testing.assert_allclose(metrics["loss"], np.maximum(X.sum(1), 0).mean(), rtol=1e-5)
+
+
+class Constant(nnx.Module):
+    def __init__(self, rngs):
+        self.dense, self.constant = nnx.Linear(8, 16, rngs=rngs), jnp.arange(16.0)
+
+
+def test_precision_can_be_replaced_field_by_field():
     assert dataclasses.replace(zj.Precision(), compute="bfloat16").reduces == "bfloat16"
 
 
 ERRORS = {
+    "array as attribute": (lambda: _zero().init(lambda: Constant(nnx.Rngs(0)), TX),
+                           zj.ModelError, ["plain attribute", "nnx.Variable"]),
     "complex": (lambda: _zero().init(lambda: {"w": jnp.ones(8, complex)}, TX), zj.ModelError, ["parameter w", "complex64"]),
     "integers": (lambda: _zero().init(lambda: {"params": {"i": jnp.ones(8, int), "w": jnp.ones(8)}}, TX),
                  zj.ModelError, ["parameter i", "int32"]),

@@ -69,19 +69,19 @@ def _kind(model):
     return next(kind for kind in (Nnx, Linen, Tree) if kind.is_one(model))
 
 
-def survey(policy: Policy, init_fn, args) -> Model:
-    """Traces `init_fn` and describes its parameters.
+def survey(policy: Policy, init_fn, args) -> tuple[Model, list]:
+    """Traces `init_fn` and describes its parameters; with the treedefs of params and model state.
 
     Raises:
-      ModelError: no floating array in what it returns.
-      ModelError: nor a parameter that is not floating.
+      ModelError: no floating array in what it returns, a parameter that is not floating, or an array kept as a constant.
       LayoutError: a rule that matches nothing.
     """
     found = {}
 
     def traced(*args):
         model = init_fn(*args)
-        found["kind"], params, _, found["bases"] = _kind(model).split(model)
+        found["kind"], params, state, found["bases"] = _kind(model).split(model)
+        found["treedefs"] = [jax.tree.structure(tree) for tree in (params, state)]
         return _cast(policy, params)
 
     jaxpr, params = jax.make_jaxpr(traced, return_shape=True)(*args)
@@ -92,7 +92,17 @@ def survey(policy: Policy, init_fn, args) -> Model:
     bases = [known_axes(policy, base) for base in found["bases"]]
     leaves = layout.describe(params, bases, census.stacked(jaxpr))
     specs.check_rules([leaf.path for leaf in leaves], policy.rules)
-    return Model(found["kind"], leaves)
+    _check_static(found["kind"])
+    return Model(found["kind"], leaves), found["treedefs"]
+
+
+def _check_static(kind):
+    try:
+        hash(kind)
+    except TypeError as error:
+        raise ModelError(f"the model keeps something beside its parameters that can't be compared ({error}): an array as a plain "
+                         "attribute or static field. Make it an nnx.Variable, a field that is a leaf, or build it where it is used."
+                         ) from None
 
 
 def known_axes(policy: Policy, base: P) -> P:
@@ -100,11 +110,13 @@ def known_axes(policy: Policy, base: P) -> P:
     return specs.keep(base, lambda axis: axis in policy.mesh.axis_names)
 
 
-def builder(policy: Policy, model: Model, init_fn, tx, rng):
-    """A function of init_fn's arguments that makes the whole state."""
+def builder(policy: Policy, model: Model, treedefs: list, init_fn, tx, rng):
+    """A function of init_fn's arguments that makes the whole state, its trees as the survey saw them."""
 
     def build(*args):
-        _, params, model_state, _ = type(model.kind).split(init_fn(*args))
+        _, *trees, _ = type(model.kind).split(init_fn(*args))
+        # functions that a model makes anew each time would make its tree another one
+        params, model_state = (d.unflatten(jax.tree.leaves(tree)) for d, tree in zip(treedefs, trees, strict=True))
         params = _cast(policy, params)
         key = _first_key(args) if rng is None else rng
         return TrainState(jnp.int32(0), params, tx.init(params), model_state, key,

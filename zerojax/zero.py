@@ -79,8 +79,7 @@ class Zero(Policy):
                             jax.eval_shape(build, *args), shardings)
 
     def _plan(self, init_fn, tx, args, rng):
-        model = states.survey(self, init_fn, args)
-        build = states.builder(self, model, init_fn, tx, rng)
+        build = states.builder(self, *states.survey(self, init_fn, args), init_fn, tx, rng)
         return build, states.shardings(self, jax.eval_shape(build, *args))
 
     def create(self, make: Callable[[], Any]) -> Any:

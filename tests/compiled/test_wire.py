@@ -6,6 +6,8 @@ import jax
 import pytest
 from harness import LARGE, Program, Spec, expected, program
 
+from zerojax import theory
+
 HLO_NAME = {"bfloat16": "bf16", "float32": "f32"}
 
 DEFAULT = [
@@ -86,3 +88,13 @@ def test_arguments_are_a_shard_of_the_state(compiled):
     state = compiled.memory.argument_size_in_bytes - compiled.batch_bytes / devices - 12 * whole
     assert state == pytest.approx(12 * sharded / compiled.mesh["data"], rel=0.02, abs=LARGE)
     assert compiled.memory.alias_size_in_bytes >= 0.98 * 12 * sharded / compiled.mesh["data"]  # donated
+
+
+@pytest.mark.parametrize("way", BOTH)
+def test_stage_0_reduces_whole_gradients(way):
+    """Once a step where each device differentiates its own part; with one loss at most once a microbatch, as XLA sees fit."""
+    compiled = program(Spec("scanned", 0, way, 4))
+    size = sum(x.size for x in jax.tree.leaves(compiled.params))
+    least, most = (theory.wire(0, 4, per_device=p).bytes(size, 8) for p in (True, way == "per_device"))
+    assert 0.98 * least <= compiled.wire("all-reduce") <= 1.02 * most
+    assert compiled.large("all-gather") == compiled.large("reduce-scatter") == []
