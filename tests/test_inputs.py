@@ -95,6 +95,13 @@ def test_16_bit_accumulation_divides_by_the_exact_weight_and_sums_in_the_dtype_a
     assert 0.5 * whole < norms["bfloat16"] < 1.001 * whole  # sums above 256 ones stand still in it
 
 
+def test_a_weight_that_16_bits_can_not_hold():
+    loss = lambda p, x: zj.Loss((x @ p["w"]).sum(), 257.0)
+    zero = _zero(gradients="global", precision=zj.Precision(accumulate="bfloat16"))
+    _, metrics = _first(zero, _weights, loss, np.ones((16, 8), np.float32))
+    np.testing.assert_allclose(metrics["grad_norm"], 16 / 257 * np.sqrt(8 * 16), rtol=1e-5)
+
+
 class Counting(nnx.Module):
     def __init__(self, rngs):
         self.dense = nnx.Linear(8, 16, rngs=rngs)
