@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from machine import header, seconds, table
+from machine import header, seconds, steps, table
 
 import zerojax as zj
 from zerojax import topology
@@ -79,7 +79,7 @@ def zero_of(mesh) -> zj.Zero:
 def of_zerojax(args, tokens):
     init, loss, tx = build(args)
     zero = zero_of(zj.make_mesh(devices=jax.devices()[:1]))
-    return zero.train_step(loss, tx), zero.init(init, tx), tokens
+    return zero.train_step(loss, tx), zero.init(init, tx)
 
 
 def of_jax(args, tokens):
@@ -91,20 +91,7 @@ def of_jax(args, tokens):
         updates, opt_state = tx.update(grads, state[1], state[0])
         return (optax.apply_updates(state[0], updates), opt_state), {"loss": mean, "grad_norm": optax.tree.norm(grads)}
 
-    return jax.jit(step, donate_argnums=0), (params, tx.init(params)), tokens
-
-
-def jax_run(made, steps):
-    step, state, tokens = made
-    held = [state]
-
-    def run():
-        for _ in range(steps):
-            held[0], metrics = step(held[0], tokens)
-        jax.block_until_ready(metrics)
-
-    run()
-    return run
+    return jax.jit(step, donate_argnums=0), (params, tx.init(params))
 
 
 def torch_run(args, tokens):
@@ -172,7 +159,7 @@ def flops_per_token(args, params: int) -> float:
 
 def speed(args, tokens, params) -> str:
     ways = {"zerojax, stage 3": of_zerojax, "jax by hand": of_jax}
-    runs = {name: jax_run(make(args, tokens), args.steps) for name, make in ways.items()}
+    runs = {name: steps(*make(args, tokens), tokens, args.steps) for name, make in ways.items()}
     if importlib.util.find_spec("torch"):
         runs["PyTorch, torch.compile"] = torch_run(args, tokens)
     taken = seconds(list(runs.values()), args.rounds)
@@ -187,7 +174,7 @@ def speed(args, tokens, params) -> str:
 
 def memory(args, tokens) -> str:
     """The figures of the compiler for a GPU that is not there, beside the real one's."""
-    real = next((name for name in topology.GPUS if name.upper() in jax.devices()[0].device_kind), None)
+    real = next((name for name in topology.GPUS if topology.GPUS[name].name == jax.devices()[0].device_kind), None)
     if real is None:
         return "(no known GPU here: the memory figures were not compared)\n"
     init, loss, tx = build(args)

@@ -8,6 +8,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
+import jax
+
 
 def header() -> str:
     """Versions and machine, one line."""
@@ -19,6 +21,19 @@ def _processor() -> str:
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def steps(step: Callable, state, batch, n: int) -> Callable[[], None]:
+    """A call that makes `n` training steps and waits for the last."""
+    held = [state]
+
+    def run():
+        for _ in range(n):
+            held[0], metrics = step(held[0], batch)
+        jax.block_until_ready(metrics)
+
+    run()  # compiles
+    return run
 
 
 def seconds(runs: Sequence[Callable[[], None]], rounds: int) -> list[float]:

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from machine import seconds, table
+from machine import seconds, steps, table
 
 import zerojax as zj
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
 import train_gpt
 
+LEAVES = 500
 NORM = lambda tree: jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))
 
 
@@ -35,44 +36,31 @@ def by_hand(loss_fn, tx, *, bare: bool):
     return jax.jit(step, donate_argnums=0)
 
 
-def runner(step, state, batch, steps):
-    """A call that makes `steps` steps and waits for the last."""
-    held = [state]
-
-    def run():
-        for _ in range(steps):
-            held[0], metrics = step(held[0], batch)
-        jax.block_until_ready(metrics)
-
-    run()
-    return run
-
-
-def ratios(init, as_loss, tx, batch, steps, rounds):
+def ratios(init, as_loss, tx, batch, n, rounds):
     """Milliseconds a step of zerojax, of the same by hand, and of the bare step by hand."""
     zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:1]), 0)
-    ours = runner(zero.train_step(as_loss, tx), zero.init(init, tx), batch, steps)
+    ours = steps(zero.train_step(as_loss, tx), zero.init(init, tx), batch, n)
     params = jax.jit(init)()
     copy = lambda: jax.tree.map(jnp.copy, (params, tx.init(params)))
-    runs = [ours, *(runner(by_hand(as_loss, tx, bare=bare), copy(), batch, steps) for bare in (False, True))]
-    return [1e3 * t / steps for t in seconds(runs, rounds)]
+    runs = [ours, *(steps(by_hand(as_loss, tx, bare=bare), copy(), batch, n) for bare in (False, True))]
+    return [1e3 * t / n for t in seconds(runs, rounds)]
 
 
 def transformer():
     tokens = next(train_gpt.windows(train_gpt.read_text()[0], 16, seed=0))
     init = lambda: train_gpt.model.init(jax.random.key(0), jnp.zeros((1, train_gpt.SEQ), jnp.int32))
     # linen's dict of variables is trained whole by hand: it holds parameters alone
-    return ratios(init, train_gpt.loss_fn, optax.adam(1e-3), jnp.asarray(tokens), steps=5, rounds=21)
+    return ratios(init, train_gpt.loss_fn, optax.adam(1e-3), jnp.asarray(tokens), n=5, rounds=21)
 
 
-def leaves(n=500):
-    init = lambda: {f"w{i}": jnp.full(8, 1.0 + i / n) for i in range(n)}
+def leaves():
+    init = lambda: {f"w{i}": jnp.full(8, 1.0 + i / LEAVES) for i in range(LEAVES)}
     loss = lambda params, x: zj.Loss((x * jnp.stack([jnp.asarray(w) for w in params.values()]).sum(0)).sum(), x.shape[0])
-    return ratios(init, loss, optax.sgd(1e-6, momentum=0.9), jnp.asarray(np.ones((8, 8), np.float32)), steps=50, rounds=21)
+    return ratios(init, loss, optax.sgd(1e-6, momentum=0.9), jnp.asarray(np.ones((8, 8), np.float32)), n=50, rounds=21)
 
 
 def markdown() -> str:
-    cases = {"transformer, 0.3 M parameters (aim 1.02)": transformer, f"{500} leaves of 8 (aim 1.05)": leaves}
+    cases = {"transformer, 0.3 M parameters (aim 1.02)": transformer, f"{LEAVES} leaves of 8 (aim 1.05)": leaves}
     rows = []
     for name, measure in cases.items():
         ours, same, bare = measure()

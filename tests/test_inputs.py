@@ -53,6 +53,7 @@ LOSSES = {
     "keyword-only rng": lambda p, x, *, rng: (x @ p["w"]).mean() + 0 * jax.random.uniform(rng),
     "rng with a default": lambda p, x, rng=None: (x @ p["w"]).mean() + 0 * jax.random.uniform(rng),
     "a partial": functools.partial(lambda scale, p, x: scale * (x @ p["w"]).mean(), 1.0),
+    "a partial with rng bound": functools.partial(lambda p, x, rng: (x @ p["w"]).mean() + (rng is not None), rng=None),
     "a method": Calls().method,
     "a callable with a key": Calls(),
 }
@@ -285,6 +286,61 @@ def test_bfloat16_parameters_of_ones_own_have_gradients_of_their_dtype():
     assert grad(state, X)["w"].dtype == jnp.bfloat16
 
 
+class Scanned(nnx.Module):
+    def __init__(self, rngs):
+        make = lambda rngs: nnx.Dropout(0.5, rngs=rngs)
+        self.drops = nnx.split_rngs(splits=3)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
+        self.dense = nnx.Linear(8, 16, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dense(nnx.scan(lambda drop, x: drop(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.drops, x))
+
+
+def test_scanned_dropout_is_differentiated_per_device_and_drops_anew_each_step():
+    zero = _zero(precision=zj.Precision(compute="bfloat16", reduce="float32"))  # refused with one loss
+    step = zero.train_step(lambda m, x: zj.Loss((m(x) ** 2).sum(), x.shape[0]), optax.sgd(0.0))
+    state, first = step(zero.init(lambda: Scanned(nnx.Rngs(0)), optax.sgd(0.0)), X)
+    _, second = step(state, X)
+    assert float(first["loss"]) != float(second["loss"])
+
+
+def test_a_batch_by_name_and_with_scalars_is_split_too():
+    zero = _zero()
+    state = zero.create(lambda: {"params": _weights()})
+    run = zero.jit(lambda state, batch: (batch["x"] * batch["t"], batch["t"] * 2), donate=False)
+    for out in (run(state, {"x": X, "t": 0.5}), run(state, batch={"x": X, "t": 0.5})):
+        assert out[0].sharding.spec == P("data") and float(out[1]) == 1.0
+    with pytest.raises(zj.BatchError, match="3 examples"):
+        run(state, batch={"x": X[:3], "t": 0.5})
+
+
+def test_layout_of_ones_own_state_says_where_it_lies():
+    make = lambda: TrainState.create(apply_fn=None, params=_weights(), tx=optax.adafactor(1e-2, min_dim_size_to_factor=4))
+    state = _zero(rules={".*w": P("data")}).create(make)
+    rows = {row.path: row for row in _zero(stage=0, rules={".*w": P("data")}).layout(state).rows}
+    assert rows["params/w"].spec == P("data", None) and rows["params/w"].reason == ""
+    born = _zero().init(_weights, TX)
+    assert {row.path: row.spec for row in _zero(stage=0).layout(born).rows}["params/w"] == P(None, "data")
+
+
+def test_a_users_own_error_keeps_its_cause():
+    def loss(p, x):
+        try:
+            raise KeyError("inner")
+        except KeyError as error:
+            raise ValueError("outer") from error
+
+    with pytest.raises(ValueError, match="outer") as caught:
+        _first(_zero(), _weights, loss)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_float16_keeps_a_weight_that_16_bits_can_not_hold():
+    zero = _zero(gradients="global", precision=zj.Precision(params="bfloat16", compute="float16"))
+    _, metrics = _first(zero, _weights, lambda p, x: zj.Loss((x @ p["w"]).sum(), 257.0), np.ones((16, 8), np.float16))
+    np.testing.assert_allclose(metrics["grad_norm"], 16 / 257 * np.sqrt(8 * 16), rtol=2e-3)
+
+
 def test_feed_brings_the_good_batches_before_the_bad_one():
     for prefetch in (0, 1, 4):
         fed, got = zj.feed([X, X, X[:12]], _zero(), prefetch=prefetch), []
@@ -367,6 +423,10 @@ ERRORS = {
     "rule of no regex": (lambda: _zero(rules={"(": P()}), zj.PolicyError, ["no regular expression"]),
     "max_skipped": (lambda: _zero().train_step(lambda p, x: 0.0, TX, max_skipped=0), zj.PolicyError, ["max_skipped=0"]),
     "accumulate a float": (lambda: _zero().train_step(lambda p, x: 0.0, TX, accumulate=2.0), zj.PolicyError, ["accumulate=2.0"]),
+    "model state of another name": (lambda: _first(
+        _zero(), lambda: nn.BatchNorm(use_running_average=False).init(jax.random.key(0), X),
+        lambda v, x: zj.Loss((x * v["params"]["scale"][None]).sum(), 1.0, model_state={"mean": 1})),
+        zj.LossError, ["['mean']", "['batch_stats']"]),
     "weight of numpy": (lambda: _first(_zero(), _weights, lambda p, x: zj.Loss((x @ p["w"]).sum(), np.float32(0))),
                         zj.LossError, ["Loss.weight is 0"]),
 }

@@ -97,12 +97,12 @@ class Box:
         return self.read()[index]
 
     def __len__(self):
-        return self.shape[0]
+        return len(self.value)
 
     def __iter__(self):
         return iter(self.read())
 
-    def __round__(self, digits=0):
+    def __round__(self, digits=None):
         return round(self.read(), digits)
 
     def __divmod__(self, other):

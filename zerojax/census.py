@@ -94,8 +94,8 @@ def _walk(jaxpr, leaves: dict, loops: int, found: dict) -> None:
     for eqn in jaxpr.eqns:
         held = {i: leaves[v] for i, v in enumerate(eqn.invars) if _is_var(v) and v in leaves}
         used = [reads[v] for v in set(filter(_is_var, eqn.invars)) if v in reads]
-        if used and eqn.primitive.name == "convert_element_type":  # as good as the read itself
-            reads[eqn.outvars[0]], = used
+        if used and eqn.primitive.name == "convert_element_type":
+            reads[eqn.outvars[0]] = used[0]  # a cast is no use: who uses it, is
             continue
         uses.update(used)
         name = eqn.params.get("name") if eqn.primitive.name == "name" else None

@@ -34,10 +34,16 @@ def check(policy: Policy, batch: Any, accumulate: int = 1) -> None:
         raise BatchError(f"the arrays of a batch differ in their number of examples: {sizes}.")
 
 
-def is_batch(tree: Any) -> bool:
-    """Whether every leaf is an array with a first dimension."""
-    leaves = jax.tree.leaves(tree)
-    return bool(leaves) and all(getattr(x, "shape", ()) for x in leaves)
+def spread(policy: Policy, tree: Any) -> Any:
+    """`tree` with its arrays split over the devices; scalars (and keys) are left as they are.
+
+    Raises:
+      BatchError: an array does not divide.
+    """
+    arrays = [x for x in jax.tree.leaves(tree) if getattr(x, "shape", ())]
+    check(policy, arrays)
+    put = lambda x: jax.lax.with_sharding_constraint(x, sharding(policy)) if getattr(x, "shape", ()) else x
+    return jax.tree.map(put, tree)
 
 
 def microbatches(policy: Policy, batch: Any, accumulate: int) -> Any:
@@ -66,17 +72,16 @@ def feed(batches: Iterable, zero: Policy, *, prefetch: int = 2) -> Iterator:
     >>> [b.sharding.spec for b in zj.feed([np.zeros((4, 3))], zero)]
     [P('data',)]
     """
-    target, queue, bad = sharding(zero), collections.deque(), None
-    for batch in batches:
-        try:
+    target, queue, failed = sharding(zero), collections.deque(), None
+    try:
+        for batch in batches:
             check(zero, batch)
-        except BatchError as error:  # the good ones before it come first
-            bad = error
-            break
-        queue.append(jax.device_put(batch, target))
-        if len(queue) > prefetch:
-            yield queue.popleft()
+            queue.append(jax.device_put(batch, target))
+            if len(queue) > prefetch:
+                yield queue.popleft()
+    except Exception as error:  # the good batches before it come first
+        failed = error
     while queue:
         yield queue.popleft()
-    if bad:
-        raise bad
+    if failed:
+        raise failed

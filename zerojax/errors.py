@@ -18,7 +18,7 @@ class BatchError(ZeroError, ValueError):
 
 
 class LossError(ZeroError, ValueError):
-    """A loss function that returns something other than a scalar or a `Loss`."""
+    """A loss function that returns no floating scalar, or a `Loss` with a weight, aux or model state that can't be."""
 
 
 class ModelError(ZeroError, ValueError):
@@ -26,7 +26,7 @@ class ModelError(ZeroError, ValueError):
 
 
 class NonFiniteError(ZeroError, RuntimeError):
-    """More than `max_skipped` steps in a row had a loss or gradient that is not finite."""
+    """`max_skipped` steps in a row had a loss, gradient or update that is not finite."""
 
 
 class MissingExtraError(ZeroError, ImportError):

@@ -89,6 +89,9 @@ class Objective:
 def _merge(state, update):
     if update is None:
         return state
+    if isinstance(state, dict) and state and update and not set(state) & set(update):
+        raise LossError(f"Loss.model_state has {sorted(update)}, none of the model's collections {sorted(state)}; return what "
+                        "apply(..., mutable=...) gave back, as it is.")
     merged = {k: unfreeze(update[k]) if k in update else v for k, v in state.items()} if isinstance(state, dict) else update
     if jax.tree.structure(merged) != jax.tree.structure(state):
         raise LossError(f"Loss.model_state has the tree {jax.tree.structure(merged)}, the model's state has "
@@ -102,7 +105,7 @@ class Study:
 
     reads: Census
     is_sum: bool  # it returned a Loss
-    writes_state: bool  # floating, or keys: what parts of a batch would each write otherwise
+    writes_state: bool  # floating: what parts of a batch would each write otherwise
     statistics: bool  # the model has floating state, as BatchNorm's: the batch may be seen as one even if it is not written
 
 
@@ -113,7 +116,9 @@ def study(policy: Policy, objective: Objective, params: list, model_state: Tree,
     if found.reads.often:  # only where every use takes a box
         try:
             _trace(policy, objective, Census(often=found.reads.often), args)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError) as error:
+            if not no_array(error):
+                raise
             return dataclasses.replace(found, reads=dataclasses.replace(found.reads, often=frozenset()))
     return found
 
@@ -128,7 +133,8 @@ def _trace(policy, objective, reads, args) -> Study:
         boxed = boxes(objective.kind.box, objective.leaves, tags, marked, [None] * len(tags), reads)
         loss, found["is_sum"] = objective(boxed, model_state, batch, rng)
         before, after = jax.tree.leaves(model_state), jax.tree.leaves(loss.model_state)
-        found["writes_state"] = any(a is not b and not _counts_on(b) for a, b in zip(after, before, strict=True))
+        found["writes_state"] = any(a is not b and jnp.issubdtype(b.dtype, jnp.inexact)
+                                    for a, b in zip(after, before, strict=True))
         found["statistics"] = any(jnp.issubdtype(b.dtype, jnp.floating) for b in before)
         return loss
 
@@ -141,10 +147,12 @@ def arrays_wanted():
     try:
         yield
     except (TypeError, ValueError, AttributeError) as error:
-        raise _no_array(error) or error from None
+        if ours := no_array(error):
+            raise ours from error
+        raise
 
 
-def _no_array(error: Exception) -> ModelError | None:
+def no_array(error: Exception) -> ModelError | None:
     """What to say of an error that comes from a box where an array was wanted; None for any other."""
     signs = ("__jax_array__", "zerojax.box", "LinenBox", "'Box'")
     if isinstance(error, ZeroError) or not any(sign in str(error) for sign in signs):
@@ -165,14 +173,25 @@ def per_device(policy: Policy, found: Study) -> bool:
         raise PolicyError('gradients="per_device": the loss returns new model state (as BatchNorm does), and each device would '
                           'have its own; write gradients="global".')
     if way == "global" and p.reduces != p.computes:
-        why = ("returns new model state" if found.writes_state else "is of a model with floating state, as BatchNorm's"
-               if found.statistics else "returns a bare mean" if not found.is_sum else
-               f"constrains activations over {pinned}" if pinned else 'is asked to be "global"')
+        why, instead = _why_one_loss(found, pinned)
         raise PolicyError(
             f"Precision(compute={p.computes!r}, reduce={p.reduces!r}): with one loss over the whole batch (this one {why}), XLA "
-            f"reduces in the dtype of the product, {p.computes}. Return zj.Loss(total, weight) without new model state, "
-            f'so that each device differentiates its own part (gradients="per_device"), or leave reduce={p.computes!r}.')
+            f"reduces in the dtype of the product, {p.computes}. {instead}, so that each device differentiates its own part, or "
+            f"leave reduce={p.computes!r}.")
     return way == "per_device"
+
+
+def _why_one_loss(found: Study, pinned: list[str]) -> tuple[str, str]:
+    """(why a loss is one over the whole batch, what to write so that it is not)."""
+    if not found.is_sum:
+        return "returns a bare mean", "Return zj.Loss(total, weight)"
+    if found.writes_state:
+        return "returns new model state", "Return zj.Loss without it"
+    if pinned:
+        return f"constrains activations over {pinned}", "Drop those constraints"
+    if found.statistics:
+        return "is of a model with floating state", 'If no example sees another, write gradients="per_device"'
+    return 'is asked to be "global"', 'Write gradients="per_device"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +234,7 @@ class Differentiator:
 
         def part(batch, index):
             key = jax.random.fold_in(rng, index)
-            grads, loss = self._pull(params, gathered, _fold_keys(model_state, index), batch, key, scale)
+            grads, loss = self._pull(params, gathered, _fold_keys(model_state, key), batch, key, scale)
             return grads, loss.replace(model_state=None), _counts(loss.model_state)
 
         out = ([0 if g.local else None for g in self.readers], 0, None)
@@ -223,7 +242,10 @@ class Differentiator:
         try:
             grads, loss, counts = mapped(jax.tree.map(split, batch), jnp.arange(n))
         except ValueError as error:
-            raise _of_the_batch(error) or error from None
+            if "out_axes" not in str(error):
+                raise
+            raise PolicyError('gradients="per_device": the loss writes integers of the batch into the model\'s state, and each '
+                              'device would have its own; write gradients="global".') from error
         loss = jax.tree.map(lambda x: x.sum(0), loss)
         return grads, loss.replace(model_state=_recount(model_state, counts))
 
@@ -232,17 +254,11 @@ def _is_key(x) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _fold_keys(state, index):
-    """Random keys that a module holds, told apart by part."""
-    fold = lambda key: jnp.vectorize(lambda k: jax.random.fold_in(k, index))(key) if key.ndim else jax.random.fold_in(key, index)
+def _fold_keys(state, part):
+    """Random keys that a module holds, told apart by the key of a step, microbatch and part: they can't go on themselves."""
+    bits = jax.random.bits(part)
+    fold = lambda key: jnp.vectorize(lambda k: jax.random.fold_in(k, bits))(key) if key.ndim else jax.random.fold_in(key, bits)
     return jax.tree.map(lambda x: fold(x) if _is_key(x) else x, state)
-
-
-def _of_the_batch(error: ValueError) -> PolicyError | None:
-    if "out_axes" not in str(error):
-        return None
-    return PolicyError('gradients="per_device": the loss writes integers of the batch into the model\'s state, and each device '
-                       'would have its own; write gradients="global".')
 
 
 def _counts_on(x) -> bool:

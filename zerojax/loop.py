@@ -7,6 +7,7 @@ to see how `view`ed parameters are read (`census`), once for real.
 import contextvars
 import dataclasses
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,15 +48,14 @@ class Frame:
     def places(self, policy: Policy, leaves: tuple[Leaf, ...]) -> list[Placement]:
         """Where the parameters lie; by the policy's rules if no state is known."""
         shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(self.params)] or [None] * len(leaves)
-        return [placed(policy, leaf, s) for leaf, s in zip(leaves, shardings, strict=True)]
+        return [placed(policy, layout.place(policy, leaf), s, leaf.shape) for leaf, s in zip(leaves, shardings, strict=True)]
 
 
-def placed(policy: Policy, leaf: Leaf, sharding: Any) -> Placement:
-    """Where an array lies by its sharding, or would by the policy's rules if it has none; these also say why it is whole."""
-    ruled = layout.place(policy, leaf)
+def placed(policy: Policy, ruled: Placement, sharding: Any, shape: tuple[int, ...]) -> Placement:
+    """Where an array lies by its sharding; by the rules, if it has none. These also say why it is whole."""
     if not isinstance(sharding, NamedSharding):
         return ruled
-    spec = specs.full(sharding.spec, len(leaf.shape))
+    spec = specs.full(sharding.spec, len(shape))
     return Placement(spec, specs.keep(spec, lambda axis: axis not in policy.axes), ruled.reason or "made so")
 
 
@@ -95,11 +95,12 @@ def _check_wishes(policy: Policy):
 
 
 class Jitted:
-    """What `Zero.jit` returns: `fn`, jitted; the first argument is the state, the second (if any) the batch."""
+    """What `Zero.jit` returns: `fn`, jitted; the first argument is the state, the second (if any) the batch, also by its name."""
 
     def __init__(self, policy: Policy, fn, **options):
         functools.update_wrapper(self, fn)
         self.policy, self.fn, self._options = policy, fn, options
+        self._batch = next(iter([*inspect.signature(fn).parameters][1:]), None)
         self._jitted = {}  # by layout: jit traces for shapes alone
 
     def __call__(self, state, *args, **kwargs):
@@ -118,9 +119,10 @@ class Jitted:
     def _traced(self, layout, state, *args, **kwargs):
         known = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(jax.tree.leaves(state), layout, strict=True)]
         known = jax.tree.structure(state).unflatten(known)
-        if args and data.is_batch(args[0]):
-            data.check(self.policy, args[0])
-            args = (jax.lax.with_sharding_constraint(args[0], data.sharding(self.policy)), *args[1:])
+        if args:
+            args = (data.spread(self.policy, args[0]), *args[1:])
+        elif self._batch in kwargs:
+            kwargs[self._batch] = data.spread(self.policy, kwargs[self._batch])
         call = functools.partial(self.fn, state, *args, **kwargs)
         with gradients.arrays_wanted():
             return _kept(self._run(params_of(known), call), known)
@@ -129,8 +131,8 @@ class Jitted:
         reads = _in(Frame(params), lambda: census.take(jax.make_jaxpr(call)()))
         try:
             return _in(Frame(params, reads), call)
-        except (TypeError, ValueError):
-            if not reads.often:
+        except (TypeError, ValueError) as error:
+            if not reads.often or not gradients.no_array(error):
                 raise
         plain = dataclasses.replace(reads, often=frozenset())  # a use behind a read takes arrays only
         return _in(Frame(params, plain), call)

@@ -41,7 +41,7 @@ def call(loss_fn, model, batch, rng):
     (0.1, 3)
     """
     parameters = inspect.signature(loss_fn).parameters
-    if "rng" in parameters:
+    if "rng" in parameters and "rng" not in getattr(loss_fn, "keywords", {}):  # those a partial has bound
         return loss_fn(model, batch, rng=rng)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     required = [p for p in parameters.values() if p.kind in kinds and p.default is inspect.Parameter.empty]

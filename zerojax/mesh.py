@@ -18,11 +18,13 @@ def make_mesh(*, replica: int = 1, devices=None, topology=None) -> Mesh:
         needs the extra `plan`.
 
     Raises:
-      PolicyError: the number of devices does not divide by `replica`.
+      PolicyError: the number of devices does not divide by `replica`; devices and a topology.
 
     >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
     {'data': 1}
     """
+    if topology is not None and devices is not None:
+        raise PolicyError(f"make_mesh(devices=..., topology={topology!r}): give one of the two.")
     if topology is not None:
         from zerojax import topology as absent  # needs a plugin that training does not
 

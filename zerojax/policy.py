@@ -8,6 +8,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import jax
@@ -96,7 +97,7 @@ class Policy:
         object.__setattr__(self, "axis", self.axes)
         if self.replica_axis is None and "replica" in self.mesh.axis_names and "replica" not in self.axes:
             object.__setattr__(self, "replica_axis", "replica")
-        object.__setattr__(self, "rules", dict(self.rules))
+        object.__setattr__(self, "rules", MappingProxyType(dict(self.rules)))
         self._check_stage()
         self._check_rules()
         self._check_mesh()

@@ -54,7 +54,8 @@ class DynamicScale(struct.PyTreeNode):
         return self.value / self._nonzero(weight)
 
     def unscale(self, grads, weight):
-        return jax.tree.map(lambda g: g * (self._nonzero(weight) / self.value).astype(g.dtype), grads)
+        factor = self._nonzero(weight) / self.value
+        return jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), grads)
 
     def update(self, finite) -> "DynamicScale":
         """After a step whose gradient was finite or not."""

@@ -100,9 +100,9 @@ def _check_static(kind):
     try:
         hash(kind)
     except TypeError as error:
-        raise ModelError(f"the model keeps something beside its parameters that can't be compared ({error}): an array as a plain "
-                         "attribute or static field. Make it an nnx.Variable, a field that is a leaf, or build it where it is used."
-                         ) from None
+        raise ModelError(f"the model keeps something beside its parameters that can't be compared ({error}): an array, list or "
+                         "dict as a plain attribute or static field. Make it an nnx.Variable, a leaf or a tuple, or build it "
+                         "where it is used.") from None
 
 
 def known_axes(policy: Policy, base: P) -> P:
@@ -115,7 +115,7 @@ def builder(policy: Policy, model: Model, treedefs: list, init_fn, tx, rng):
 
     def build(*args):
         _, *trees, _ = type(model.kind).split(init_fn(*args))
-        # functions that a model makes anew each time would make its tree another one
+        # init_fn runs again here: functions that it makes differ from the survey's, and unequal trees match no shardings
         params, model_state = (d.unflatten(jax.tree.leaves(tree)) for d, tree in zip(treedefs, trees, strict=True))
         params = _cast(policy, params)
         key = _first_key(args) if rng is None else rng
@@ -127,7 +127,7 @@ def builder(policy: Policy, model: Model, treedefs: list, init_fn, tx, rng):
 
 def placements(policy: Policy, state: TrainState) -> TrainState:
     """A `Placement` for each leaf of a state, as a state."""
-    whole = Placement(P(), P(), "needed whole")
+    whole = Placement(P(), P(), "no parameter or optimizer state")
     leaves = state.model.leaves
     params = jax.tree.structure(state.params).unflatten([layout.place(policy, leaf) for leaf in leaves])
     opt = jax.tree.structure(state.opt_state).unflatten(layout.place_state(policy, leaves, state.opt_state))
@@ -143,7 +143,7 @@ def shardings(policy: Policy, state: TrainState) -> TrainState:
 def _first_key(args):
     """The state's key: folded from the first key among init's arguments, of the new kind or the old, else key(0)."""
     typed = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key) and x.shape == ()
-    plain = lambda x: x.dtype == jnp.uint32 and x.shape == (2,)
+    plain = lambda x: x.dtype == jnp.uint32 and x.shape == jax.random.key_data(jax.random.key(0)).shape
     keys = [x for x in jax.tree.leaves(args) if hasattr(x, "dtype") and (typed(x) or plain(x))]
     if not keys:
         return jax.random.key(0)

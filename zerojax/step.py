@@ -78,7 +78,7 @@ def _constrain(diff, grads):
 def _reduced(diff, grads, weight):
     """Gradients of the mean, each at its spec, in the parameters' dtype."""
     whole = [g.sum_parts(x) if g.local else x for g, x in zip(diff.readers, grads, strict=True)]
-    mean = [(x.astype(jnp.float32) / weight).astype(diff.policy.precision.params) for x in whole]
+    mean = [(x.astype(jnp.promote_types(x.dtype, jnp.float32)) / weight).astype(diff.policy.precision.params) for x in whole]
     return [g.constrain(x, g.spec) for g, x in zip(diff.readers, mean, strict=True)]
 
 
@@ -178,7 +178,7 @@ class TrainStep:
 def _at_rest(policy, state, places):
     """Without it, XLA would give the parameters whatever sharding the update had."""
     put = lambda p, x: jax.lax.with_sharding_constraint(x, specs.sharding(policy.mesh, p.spec))
-    return jax.tree.map(put, places, state, is_leaf=lambda x: isinstance(x, layout.Placement))
+    return jax.tree.map(put, places, state, is_leaf=lambda x: isinstance(x, specs.Placement))
 
 
 def _check_state(state):

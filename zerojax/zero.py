@@ -15,7 +15,7 @@ from zerojax import census, data, layout, loop, specs
 from zerojax import state as states
 from zerojax.layout import Layout
 from zerojax.policy import Policy
-from zerojax.specs import Placement
+from zerojax.specs import Leaf, Placement
 from zerojax.state import TrainState
 from zerojax.step import EvalStep, TrainStep
 
@@ -38,7 +38,8 @@ class Zero(Policy):
       replica_axis: the axis of copies (hybrid sharding); "replica" if the mesh has one.
       gradients: "global", one loss over the whole batch (any model); "per_device", each device differentiates its part
         (exact when the loss is a sum over examples: `zj.Loss`. A bare mean becomes the mean of the devices' means, as
-        in DDP). None: per device when the loss function returns a `Loss` without new model state.
+        in DDP). None: per device when the loss function returns a `Loss` and the model has no floating state (as batch
+        statistics) and constrains no activations over ZeRO's axes.
       rules: regex for a parameter's whole path, as "blocks/.*/kernel", to the spec it shall have.
       min_shard: leaves of fewer elements stay whole.
 
@@ -88,20 +89,19 @@ class Zero(Policy):
         Its parameters are what it holds as `params`; what has a parameter's path ending and shape lies as it does.
         """
         abstract = jax.eval_shape(make)
-        places = self._places(make, abstract)
+        params, places = self._ruled(abstract, census.stacked(jax.make_jaxpr(make)()))
+        specs.check_rules([leaf.path for leaf in params], self.rules)
         shardings = [specs.sharding(self.mesh, p.spec) for p in places]
         return jax.jit(make, out_shardings=jax.tree.structure(abstract).unflatten(shardings))()
 
-    def _places(self, make, state) -> list[Placement]:
-        scanned = census.stacked(jax.make_jaxpr(make)())
+    def _ruled(self, state, scanned=None) -> tuple[list[Leaf], list[Placement]]:
+        """Of an abstract state of the user's own: its parameters, and where the policy wants each leaf."""
         bases = [states.known_axes(self, spec or P()) for spec in _specs(state)]
         state = meta.unbox(state)  # of `nn.with_partitioning`'s boxes: their names are read, their arrays are the leaves
-        leaves = layout.describe(state, bases, scanned)
-        params = loop.params_of(state)
-        ours = {f"params/{leaf.path}" for leaf in layout.describe(params)}
-        known = [dataclasses.replace(leaf, path=leaf.path.removeprefix("params/")) for leaf in leaves if leaf.path in ours]
-        specs.check_rules([leaf.path for leaf in known], self.rules)
-        return layout.place_state(self, known, state)
+        ours = {f"params/{leaf.path}" for leaf in layout.describe(loop.params_of(state))}
+        leaves = [leaf for leaf in layout.describe(state, bases, scanned) if leaf.path in ours]
+        params = [dataclasses.replace(leaf, path=leaf.path.removeprefix("params/")) for leaf in leaves]
+        return params, layout.place_state(self, params, state)
 
     def view(self, tree: Any) -> Any:
         """Parameters as a loss function of your own shall see them: each read gathers as the stage says.
@@ -123,8 +123,8 @@ class Zero(Policy):
         """`jax.jit` for `fn(state, batch, ...)`: shardings follow the state, the batch is split over devices.
 
         Args:
-          fn: the second argument, if its arrays all have a first dimension, is the batch. A state in what it returns lies
-            where the one given lay.
+          fn: the second argument is the batch: its arrays are split by their first dimension, scalars are not. A state in what
+            it returns lies where the one given lay.
           donate: the state's memory is reused; write False for functions that do not return it, as evaluation.
           static_argnames, compiler_options: as jit's; static arguments are given by name.
         """
@@ -138,7 +138,8 @@ class Zero(Policy):
 
         Args:
           loss_fn: `loss_fn(model, batch)` or `loss_fn(model, batch, rng)`; `model` is what `init_fn` returned, the batch is
-            whole (or a device's part). Returns a floating scalar, the mean; or `zj.Loss(total, weight)`.
+            whole (or a device's part). The key goes to a parameter named `rng`, or to a third one without a default.
+            Returns a floating scalar, the mean; or `zj.Loss(total, weight)`.
           tx: the optax transform that `init` was given.
           accumulate: microbatches; examples a, a + accumulate, ... form microbatch a.
           clip_norm: gradients of a larger global norm are scaled to it.
@@ -168,11 +169,11 @@ class Zero(Policy):
     def layout(self, state: Any) -> Layout:
         """Who holds what: prints as a table of leaves with shape, spec, bytes per device, and why one is whole."""
         if isinstance(state, TrainState):
-            placed = states.placements(self, state)
-            places = jax.tree.leaves(placed, is_leaf=lambda x: isinstance(x, Placement))
-            return layout.report(self, state, places)
-        places = [loop.placed(self, leaf, getattr(x, "sharding", None))
-                  for leaf, x in zip(layout.describe(state), jax.tree.leaves(state), strict=True)]
+            ruled = jax.tree.leaves(states.placements(self, state), is_leaf=lambda x: isinstance(x, Placement))
+        else:
+            _, ruled = self._ruled(jax.eval_shape(lambda: state))
+        places = [loop.placed(self, rule, getattr(x, "sharding", None), x.shape)
+                  for rule, x in zip(ruled, jax.tree.leaves(state), strict=True)]
         return layout.report(self, state, places)
 
     def batch_sharding(self) -> NamedSharding:
