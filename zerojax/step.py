@@ -164,11 +164,13 @@ class TrainStep:
             factor = jnp.minimum(1.0, self.clip_norm / grad_norm)
             grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params, value=mean)
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(mean) & jnp.isfinite(norm(updates))
-        new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state, model_state=loss.model_state)
+        params = optax.apply_updates(state.params, updates)
+        param_norm = norm(params)  # tells of updates that are not finite, too
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(mean) & jnp.isfinite(param_norm)
+        new = state.replace(params=params, opt_state=opt_state, model_state=loss.model_state)
         new = jax.tree.map(lambda a, b: b if a is b else jnp.where(finite, a, b), new, state)
         new = new.replace(step=state.step + 1, scale=state.scale.update(finite), skipped=jnp.where(finite, 0, state.skipped + 1))
-        metrics = {"loss": mean, "grad_norm": grad_norm, "param_norm": norm(new.params), "weight": loss.weight,
+        metrics = {"loss": mean, "grad_norm": grad_norm, "param_norm": param_norm, "weight": loss.weight,
                    "skipped": new.skipped, **new.scale.metrics()}
         if loss.aux is not None:
             metrics["aux"] = jax.tree.map(lambda x: x / loss.weight, loss.aux)

@@ -147,8 +147,8 @@ class Zero(Policy):
           compiler_options: for XLA, as jit's.
 
         Returns:
-          metrics are device scalars: `loss`, `grad_norm` (before clipping), `param_norm`, `weight`, `skipped` (in a row),
-          `loss_scale` (float16), `aux` (over the weight). Reading one waits for the step; read the last step's.
+          metrics are device scalars: `loss`, `grad_norm` (before clipping), `param_norm` (of the update tried), `weight`,
+          `skipped` (in a row), `loss_scale` (float16), `aux` (over the weight). Reading one waits for the step; read the last's.
 
         Raises:
           BatchError: a batch that does not divide by devices x accumulate.
