@@ -65,8 +65,8 @@ class Precision:
             raise PolicyError(f'Precision({field}="float16"): sums over a batch overflow above 65504; write '
                               '"float32" or "bfloat16" there, and compute="float16", whose loss is scaled.')
         if dtype == "float64" and not jax.config.read("jax_enable_x64"):
-            raise PolicyError(f'Precision({field}="float64"): jax makes that float32; write float32, or before it '
-                              'jax.config.update("jax_enable_x64", True).')
+            raise PolicyError(f'Precision({field}="float64"): jax makes that float32 unless its option jax_enable_x64 is on; '
+                              "turn it on before, or write float32.")
 
     @property
     def computes(self) -> str:
