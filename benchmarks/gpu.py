@@ -179,7 +179,7 @@ def memory(args, tokens) -> str:
         return "(no known GPU here: the memory figures were not compared)\n"
     init, loss, tx = build(args)
     columns = []
-    for mesh in (zj.make_mesh(devices=jax.devices()[:1]), zj.make_mesh(topology=f"{real}:1x1")):
+    for mesh in (zj.make_mesh(devices=jax.devices()[:1]), zj.make_mesh(devices=topology.devices(f"{real}:1x1"))):
         zero = zero_of(mesh)
         state = zero.abstract(init, tx)
         batch = jax.ShapeDtypeStruct(tokens.shape, tokens.dtype)

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from machine import table
 
 import zerojax as zj
-from zerojax import hlo, theory, topology
+from zerojax import collectives, hlo, theory, topology
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests" / "compiled"))
 import models
@@ -57,7 +57,7 @@ WAYS = (
 @functools.cache
 def setting(gpus: int, way: Way):
     """(policy, abstract state, abstract batch)."""
-    mesh = zj.make_mesh(topology=f"h200:{max(1, gpus // 8)}x{min(8, gpus)}")
+    mesh = zj.make_mesh(devices=topology.devices(f"h200:{max(1, gpus // 8)}x{min(8, gpus)}"))
     precision = zj.Precision(compute="bfloat16", reduce=way.reduce)
     zero = zj.Zero(mesh, 3 if way.stage is None else way.stage, precision=precision, gradients=way.gradients)
     state = zero.abstract(CASE.init, TX, *CASE.example)
@@ -111,7 +111,7 @@ def measure(gpus: int, way: Way) -> Measured:
     middle = time.perf_counter()
     compiled = lowered.compile(compiler_options=topology.COMPILER_OPTIONS)
     memory = compiled.memory_analysis()
-    return Measured(middle - start, time.perf_counter() - middle, hlo.collectives(compiled.as_text()),
+    return Measured(middle - start, time.perf_counter() - middle, collectives.of(hlo.parse(compiled.as_text())),
                     memory.argument_size_in_bytes, memory.temp_size_in_bytes)
 
 

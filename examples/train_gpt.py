@@ -2,6 +2,7 @@
 
     python examples/train_gpt.py                                  # two minutes on two cores
     python examples/train_gpt.py --stage 1 --devices 4 --accumulate 4 --compute bfloat16
+    zerojax plan examples/train_gpt.py --topology h200:8x8        # what it would need on 64 GPUs
 
 The text is `pydoc_data.topics`, which every CPython has (0.5 MB). What makes it ZeRO is marked with <--.
 """
@@ -53,6 +54,18 @@ def loss_fn(variables, tokens):
     logits = model.apply(variables, tokens[:, :-1]).astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     return zj.Loss(losses.sum(), losses.size)
+
+
+def init():
+    return model.init(jax.random.key(0), jnp.zeros((1, SEQ), jnp.int32))
+
+
+def optimizer(steps):
+    return optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 6e-3, steps // 10, steps), b2=0.98, weight_decay=0.01)
+
+
+# what `zerojax plan`, `advise` and `show` take: 4 sequences for each device and microbatch
+recipe = zj.Recipe(init, loss_fn, optimizer(1000), lambda parts: jax.ShapeDtypeStruct((4 * parts, SEQ + 1), jnp.int32))
 
 
 def read_text():
@@ -114,10 +127,9 @@ def main():
     jax.config.update("jax_num_cpu_devices", args.devices)
     mesh = zj.make_mesh(devices=jax.devices()[:args.devices])
     zero = zj.Zero(mesh, args.stage, precision=zj.Precision(compute=args.compute), min_shard=2**10)  # <-- the policy
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 6e-3, args.steps // 10, args.steps)
-    tx = optax.adamw(schedule, b2=0.98, weight_decay=0.01)
+    tx = optimizer(args.steps)
 
-    state = zero.init(model.init, tx, jax.random.key(0), jnp.zeros((1, SEQ), jnp.int32))  # <-- born sharded
+    state = zero.init(init, tx)  # <-- born sharded
     step, evaluate = zero.train_step(loss_fn, tx, accumulate=args.accumulate, clip_norm=1.0), zero.eval_step(loss_fn)  # <--
     print(zero.layout(state))
 

@@ -8,20 +8,25 @@ import sys
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "zerojax"
-STAIRS = ["errors", "policy", "specs", "layout", "theory", "hlo",  # vocabulary, arithmetic
-          "topology", "mesh",  # placement
+STAIRS = ["errors", "tables", "policy", "specs", "layout", "theory", "hlo", "collectives", "cost", "schedule", "liveness",
+          # vocabulary, arithmetic
+          "topology", "mesh", "compiler",  # placement
+          "audit", "memory", "plan",  # foresight
           "gather", "box", "census", "linen", "nnx", "tree",  # mechanism
           "loss", "scale", "data", "gradients", "state", "step", "loop",  # training
-          "policies", "zero", "__init__"]  # edges
+          "policies", "zero", "recipe", "advice", "viz", "cli", "__main__", "__init__"]  # edges
 FILES = sorted(PACKAGE.glob("*.py"))
 
 
+def _imported(node):
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
 def _imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    return (name for node in ast.walk(ast.parse(path.read_text())) for name in _imported(node))
 
 
 def test_every_file_has_its_stair():
@@ -47,15 +52,28 @@ def test_no_file_is_two_concepts(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
-def test_theory_and_hlo_need_no_jax():
-    for name in ("theory", "hlo"):
-        assert [n for n in _imports(PACKAGE / f"{name}.py") if n.split(".")[0] in ("jax", "flax", "zerojax")] == []
+def _needs(name, seen):
+    """What importing a file of the package imports, but for what its functions do."""
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    top = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+    for full in (x for node in top for x in _imported(node)):
+        root, *rest = full.split(".")
+        if root == "zerojax" and rest and (PACKAGE / f"{rest[0]}.py").exists() and rest[0] not in seen:
+            _needs(rest[0], seen)
+        seen.add(rest[0] if root == "zerojax" and rest else root)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["theory", "hlo", "collectives", "cost", "schedule", "liveness", "cli", "__init__"])
+def test_arithmetic_and_the_command_need_no_jax(name):
+    assert not {"jax", "flax", "optax"} & _needs(name, set())
 
 
 def test_importing_changes_nothing_global():
     code = ("import os, jax; before = dict(os.environ), dict(jax.config.values)\n"
             "import flax, optax; middle = dict(jax.config.values)\n"
-            "import zerojax; assert (dict(os.environ), dict(jax.config.values)) == (before[0], middle)")
+            "import zerojax; [getattr(zerojax, n) for n in zerojax.__all__]\n"
+            "assert (dict(os.environ), dict(jax.config.values)) == (before[0], middle)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 

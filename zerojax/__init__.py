@@ -1,42 +1,67 @@
 """ZeRO for JAX as a sharding policy: pick a stage, keep the model, the optimizer and the loop."""
 
-from zerojax import policies
-from zerojax.box import whole
-from zerojax.data import feed
-from zerojax.errors import (
-    BatchError,
-    LayoutError,
-    LossError,
-    MissingExtraError,
-    ModelError,
-    NonFiniteError,
-    PolicyError,
-    ZeroError,
-)
-from zerojax.layout import Layout
-from zerojax.loss import Loss
-from zerojax.mesh import make_mesh
-from zerojax.policy import Precision
-from zerojax.state import TrainState
-from zerojax.zero import Zero
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from zerojax import policies as policies
+    from zerojax import viz as viz
+    from zerojax.advice import advise as advise
+    from zerojax.box import whole as whole
+    from zerojax.data import feed as feed
+    from zerojax.errors import BatchError as BatchError
+    from zerojax.errors import CompileError as CompileError
+    from zerojax.errors import LayoutError as LayoutError
+    from zerojax.errors import LossError as LossError
+    from zerojax.errors import MissingExtraError as MissingExtraError
+    from zerojax.errors import ModelError as ModelError
+    from zerojax.errors import NonFiniteError as NonFiniteError
+    from zerojax.errors import PlanError as PlanError
+    from zerojax.errors import PolicyError as PolicyError
+    from zerojax.errors import RecipeError as RecipeError
+    from zerojax.errors import ZeroError as ZeroError
+    from zerojax.layout import Layout as Layout
+    from zerojax.loss import Loss as Loss
+    from zerojax.mesh import make_mesh as make_mesh
+    from zerojax.plan import Plan as Plan
+    from zerojax.policy import Precision as Precision
+    from zerojax.recipe import Recipe as Recipe
+    from zerojax.state import TrainState as TrainState
+    from zerojax.topology import Gpu as Gpu
+    from zerojax.topology import Topology as Topology
+    from zerojax.zero import Zero as Zero
 
 __version__ = "0.1.0"
-__all__ = [
-    "BatchError",
-    "Layout",
-    "LayoutError",
-    "Loss",
-    "LossError",
-    "MissingExtraError",
-    "ModelError",
-    "NonFiniteError",
-    "PolicyError",
-    "Precision",
-    "TrainState",
-    "Zero",
-    "ZeroError",
-    "feed",
-    "make_mesh",
-    "policies",
-    "whole",
-]
+
+# imported when first used: `zerojax theory` needs no jax
+_WHERE = {
+    "advice": ["advise"],
+    "box": ["whole"],
+    "data": ["feed"],
+    "errors": ["BatchError", "CompileError", "LayoutError", "LossError", "MissingExtraError", "ModelError", "NonFiniteError",
+               "PlanError", "PolicyError", "RecipeError", "ZeroError"],
+    "layout": ["Layout"],
+    "loss": ["Loss"],
+    "mesh": ["make_mesh"],
+    "plan": ["Plan"],
+    "policy": ["Precision"],
+    "recipe": ["Recipe"],
+    "state": ["TrainState"],
+    "topology": ["Gpu", "Topology"],
+    "zero": ["Zero"],
+}
+_MODULES = ["policies", "viz"]
+__all__ = sorted([name for names in _WHERE.values() for name in names] + _MODULES)
+
+
+def __getattr__(name: str):
+    for module, names in _WHERE.items():
+        if name in names:
+            return getattr(importlib.import_module(f"zerojax.{module}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"zerojax.{name}")
+    raise AttributeError(f"module 'zerojax' has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__

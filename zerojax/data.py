@@ -1,10 +1,12 @@
 """Batches: to devices, and into microbatches."""
 
 import collections
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -32,6 +34,24 @@ def check(policy: Policy, batch: Any, accumulate: int = 1) -> None:
         sizes[where] = x.shape[0]
     if len(set(sizes.values())) > 1:
         raise BatchError(f"the arrays of a batch differ in their number of examples: {sizes}.")
+
+
+def placed(policy: Policy, tree: Any) -> Any:
+    """As shapes with shardings: those without one are split over the devices where they divide, else whole on each."""
+    def place(x):
+        if isinstance(getattr(x, "sharding", None), NamedSharding):
+            return x
+        x = jax.ShapeDtypeStruct(np.shape(x), x.dtype if hasattr(x, "dtype") else np.result_type(x))
+        divides = x.shape and x.shape[0] % policy.parts == 0
+        return x.update(sharding=sharding(policy) if divides else NamedSharding(policy.mesh, P()))
+
+    return jax.tree.map(place, tree)
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes on one device, of arrays or shapes with shardings."""
+    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * (x.dtype.itemsize if hasattr(x.dtype, "itemsize") else 8)
+    return sum(map(size, jax.tree.leaves(tree)))
 
 
 def spread(policy: Policy, tree: Any) -> Any:

@@ -29,5 +29,17 @@ class NonFiniteError(ZeroError, RuntimeError):
     """`max_skipped` steps in a row had a loss, gradient or update that is not finite."""
 
 
+class PlanError(ZeroError, RuntimeError):
+    """A compiled step that communicates what ZeRO does not explain; or no plan could be made."""
+
+
+class CompileError(ZeroError, RuntimeError):
+    """The compiler refused, aborted or ran out of memory; the text has its last lines."""
+
+
+class RecipeError(ZeroError, ValueError):
+    """No `Recipe` where one was to be found, or one that is none."""
+
+
 class MissingExtraError(ZeroError, ImportError):
     """An optional package is not installed; the text names the extra to install."""

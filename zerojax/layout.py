@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import specs
+from zerojax import specs, tables
 from zerojax.policy import Policy
 from zerojax.specs import Leaf, Placement
 
@@ -69,15 +70,24 @@ def _endings(path: str):
     return ("/".join(keys[i:]) for i in range(len(keys)))
 
 
+def placed(policy: Policy, ruled: Placement, sharding: Any, shape: tuple[int, ...]) -> Placement:
+    """Where an array lies by its sharding; by the rules, if it has none. These also say why it is whole."""
+    if not isinstance(sharding, NamedSharding):
+        return ruled
+    spec = specs.full(sharding.spec, len(shape))
+    return Placement(spec, specs.keep(spec, lambda axis: axis not in policy.axes), ruled.reason or "made so")
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of the report: where one leaf lies, and the bytes of it on each device."""
+    """A line of the report: where one leaf lies, and the bytes of it on each device and in all."""
 
     path: str
     shape: tuple[int, ...]
     dtype: str
     spec: P
     bytes: int
+    whole_bytes: int
     reason: str
 
 
@@ -117,10 +127,10 @@ class Layout:
         return table
 
     def __str__(self) -> str:
-        return "\n".join(line.rstrip() for line in _recorded(self.table()).export_text().splitlines()).rstrip()
+        return tables.text(self.table())
 
     def _repr_html_(self) -> str:
-        return _recorded(self.table()).export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return tables.html(self.table())
 
 
 def _alike(rows: Sequence[Row]) -> list[list[Row]]:
@@ -133,27 +143,13 @@ def _alike(rows: Sequence[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
-def _recorded(table):
-    """A rich console with `table` on it, as wide as it needs: a path cut short names nothing."""
-    import io
-
-    from rich.console import Console
-    from rich.measure import Measurement
-
-    wide = Console(width=1000, force_jupyter=False)
-    width = Measurement.get(wide, wide.options, table).maximum
-    console = Console(record=True, width=width, force_jupyter=False, file=io.StringIO())
-    console.print(table)
-    return console
-
-
 def _short(spec: P) -> str:
     return "P(" + ", ".join(repr(e) for e in spec) + ")" if any(spec) else "whole"
 
 
 def report(policy: Policy, tree: Tree, placements: Sequence[Placement]) -> Layout:
     """The `Layout` of a state's leaves."""
-    rows = [Row(leaf.path, leaf.shape, leaf.dtype, place.spec, _bytes(policy, leaf, place.spec),
+    rows = [Row(leaf.path, leaf.shape, leaf.dtype, place.spec, _bytes(policy, leaf, place.spec), _bytes(policy, leaf, P()),
                 place.reason if not place.sharded else "")
             for leaf, place in zip(describe(tree), placements, strict=True)]
     return Layout(tuple(rows), policy.mesh.size)

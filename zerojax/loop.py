@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from zerojax import census, data, gradients, layout, specs
+from zerojax import census, data, gradients, layout
 from zerojax.box import Box
 from zerojax.census import Census
 from zerojax.errors import ModelError, PolicyError
 from zerojax.linen import LinenBox
+from zerojax.plan import Plan
 from zerojax.policy import Policy
 from zerojax.specs import Leaf, Placement
 
@@ -48,15 +49,7 @@ class Frame:
     def places(self, policy: Policy, leaves: tuple[Leaf, ...]) -> list[Placement]:
         """Where the parameters lie; by the policy's rules if no state is known."""
         shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(self.params)] or [None] * len(leaves)
-        return [placed(policy, layout.place(policy, leaf), s, leaf.shape) for leaf, s in zip(leaves, shardings, strict=True)]
-
-
-def placed(policy: Policy, ruled: Placement, sharding: Any, shape: tuple[int, ...]) -> Placement:
-    """Where an array lies by its sharding; by the rules, if it has none. These also say why it is whole."""
-    if not isinstance(sharding, NamedSharding):
-        return ruled
-    spec = specs.full(sharding.spec, len(shape))
-    return Placement(spec, specs.keep(spec, lambda axis: axis not in policy.axes), ruled.reason or "made so")
+        return [layout.placed(policy, layout.place(policy, leaf), s, leaf.shape) for leaf, s in zip(leaves, shardings, strict=True)]
 
 
 _frame: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("zerojax_frame", default=None)
@@ -97,20 +90,26 @@ def _check_wishes(policy: Policy):
 class Jitted:
     """What `Zero.jit` returns: `fn`, jitted; the first argument is the state, the second (if any) the batch, also by its name."""
 
-    def __init__(self, policy: Policy, fn, **options):
+    def __init__(self, policy: Any, fn, **options):
         functools.update_wrapper(self, fn)
         self.policy, self.fn, self._options = policy, fn, options
         self._batch = next(iter([*inspect.signature(fn).parameters][1:]), None)
         self._jitted = {}  # by layout: jit traces for shapes alone
 
     def __call__(self, state, *args, **kwargs):
-        return self._of(state)(state, *args, **kwargs)
+        return self.of(state)(state, *args, **kwargs)
 
     def lower(self, state, *args, **kwargs):
         """As jit's; `state` as from `Zero.abstract` or `jax.eval_shape` with shardings."""
-        return self._of(state).lower(state, *args, **kwargs)
+        return self.of(state).lower(state, *args, **kwargs)
 
-    def _of(self, state):
+    def plan(self, state, *args, accumulate: int = 1, cache: bool = True, **kwargs) -> Plan:
+        """What a call needs and moves; as `Zero.plan`."""
+        return self.policy.plan(self, state, *args, accumulate=accumulate, cache=cache,
+                                compiler_options=self._options["compiler_options"], **kwargs)
+
+    def of(self, state):
+        """The jitted function for states that lie as this one."""
         layout = tuple(getattr(x, "sharding", None) for x in jax.tree.leaves(state))
         if layout not in self._jitted:
             self._jitted[layout] = jax.jit(functools.partial(self._traced, layout), **self._options)

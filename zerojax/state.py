@@ -140,6 +140,18 @@ def shardings(policy: Policy, state: TrainState) -> TrainState:
                         is_leaf=lambda x: isinstance(x, Placement))
 
 
+def lying(policy: Policy, state: TrainState) -> TrainState:
+    """As `placements`, but where an array already lies somewhere, there."""
+    put = lambda rule, x: layout.placed(policy, rule, getattr(x, "sharding", None), x.shape)
+    return jax.tree.map(put, placements(policy, state), state, is_leaf=lambda x: isinstance(x, Placement))
+
+
+def report(policy: Policy, state: TrainState) -> layout.Layout:
+    """The `Layout` of a state."""
+    places = jax.tree.leaves(lying(policy, state), is_leaf=lambda x: isinstance(x, Placement))
+    return layout.report(policy, state, places)
+
+
 def _first_key(args):
     """The state's key: folded from the first key among init's arguments, of the new kind or the old, else key(0)."""
     typed = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key) and x.shape == ()

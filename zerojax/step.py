@@ -16,11 +16,13 @@ import optax
 from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 
-from zerojax import data, gradients, layout, specs
+from zerojax import data, gradients, layout, plan, specs
 from zerojax import state as states
+from zerojax.audit import Demand
 from zerojax.errors import ModelError, NonFiniteError, PolicyError
 from zerojax.gradients import Differentiator, Objective
 from zerojax.loss import Loss
+from zerojax.plan import Plan
 from zerojax.policy import Policy
 from zerojax.state import TrainState
 
@@ -107,6 +109,7 @@ class TrainStep:
             raise PolicyError(f"train_step(max_skipped={max_skipped}): write how many steps in a row, 1 or more, or None.")
         self.policy, self.loss_fn, self.tx = policy, loss_fn, optax.with_extra_args_support(tx)
         self.accumulate, self.clip_norm, self.max_skipped = accumulate, clip_norm, max_skipped
+        self.compiler_options = compiler_options or {}
         self._jitted = jax.jit(self._step, donate_argnums=0, compiler_options=compiler_options)
         self._pending, self._last = collections.deque(), None
 
@@ -121,9 +124,32 @@ class TrainStep:
 
     def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
         """As jit's: states and batches may be `ShapeDtypeStruct`s; a batch without shardings is given its own."""
-        target = data.sharding(self.policy)
-        place = lambda x: x if getattr(x, "sharding", None) else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target)
-        return self._jitted.lower(state, jax.tree.map(place, batch))
+        return self._jitted.lower(state, data.placed(self.policy, batch))
+
+    def plan(self, state: TrainState, batch: Any, *, cache: bool = True) -> Plan:
+        """What a step needs and moves: memory, collectives, time, and whether they are ZeRO's. Nothing is run or allocated.
+
+        Over GPUs that are not there (`zj.make_mesh(topology=...)`) a child process compiles, and `cache` keeps what it made on
+        disk, under ~/.cache/zerojax or $ZEROJAX_CACHE; over devices that are there, their compiler does.
+
+        Args:
+          state, batch: arrays, or `ShapeDtypeStruct`s as `Zero.abstract` makes them.
+
+        Raises:
+          CompileError: the compiler failed, aborted or ran out of memory; with its last lines.
+          BatchError, LossError, PolicyError: as the step would.
+        """
+        _check_state(state)
+        batch = data.placed(self.policy, batch)
+        places = jax.tree.leaves(states.lying(self.policy, state).params, is_leaf=lambda x: isinstance(x, specs.Placement))
+        demand = Demand(self.policy, state.model.leaves, tuple(places), self.accumulate, self._per_device(state, batch))
+        return plan.make(demand, states.report(self.policy, state), data.local_bytes(batch), self._jitted, (state, batch), {},
+                         self.compiler_options, cache=cache)
+
+    def _per_device(self, state, batch) -> bool:
+        found = []
+        jax.eval_shape(lambda state, batch: found.append(self._studied(state, batch).per_device), state, batch)
+        return found[0]
 
     def _raise_if_stuck(self, state):
         """Looks at the step before the last, so that every host raises at the same call and the device has one more to do."""
@@ -137,18 +163,21 @@ class TrainStep:
                 "at the lowest loss scale.")
 
     def _step(self, state: TrainState, batch):
+        diff = self._studied(state, batch)
+        places = states.placements(self.policy, state)
+        batch = jax.lax.with_sharding_constraint(batch, data.sharding(self.policy))
+        with gradients.arrays_wanted():
+            grads, loss = _accumulated(diff, state, batch, self.accumulate, jax.random.fold_in(state.rng, state.step))
+        grads = jax.tree.structure(state.params).unflatten(_reduced(diff, grads, loss.weight))
+        return self._finish(state, grads, loss, places)
+
+    def _studied(self, state, batch) -> Differentiator:
         _check_state(state)
         self._check_optimizer(state)
         data.check(self.policy, batch, self.accumulate)
-        places = states.placements(self.policy, state)
-        rng = jax.random.fold_in(state.rng, state.step)
         micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // self.accumulate, *x.shape[1:]), x.dtype), batch)
-        batch = jax.lax.with_sharding_constraint(batch, data.sharding(self.policy))
         with gradients.arrays_wanted():
-            diff = differentiator(self.policy, self.loss_fn, state, micro, rng)
-            grads, loss = _accumulated(diff, state, batch, self.accumulate, rng)
-        grads = jax.tree.structure(state.params).unflatten(_reduced(diff, grads, loss.weight))
-        return self._finish(state, grads, loss, places)
+            return differentiator(self.policy, self.loss_fn, state, micro, jax.random.fold_in(state.rng, state.step))
 
     def _check_optimizer(self, state):
         ours = jax.eval_shape(self.tx.init, state.params)

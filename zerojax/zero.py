@@ -8,12 +8,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax.core import meta
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import census, data, layout, loop, specs
+from zerojax import census, data, layout, loop, plan, specs
 from zerojax import state as states
+from zerojax.audit import Demand
+from zerojax.errors import ModelError
 from zerojax.layout import Layout
+from zerojax.plan import Plan
 from zerojax.policy import Policy
 from zerojax.specs import Leaf, Placement
 from zerojax.state import TrainState
@@ -23,6 +26,15 @@ from zerojax.step import EvalStep, TrainStep
 def _specs(state) -> list:
     """The mesh axes that linen's metadata names for each leaf."""
     return jax.tree.leaves(nn.get_partition_spec(state), is_leaf=lambda s: s is None or isinstance(s, P))
+
+
+def _shapes(state):
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state) if abstract else jax.eval_shape(lambda: state)
+
+
+def _shaped(build, shardings, *args):
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(build, *args), shardings)
 
 
 class Zero(Policy):
@@ -60,6 +72,8 @@ class Zero(Policy):
     def init(self, init_fn: Callable, tx, *args, rng: jax.Array | None = None) -> TrainState:
         """A training state, born sharded: `init_fn(*args)` and `tx.init` run under jit with sharded results.
 
+        Over GPUs that are not there, it is as `abstract`.
+
         Args:
           init_fn: returns a pytree of parameters, linen's dict of variables, or an NNX module.
           tx: an optax transform.
@@ -70,16 +84,19 @@ class Zero(Policy):
           ModelError: `init_fn` returned no floating array, or a parameter that is not floating.
           LayoutError: a rule does not fit its leaf, or matches none.
         """
-        build, shardings = self._plan(init_fn, tx, args, rng)
-        return jax.jit(build, out_shardings=shardings)(*args)
+        build, shardings = self._planned(init_fn, tx, args, rng)
+        return self._born(build, shardings, *args)
 
     def abstract(self, init_fn: Callable, tx, *args, rng: jax.Array | None = None) -> TrainState:
         """What `init` would return, as `ShapeDtypeStruct`s with shardings; nothing is allocated."""
-        build, shardings = self._plan(init_fn, tx, args, rng)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                            jax.eval_shape(build, *args), shardings)
+        build, shardings = self._planned(init_fn, tx, args, rng)
+        return _shaped(build, shardings, *args)
 
-    def _plan(self, init_fn, tx, args, rng):
+    def _born(self, build, shardings, *args):
+        absent = isinstance(self.mesh, AbstractMesh)
+        return _shaped(build, shardings, *args) if absent else jax.jit(build, out_shardings=shardings)(*args)
+
+    def _planned(self, init_fn, tx, args, rng):
         build = states.builder(self, *states.survey(self, init_fn, args), init_fn, tx, rng)
         return build, states.shardings(self, jax.eval_shape(build, *args))
 
@@ -92,7 +109,7 @@ class Zero(Policy):
         params, places = self._ruled(abstract, census.stacked(jax.make_jaxpr(make)()))
         specs.check_rules([leaf.path for leaf in params], self.rules)
         shardings = [specs.sharding(self.mesh, p.spec) for p in places]
-        return jax.jit(make, out_shardings=jax.tree.structure(abstract).unflatten(shardings))()
+        return self._born(make, jax.tree.structure(abstract).unflatten(shardings))
 
     def _ruled(self, state, scanned=None) -> tuple[list[Leaf], list[Placement]]:
         """Of an abstract state of the user's own: its parameters, and where the policy wants each leaf."""
@@ -168,13 +185,45 @@ class Zero(Policy):
 
     def layout(self, state: Any) -> Layout:
         """Who holds what: prints as a table of leaves with shape, spec, bytes per device, and why one is whole."""
+        return layout.report(self, state, self._places(state))
+
+    def _places(self, state) -> list[Placement]:
         if isinstance(state, TrainState):
-            ruled = jax.tree.leaves(states.placements(self, state), is_leaf=lambda x: isinstance(x, Placement))
-        else:
-            _, ruled = self._ruled(jax.eval_shape(lambda: state))
-        places = [loop.placed(self, rule, getattr(x, "sharding", None), x.shape)
-                  for rule, x in zip(ruled, jax.tree.leaves(state), strict=True)]
-        return layout.report(self, state, places)
+            return jax.tree.leaves(states.lying(self, state), is_leaf=lambda x: isinstance(x, Placement))
+        _, ruled = self._ruled(_shapes(state))
+        return [layout.placed(self, rule, getattr(x, "sharding", None), x.shape)
+                for rule, x in zip(ruled, jax.tree.leaves(state), strict=True)]
+
+    def plan(self, fn: Callable, state: Any, *args: Any, accumulate: int = 1, compiler_options: dict | None = None,
+             cache: bool = True, **kwargs: Any) -> Plan:
+        """What a jitted function of your own needs and moves, also one that zerojax had no hand in: memory, collectives, time.
+
+        Steps of `train_step` and functions under `zero.jit` have a `plan` of their own, which says the same.
+
+        Args:
+          fn: `jax.jit`ted, of `state` and `args`.
+          state: with the parameters as its `params`; arrays or `ShapeDtypeStruct`s with shardings.
+          *args, **kwargs: arrays or shapes. Those without a sharding are split over the batch's devices where they divide.
+          accumulate: microbatches in `fn`.
+          compiler_options: those of `fn`.
+          cache: whether the answer for the same program is looked up, and kept, on disk.
+
+        Raises:
+          ModelError: `state` has no params.
+          CompileError: the compiler failed, with its last lines.
+        """
+        fn = fn.of(state) if isinstance(fn, loop.Jitted) else fn
+        if not hasattr(fn, "trace"):
+            raise ModelError(f"zero.plan takes a jitted function, not {fn!r}; write zero.plan(jax.jit(fn), state, ...).")
+        places = dict(zip((leaf.path for leaf in layout.describe(state)), self._places(state), strict=True))
+        leaves, _ = self._ruled(_shapes(state))
+        if not leaves:
+            raise ModelError(f"zero.plan was given a state ({type(state).__name__}) without params; ZeRO is about parameters: "
+                             "give a state with an attribute or key `params`.")
+        demand = Demand(self, tuple(leaves), tuple(places[f"params/{leaf.path}"] for leaf in leaves), accumulate, False)
+        args, kwargs = data.placed(self, args), data.placed(self, kwargs)
+        return plan.make(demand, self.layout(state), data.local_bytes((args, kwargs)), fn, (state, *args), kwargs,
+                         compiler_options or {}, cache=cache)
 
     def batch_sharding(self) -> NamedSharding:
         """Of a batch: its first dimension over every device."""

@@ -10,7 +10,7 @@ import models
 import optax
 
 import zerojax as zj
-from zerojax import hlo, theory, topology
+from zerojax import collectives, hlo, theory, topology
 from zerojax.layout import path_of
 
 LARGE = 64 * 1024  # bytes; smaller collectives are those of scalars, and of leaves left whole
@@ -45,12 +45,12 @@ class Program:
     spec: Spec
     mesh: dict[str, int]
     params: Any
-    collectives: tuple[hlo.Collective, ...]
+    collectives: tuple[collectives.Collective, ...]
     text: str
     memory: Any
     batch_bytes: int
 
-    def large(self, kind: str) -> list[tuple[hlo.Collective, hlo.Shape]]:
+    def large(self, kind: str) -> list[tuple[collectives.Collective, hlo.Shape]]:
         return [(c, s) for c in self.collectives for s in c.shapes if c.kind == kind and s.bytes >= LARGE]
 
     def wire(self, kind: str) -> float:
@@ -74,7 +74,7 @@ def own_loop(zero, loss, tx):
 
 @functools.lru_cache(maxsize=4)
 def program(spec: Spec) -> Program:
-    mesh = zj.make_mesh(topology=spec.topology, replica=spec.replicas)
+    mesh = zj.make_mesh(devices=topology.devices(spec.topology), replica=spec.replicas)
     case, tx = models.CASES[spec.case](), optax.adam(1e-3)
     zero = zj.Zero(mesh, spec.stage, gradients=WAYS[spec.way], precision=zj.Precision(compute="bfloat16", reduce=spec.reduce))
     state, batch = zero.abstract(case.init, tx, *case.example), case.batch(mesh.size * spec.accumulate * spec.rows)
@@ -84,7 +84,8 @@ def program(spec: Spec) -> Program:
         step = zero.train_step(case.loss, tx, accumulate=spec.accumulate, compiler_options=topology.COMPILER_OPTIONS)
     compiled = step.lower(state, batch).compile()
     text = compiled.as_text()
-    return Program(spec, dict(mesh.shape), state.params, hlo.collectives(text), text, compiled.memory_analysis(), nbytes(batch))
+    found = collectives.of(hlo.parse(text))
+    return Program(spec, dict(mesh.shape), state.params, found, text, compiled.memory_analysis(), nbytes(batch))
 
 
 def expected(p: Program) -> dict[str, float]:

@@ -8,11 +8,11 @@ import reference
 from harness import Spec, program
 
 import zerojax as zj
-from zerojax import hlo, topology
+from zerojax import collectives, hlo, topology
 
 
 def _lowered(model, way, rows=8, seq=None):
-    zero = zj.Zero(zj.make_mesh(topology="h200:1x8"), 3, gradients=way, precision=zj.Precision(compute="bfloat16"))
+    zero = zj.Zero(zj.make_mesh(devices=topology.devices("h200:1x8")), 3, gradients=way, precision=zj.Precision(compute="bfloat16"))
     case, tx = models.language(model), optax.adam(1e-3)
     state = zero.abstract(case.init, tx, *case.example)
     batch = jax.ShapeDtypeStruct((rows, seq or models.SEQ), "int32")
@@ -28,7 +28,7 @@ def test_stage_3_needs_no_more_than_fsdp_by_hand():
     model, seq = models.Transformer(width=2048, layers=8, vocab=32000), 2048
     zero, state, batch, ours = _lowered(model, "global", seq=seq)
     by_hand = _compile(reference.lower(zero.mesh, state, batch))
-    assert {c.kind for c in hlo.collectives(by_hand.as_text()) if c.bytes > 2**20} == {"all-gather", "reduce-scatter"}
+    assert {c.kind for c in collectives.of(hlo.parse(by_hand.as_text())) if c.bytes > 2**20} == {"all-gather", "reduce-scatter"}
     most = by_hand.memory_analysis().temp_size_in_bytes
     assert _compile(ours).memory_analysis().temp_size_in_bytes <= most
     assert _compile(_lowered(model, "per_device", seq=seq)[3]).memory_analysis().temp_size_in_bytes <= most
@@ -45,7 +45,7 @@ def test_regather_keeps_gathered_weights_out_of_the_residuals(way):
     model = models.Transformer(policy=zj.policies.regather())
     compiled = _compile(_lowered(model, way)[3])
     assert _stacked_weights(compiled.as_text()) == []
-    gathers = [c for c in hlo.collectives(compiled.as_text()) if c.kind == "all-gather" and c.trips == models.LAYERS]
+    gathers = [c for c in collectives.of(hlo.parse(compiled.as_text())) if c.kind == "all-gather" and c.trips == models.LAYERS]
     assert len({c.computation for c in gathers}) == 2  # forward loop and backward loop
 
 

@@ -1,0 +1,230 @@
+"""Which collectives of a compiled step ZeRO explains, and why the others are there.
+
+ZeRO's are gathers and reductions of parameters, over its own axes, in the policy's dtypes, as often as the stage says. An array
+counts as a parameter's if its dimensions are those of the parameter or of one layer of a stack of them, as the compiler may
+merge or split them. Axes that ZeRO does not use (tensor parallelism) are the model's affair.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+from zerojax import specs, theory
+from zerojax.collectives import Collective
+from zerojax.hlo import Shape
+from zerojax.policy import Policy
+from zerojax.specs import Leaf, Placement
+from zerojax.tables import size
+
+HLO_NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
+SMALL = 2**16  # bytes of an array: norms, losses, batch statistics
+SLACK = 1.02
+_STRUCTURE = {"", "call_exported", "while", "body", "cond", "closed_call", "eval_jaxpr", "checkpoint", "rematted_computation"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Demand:
+    """A compiled step as ZeRO wants it: the policy, its parameters and where they lie, microbatches, the way to differentiate."""
+
+    policy: Policy
+    leaves: tuple[Leaf, ...]
+    places: tuple[Placement, ...]
+    accumulate: int = 1
+    per_device: bool = True
+
+    @property
+    def wire(self) -> theory.Wire:
+        return theory.wire(self.policy.stage, self.accumulate, per_device=self.per_device)
+
+    @property
+    def sharded(self) -> list[tuple[Leaf, Placement]]:
+        return [(leaf, place) for leaf, place in zip(self.leaves, self.places, strict=True) if place.sharded]
+
+    def local(self, leaf: Leaf, place: Placement) -> tuple[int, ...]:
+        """A parameter's dimensions once gathered, on one device: the model's own axes still divide it."""
+        axes = [specs.axes_of((entry,)) for entry in place.whole]
+        return tuple(d // math.prod(self.policy.mesh.shape[a] for a in on) for d, on in zip(leaf.shape, axes, strict=True))
+
+    def total(self) -> float:
+        """Bytes each device sends in a step, by theory, shards and copies."""
+        p, bits = self.policy, {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+        compute, reduce = bits[p.precision.computes], bits[p.precision.reduces]
+        sent = 0.0
+        for leaf, place in zip(self.leaves, self.places, strict=True):
+            size = math.prod(self.local(leaf, place))
+            copies = 2 * (p.replicas - 1) / p.replicas * size * reduce
+            if place.sharded:
+                sent += self.wire.bytes(size, p.shards, compute=compute, reduce=reduce) + copies * self.wire.reduced / p.shards
+            else:
+                sent += theory.wire(0, self.accumulate, per_device=self.per_device).bytes(size, p.parts, reduce=reduce)
+        return sent
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Something a user should know. `wrong`: ZeRO does not explain it, and `Plan.check` raises.
+
+    Attributes:
+      what: a sentence, with what to do about it.
+      instruction, source: in the compiled program, and the user's line, "file:line"; empty where it is about the whole.
+      bytes: sent or kept on each device.
+    """
+
+    what: str
+    bytes: float = 0.0
+    instruction: str = ""
+    source: str = ""
+    wrong: bool = False
+
+    def __str__(self):
+        return self.what + (f" From {self.source}." if self.source else "")
+
+
+def collectives_of(demand: Demand, found: Sequence[Collective]) -> list[Finding]:
+    """A `Finding` for each array that is moved and that ZeRO does not explain, most bytes first."""
+    moved = [(c, s) for c in found for s in c.shapes if not _small(demand, c, s) and _over_ours(demand, c)]
+    odd, known = [], collections.defaultdict(list)
+    for c, s in moved:
+        why = _foreign(demand, c, s)
+        if why:
+            odd.append(_finding(demand, c, s, why))
+        else:
+            known[c.kind, _key(s.dims), c.kind == "all-gather" and c.backward].append((c, s))
+    odd += [f for pairs in known.values() for f in _too_often(demand, pairs)]
+    return sorted(_by_instruction(odd), key=lambda f: -f.bytes)
+
+
+def _small(demand: Demand, c: Collective, s: Shape) -> bool:
+    return s.bytes <= SMALL and c.wire(s) <= max(2**20, 0.01 * demand.total())
+
+
+def _over_ours(demand: Demand, c: Collective) -> bool:
+    axes = c.axes(demand.policy.mesh.shape)
+    return axes is None or bool(set(axes) & set(demand.policy.batch_axes))
+
+
+def _foreign(demand: Demand, c: Collective, s: Shape) -> str:
+    """Why an array is none of ZeRO's; empty if it is one."""
+    p, axes = demand.policy, set(c.axes(demand.policy.mesh.shape) or ())
+    if c.kind in ("all-to-all", "collective-permute"):
+        return ("ZeRO moves nothing this way: an array changes its layout between devices, as when a batch is reshaped into "
+                "microbatches (train_step(accumulate=...) splits it without) or a table is read by what other devices hold")
+    sharded = [leaf for leaf, place in demand.sharded if _is_of(demand, leaf, place, s)]
+    if c.kind == "all-reduce":
+        return _foreign_reduction(demand, s, sharded, axes)
+    if not sharded:
+        return ("no parameter has this shape: it is of the batch, an activation or its gradient. Either the parameters are not "
+                "read through zerojax, so that XLA moves activations in their place, or the model contracts over the batch")
+    if axes != set(p.axes):
+        return f"a parameter is moved over {sorted(axes) or 'other groups'}, not over {sorted(p.axes)}"
+    wanted = p.precision.computes if c.kind == "all-gather" else p.precision.reduces
+    if s.dtype != HLO_NAMES[wanted] and Shape(HLO_NAMES[wanted], s.dims).bytes < s.bytes:
+        verb, what = ("gathered", "compute") if c.kind == "all-gather" else ("reduced", "reduce")
+        return (f"a parameter is {verb} as {s.dtype}, not as {HLO_NAMES[wanted]} (Precision {what}={wanted!r}): "
+                + ("it is cast behind the gather; zero.view and train_step cast before it" if c.kind == "all-gather" else
+                   "the product that it comes from is of that dtype"))
+    return ""
+
+
+def _foreign_reduction(demand: Demand, s: Shape, sharded: list[Leaf], axes: set[str]) -> str:
+    if axes == {demand.policy.replica_axis}:
+        return "" if s.elements <= _whole(demand) + _shards(demand) else "only shards of gradients are summed over the copies"
+    if s.elements <= _whole(demand):
+        return ""
+    if sharded:
+        return ("the gradient of a sharded parameter is summed whole on every device; a reduce-scatter would leave each its shard. "
+                "The parameter is not read through zerojax, or twice behind one read (gradients='per_device' adds both first)")
+    return ("activations are summed over the batch's devices, as in tensor parallelism, or gradients are summed whole where a "
+            "reduce-scatter would leave each device its shard: parameters are not read through zerojax, or the model contracts "
+            "over the batch")
+
+
+def _whole(demand: Demand) -> int:
+    """Elements of the leaves left whole: the compiler joins their gradients' reductions into one."""
+    return sum(math.prod(demand.local(leaf, place)) for leaf, place in zip(demand.leaves, demand.places, strict=True)
+               if not place.sharded)
+
+
+def _shards(demand: Demand) -> float:
+    """Elements of one device's shards."""
+    return sum(math.prod(demand.local(leaf, place)) for leaf, place in demand.sharded) / demand.policy.shards
+
+
+def _parts(demand: Demand, leaf: Leaf, place: Placement):
+    """A parameter's dimensions, and those of one layer where it may be a stack of them."""
+    dims = demand.local(leaf, place)
+    yield dims
+    for i, (at_rest, whole) in enumerate(zip(place.spec, place.whole, strict=True)):
+        if at_rest == whole:
+            yield dims[:i] + dims[i + 1:]
+
+
+def _is_of(demand: Demand, leaf: Leaf, place: Placement, s: Shape) -> bool:
+    return any(_alike(dims, s.dims) for dims in _parts(demand, leaf, place))
+
+
+def _key(dims: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(d for d in dims if d != 1))
+
+
+def _alike(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether one is the other with dimensions merged, in any order."""
+    a, b = _key(a), _key(b)
+    return math.prod(a) == math.prod(b) and (_merges(a, b) or _merges(b, a))
+
+
+def _merges(parts: tuple[int, ...], wholes: tuple[int, ...]) -> bool:
+    if not wholes:
+        return not parts
+    for n in range(1, len(parts) - len(wholes) + 2):
+        for chosen in itertools.combinations(range(len(parts)), n):
+            if math.prod(parts[i] for i in chosen) == wholes[-1]:
+                if _merges(tuple(d for i, d in enumerate(parts) if i not in chosen), wholes[:-1]):
+                    return True
+    return False
+
+
+def _too_often(demand: Demand, pairs: list[tuple[Collective, Shape]]) -> list[Finding]:
+    """Findings for arrays of one shape that are moved more often than the stage says; foreign ones and long loops are named."""
+    most = _most(demand, *pairs[0])
+    total = moved = sum(s.elements * c.trips for c, s in pairs)
+    odd, pairs = [], sorted(pairs, key=lambda p: (not p[0].ours, p[0].trips))
+    often = f"{moved / most:.3g} times as much as" if most else "though nothing of it is"
+    while pairs and total > SLACK * most:
+        c, s = pairs.pop()
+        total -= s.elements * c.trips
+        why = (f"of arrays of this shape, {often} in stage {demand.policy.stage} with {demand.accumulate} microbatches: an "
+               "activation of a parameter's shape, or a weight that is read in a loop which does not slice it")
+        odd.append(_finding(demand, c, s, why))
+    return odd
+
+
+def _most(demand: Demand, c: Collective, shape: Shape) -> float:
+    """Elements, in all turns of all loops, that ZeRO moves in arrays of this shape at most; of gathers, in this pass."""
+    p = demand.policy
+    if c.kind == "all-reduce":
+        return demand.accumulate * (_whole(demand) + (_shards(demand) if p.replicas > 1 else 0))
+    count = demand.wire.gathered if c.kind == "all-gather" else demand.wire.reduced
+    if c.kind == "all-gather":  # forward in every stage, and once more backward in the third
+        count = demand.accumulate if p.stage == 3 else count * (not c.backward)
+    return count * sum(math.prod(demand.local(leaf, place)) for leaf, place in demand.sharded if _is_of(demand, leaf, place, shape))
+
+
+def _finding(demand: Demand, c: Collective, s: Shape, why: str) -> Finding:
+    axes = c.axes(demand.policy.mesh.shape)
+    over = f"over {', '.join(axes)}" if axes else f"in {len(c.groups)} groups of {c.size}"
+    module = "/".join(part for part in c.op_name.split("/") if "(" not in part and part not in _STRUCTURE)[-80:]
+    what = f"{c.kind} of {s} {over}, {c.trips} x, {size(c.wire(s))} sent a step" + (f"; {module}" if module else "")
+    return Finding(f"{c.name} ({what}): {why}.", c.wire(s), c.name, c.source, True)
+
+
+def _by_instruction(findings: list[Finding]) -> list[Finding]:
+    """The largest of each instruction, with the bytes of all its arrays."""
+    groups = collections.defaultdict(list)
+    for f in findings:
+        groups[f.instruction].append(f)
+    first = [(max(g, key=lambda f: f.bytes), g) for g in groups.values()]
+    return [dataclasses.replace(f, bytes=sum(x.bytes for x in g),
+                                what=f.what + (f" With {len(g) - 1} more arrays." if len(g) > 1 else "")) for f, g in first]

@@ -1,0 +1,149 @@
+"""The `zerojax` command: what a training run needs, before it is paid for.
+
+    zerojax plan train.py --topology h200:8x8 --stage 3      # one layout, in full; exit status 1 if it is not ZeRO or does not fit
+    zerojax advise train.py --topology h200:8x8              # many, the fastest that fits
+    zerojax show train.py --topology h200:8x8                # who holds which leaf
+    zerojax theory --params 7.5e9 --devices 64               # the paper's table
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from zerojax import theory
+from zerojax.tables import Sheet
+
+GB = 1e9
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; its exit status is 0, 1 for a plan that is not ZeRO's or does not fit, 2 for an error."""
+    args = parser().parse_args(argv)
+    if args.run is not run_theory:
+        # this process plans: no GPU is taken, and a CUDA compiler without a GPU is no error
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    from zerojax.errors import ZeroError
+
+    try:
+        return args.run(args)
+    except ZeroError as error:
+        print(f"zerojax {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="zerojax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    plan = _command(commands, "plan", run_plan, "memory, communication and time of one layout, off the GPU compiler")
+    _recipe(plan)
+    plan.add_argument("--accumulate", type=int, default=1, help="microbatches (default: %(default)s)")
+    plan.add_argument("--replica", type=int, default=1, help="copies of the state (default: %(default)s)")
+    plan.add_argument("--stage", type=int, default=3, help="of ZeRO, 0 to 3 (default: %(default)s)")
+    plan.add_argument("--remat", help="which of the recipe's losses, if it has several (default: the first)")
+    plan.add_argument("--hlo", metavar="FILE", help="write the compiled program there")
+    advise = _command(commands, "advise", run_advise, "compiles many layouts; the fastest that fits, by the estimate")
+    _recipe(advise)
+    show = _command(commands, "show", run_show, "the layout: leaf, shape, spec, bytes per device, why one is whole")
+    _recipe(show)
+    show.add_argument("--stage", type=int, default=3, help="of ZeRO, 0 to 3 (default: %(default)s)")
+    show.add_argument("--replica", type=int, default=1, help="copies of the state (default: %(default)s)")
+    table = _command(commands, "theory", run_theory, "ZeRO's arithmetic, without a model")
+    table.add_argument("--params", type=float, required=True, help="number of parameters, as 7.5e9")
+    table.add_argument("--devices", type=int, required=True)
+    table.add_argument("--accumulate", type=int, default=1, help="microbatches (default: %(default)s)")
+    for command in (plan, advise, table):
+        command.add_argument("--json", action="store_true", help="JSON on standard output")
+    return top
+
+
+def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
+    made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    made.set_defaults(run=run)
+    return made
+
+
+def _recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", metavar="FILE_OR_MODULE[:NAME]", help="where a zj.Recipe is; the name is `recipe` if left out")
+    command.add_argument("--topology", required=True, help="GPU:HOSTSxGPUS_A_HOST, as h200:8x8")
+    command.add_argument("--compute", default="bfloat16", help="dtype of the model and the gathers (default: %(default)s)")
+    command.add_argument("--reduce", help="dtype of the reductions (default: as --compute)")
+    command.add_argument("--min-shard", type=int, default=2**16, help="leaves of fewer elements stay whole (default: %(default)s)")
+    command.add_argument("--no-cache", action="store_true", help="compile even if the answer is on disk")
+
+
+def _precision(args):
+    from zerojax.policy import Precision
+
+    return Precision(compute=args.compute, reduce=args.reduce)
+
+
+def run_plan(args) -> int:
+    from zerojax import advice, recipe
+    from zerojax.errors import PlanError
+
+    found = recipe.load(args.recipe)
+    remat = next(iter(found.losses)) if args.remat is None else args.remat
+    choice = advice.Choice(args.stage, args.accumulate, remat, args.replica)
+    plan = advice.plan_of(found, args.topology, choice, _precision(args), args.min_shard, not args.no_cache)
+    if args.hlo:
+        with open(args.hlo, "w") as file:
+            file.write(plan.hlo)
+    print(json.dumps(plan.to_dict(), indent=1) if args.json else plan)
+    try:
+        plan.check()
+    except PlanError as error:
+        print(f"zerojax plan: {error}", file=sys.stderr)
+        return 1
+    return 0 if plan.fits else 1
+
+
+def run_advise(args) -> int:
+    from zerojax import advice, recipe
+
+    found = advice.advise(recipe.load(args.recipe), args.topology, precision=_precision(args), min_shard=args.min_shard,
+                           cache=not args.no_cache)
+    if args.json:
+        rows = [{"choice": vars(t.choice), "refused": t.refused, "plan": t.plan and t.plan.to_dict()} for t in found.tried]
+        print(json.dumps({"best": found.best and vars(found.best.choice), "tried": rows}, indent=1))
+    else:
+        print(found)
+    return 0 if found.best else 1
+
+
+def run_show(args) -> int:
+    from zerojax import recipe
+    from zerojax.mesh import make_mesh
+    from zerojax.zero import Zero
+
+    found = recipe.load(args.recipe)
+    mesh = make_mesh(topology=args.topology, replica=args.replica)
+    zero = Zero(mesh, args.stage, precision=_precision(args), min_shard=args.min_shard)
+    print(zero.layout(zero.abstract(found.init_fn, found.tx)))
+    return 0
+
+
+def run_theory(args) -> int:
+    psi, n = args.params, args.devices
+    if psi <= 0 or n < 1 or args.accumulate < 1:
+        given = f"--params {psi} --devices {n} --accumulate {args.accumulate}"
+        print(f"zerojax theory: {given}: write positive numbers.", file=sys.stderr)
+        return 2
+    stages = {s: {"paper_bytes": theory.paper_bytes(psi, n, s), "rest_bytes": theory.rest_bytes(psi, n, s),
+                  "elements_per_param": theory.wire(s, args.accumulate).elements,
+                  "sent_bytes": theory.wire(s, args.accumulate).bytes(psi, n)} for s in range(4)}
+    if args.json:
+        print(json.dumps({"params": psi, "devices": n, "accumulate": args.accumulate, "stages": stages}, indent=1))
+    else:
+        rows = [(str(s), f"{x['paper_bytes'] / GB:,.2f} GB", f"{x['rest_bytes'] / GB:,.2f} GB",
+                 f"{x['elements_per_param']}", f"{x['sent_bytes'] / GB:,.2f} GB") for s, x in stages.items()]
+        print(Sheet(f"{psi:,.4g} parameters, {n} devices, {args.accumulate} microbatch(es): per device",
+                    ("stage", "in a step, by the paper (2+2+12 bytes)", "zerojax between steps (4+8 bytes)",
+                     "elements sent, a parameter", "sent a step, 16 bit"), tuple(rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

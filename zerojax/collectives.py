@@ -1,0 +1,173 @@
+"""Collectives of a compiled program: kind, dtypes, bytes, the devices that take part, and how often each runs.
+
+Needs no devices and no jax.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from zerojax.hlo import Instruction, Program, Shape
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective instruction, which may move several arrays.
+
+    Attributes:
+      kind: one of `KINDS`.
+      shapes: the whole arrays it is about: what a gather makes, what a reduction sums.
+      groups: device numbers that take part together, one row a group.
+      trips: how often it runs in one execution of the program.
+      asynchronous: it has a start and a done, with room for compute between.
+      op_name: the operation it came from, with the path of the module that asked for it.
+      source: the innermost line of Python that is the user's, "file:line"; empty if the compiler kept none.
+      ours: it came from zerojax's gather or scatter, as far as the compiler kept that.
+    """
+
+    name: str
+    kind: str
+    shapes: tuple[Shape, ...]
+    groups: tuple[tuple[int, ...], ...]
+    trips: int
+    asynchronous: bool
+    computation: str
+    op_name: str
+    source: str
+    ours: bool
+
+    @property
+    def backward(self) -> bool:
+        """It belongs to the backward pass (gathers for recomputation, and reductions)."""
+        return "transpose(" in self.op_name or "rematted_computation" in self.op_name
+
+    @property
+    def size(self) -> int:
+        """Devices in a group."""
+        return len(self.groups[0]) if self.groups else 1
+
+    @property
+    def bytes(self) -> int:
+        """Of the whole arrays, once."""
+        return sum(s.bytes for s in self.shapes)
+
+    def wire(self, shape: Shape) -> float:
+        """Bytes each device sends for one of its arrays in one execution of the program, by the ring algorithms."""
+        share = (self.size - 1) / self.size
+        factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+        return factor * shape.bytes * self.trips
+
+    @property
+    def wire_bytes(self) -> float:
+        return sum(map(self.wire, self.shapes))
+
+    def axes(self, mesh: Mapping[str, int]) -> tuple[str, ...] | None:
+        """The mesh axes it runs over; None if its groups are no set of axes of this mesh.
+
+        Args:
+          mesh: axis names and sizes, devices numbered in row-major order.
+        """
+        mine = {frozenset(g) for g in self.groups}
+        for n in range(len(mesh) + 1):
+            for chosen in itertools.combinations(mesh, n):
+                if mine == _groups_over(tuple(mesh.items()), chosen):
+                    return chosen
+        return None
+
+
+@functools.lru_cache(maxsize=256)
+def _groups_over(mesh: tuple[tuple[str, int], ...], chosen: tuple[str, ...]) -> frozenset[frozenset[int]]:
+    return frozenset(map(frozenset, _rows(dict(mesh), chosen)))
+
+
+def _rows(mesh: Mapping[str, int], chosen: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """The groups of devices that differ in their coordinates on `chosen` axes alone."""
+    names = list(mesh)
+    ids = np.arange(math.prod(mesh.values())).reshape(list(mesh.values()))
+    order = [names.index(n) for n in names if n not in chosen] + [names.index(n) for n in names if n in chosen]
+    return tuple(map(tuple, ids.transpose(order).reshape(-1, math.prod(mesh[n] for n in chosen)).tolist()))
+
+
+def groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    """`replica_groups` or `source_target_pairs` of an instruction, in any of HLO's spellings.
+
+    >>> groups("replica_groups=[2,2]<=[2,2]T(1,0)", 4)
+    ((0, 2), (1, 3))
+    """
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        numbers = lambda s: [int(x) for x in s.split(",")]
+        ids = np.arange(math.prod(numbers(iota[2]))).reshape(numbers(iota[2]))
+        ids = ids.transpose(numbers(iota[3])) if iota[3] else ids
+        return tuple(map(tuple, ids.reshape(numbers(iota[1])).tolist()))
+    if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", text):
+        return _named(*named.groups())
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", text):
+        return tuple(tuple(int(x) for x in g.split(",")) for g in re.findall(r"\{([\d,]+)\}", listed[1]))
+    return (tuple(range(devices)),)
+
+
+def _named(mesh: str, dims: str | None, order: str | None, axes: str) -> tuple[tuple[int, ...], ...]:
+    """Groups over named axes, or parts of axes: `'a':(2)4` is the part of size 4 behind one of size 2."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    ids = np.arange(math.prod(sizes.values())).reshape([int(d) for d in dims.split(",")] if dims else -1)
+    ids = ids.transpose([int(d) for d in order.split(",")]) if order else ids
+    chosen = {name: (int(pre or 1), int(size or sizes[name])) for name, pre, size in
+              re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
+    split = [d for name, n in sizes.items() for pre, size in [chosen.get(name, (n, 1))] for d in (pre, size, n // pre // size)]
+    middle = [3 * i + 1 for i in range(len(sizes))]
+    rest = [i for i in range(len(split)) if i not in middle]
+    rows = ids.reshape(split).transpose(rest + middle).reshape(-1, math.prod(size for _, size in chosen.values()))
+    return tuple(map(tuple, rows.tolist()))
+
+
+def of(program: Program) -> tuple[Collective, ...]:
+    """The collectives of a program, in the order of its text, those that never run left out."""
+    return tuple(_collective(program, inst, name) for name, body in program.computations.items() if program.times[name]
+                 for inst in body if kind(inst))
+
+
+def kind(inst: Instruction) -> str | None:
+    """Of a collective, or of the start of one; None for anything else."""
+    op = inst.op.removesuffix("-start")
+    return op if op in KINDS else None
+
+
+def _collective(program: Program, inst: Instruction, computation: str) -> Collective:
+    which, asynchronous = inst.op.removesuffix("-start"), inst.op.endswith("-start")
+    whole = inst.shapes
+    if asynchronous:  # the start's shape lists operands as well; the done's lists what comes out
+        whole = next((i.shapes for i in program.computations[computation]
+                      if i.op == f"{which}-done" and inst.name in i.operands), whole)
+    grouped = groups(inst.attributes, program.devices)
+    if which == "reduce-scatter":  # shards come out; the sum was over arrays as large as the group
+        axis = int(inst.attribute("dimensions").split(",")[0] or 0)
+        whole = tuple(Shape(s.dtype, tuple(d * len(grouped[0]) if i == axis else d for i, d in enumerate(s.dims))) for s in whole)
+    op_name, source, ours = origin(program, inst, computation)
+    beside = asynchronous and '"is_sync":true' not in inst.attributes
+    return Collective(inst.name, which, whole, grouped, program.times[computation], beside, computation, op_name, source,
+                      ours)
+
+
+def origin(program: Program, inst: Instruction, computation: str) -> tuple[str, str, bool]:
+    """(op_name, "file:line" of the user's, whether by `gather`); of what it takes, where the compiler kept none for it."""
+    for near in _upstream(program, inst, computation):
+        frames = list(program.frames(near))
+        if user := next((f for f in frames if f.users), None):
+            return near.attribute("op_name"), str(user), any(f.ours for f in frames)
+    return inst.attribute("op_name"), "", False
+
+
+def _upstream(program: Program, inst: Instruction, computation: str, most: int = 16) -> Iterator[Instruction]:
+    """`inst`, then the instructions whose results it takes, nearest first."""
+    names, queue = program.names(computation), [inst]
+    while queue and most:
+        near, most = queue.pop(0), most - 1
+        yield near
+        queue += [names[o] for o in near.operands if o in names]

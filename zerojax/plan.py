@@ -1,0 +1,339 @@
+"""What a step will cost before it runs: memory, communication and time, read off the compiled program.
+
+The program is the one that runs: compiled for GPUs that are there, or by the same compiler for GPUs that are not.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from zerojax import audit, compiler, hlo, memory, schedule, tables
+from zerojax import collectives as moves
+from zerojax.audit import Demand, Finding
+from zerojax.collectives import Collective
+from zerojax.errors import PlanError
+from zerojax.hlo import Program
+from zerojax.layout import Layout
+from zerojax.memory import Memory
+from zerojax.tables import Sheet, seconds, size
+from zerojax.topology import Topology
+
+SAVED = 0.1  # of the parameters: what is worth a word
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind, dtype, mesh axes and place.
+
+    Attributes:
+      axes: mesh axes; None if the groups are no axes.
+      trips: how often the place runs in a step: 1 is once, more is a loop.
+      backward: it belongs to the backward pass.
+      count: instructions.
+      bytes: sent by each device in a step.
+      asynchronous: how many have a start and a done.
+      seconds, exposed: in a step, at the topology's bandwidths; the latter with nothing else running. None if not known.
+      beside: names of what runs beside them.
+    """
+
+    kind: str
+    dtype: str
+    axes: tuple[str, ...] | None
+    trips: int
+    backward: bool
+    count: int
+    bytes: float
+    asynchronous: int
+    seconds: float | None
+    exposed: float | None
+    beside: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """An estimate of a step's time on one device, from its schedule (`schedule.ASSUMPTIONS`).
+
+    Attributes:
+      flops: operations of products, those of rematerialised blocks included; `model_flops`: without them.
+      seconds: the step.
+      busy: seconds bound by "compute", by "memory", and waiting for the "network".
+      arithmetic: seconds that `flops` take at the GPU's peak.
+      mfu: model_flops over what the GPU's peak would do in `seconds`.
+    """
+
+    flops: float
+    model_flops: float
+    seconds: float
+    busy: Mapping[str, float]
+    arithmetic: float
+    mfu: float
+
+    @property
+    def bound(self) -> str:
+        """What takes most of the time: "compute", "memory" or "network"."""
+        return max(self.busy, key=self.busy.__getitem__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a compiled step needs and moves, per device. Prints as tables; `check` says whether it is ZeRO.
+
+    Attributes:
+      title: stage, devices, dtypes.
+      memory: bytes by kind, beside ZeRO's formula, and whether they fit.
+      communication: rows by kind, dtype, axes and place; `zero_bytes` is ZeRO's total.
+      compute: an estimate of the time; None for devices whose speed is not known.
+      findings: what ZeRO does not explain, and what else a user should know.
+      hlo: the optimised program, as the compiler prints it; `figures` are its bytes.
+      compile_seconds: how long the compiler took; `cached`: in an earlier, identical plan.
+    """
+
+    title: str
+    memory: Memory
+    communication: tuple[Traffic, ...]
+    zero_bytes: float
+    compute: Compute | None
+    findings: tuple[Finding, ...]
+    layout: Layout
+    hlo: str = dataclasses.field(repr=False)
+    figures: Mapping[str, int] = dataclasses.field(repr=False)
+    compile_seconds: float = 0.0
+    cached: bool = False
+
+    @property
+    def sent(self) -> float:
+        """Bytes each device sends in a step."""
+        return sum(t.bytes for t in self.communication)
+
+    @property
+    def fits(self) -> bool | None:
+        return self.memory.fits
+
+    @functools.cached_property
+    def program(self) -> Program:
+        return hlo.parse(self.hlo)
+
+    def check(self) -> "Plan":
+        """Itself, if ZeRO explains everything that is communicated.
+
+        Raises:
+          PlanError: otherwise; names each instruction, why it is not ZeRO's, and the user's line that it comes from.
+        """
+        wrong = [f for f in self.findings if f.wrong]
+        if wrong:
+            sent = sum(f.bytes for f in wrong)
+            rest = f"\n- and {len(wrong) - 10} more: see plan.findings" if len(wrong) > 10 else ""
+            raise PlanError(f"{self.title}: ZeRO does not explain {len(wrong)} instructions, which send {size(sent)} of the "
+                            f"{size(self.sent)} that each device sends in a step (ZeRO's would be {size(self.zero_bytes)}):\n"
+                            + "\n".join(f"- {f}" for f in wrong[:10]) + rest)
+        return self
+
+    def compare(self, other: "Plan") -> Sheet:
+        """Both side by side, with the ratio of this to the other."""
+        ours, theirs = _summary(self), _summary(other)
+        ratio = lambda name: f"{ours[name][0] / theirs[name][0]:.2f}" if theirs[name][0] else ""
+        rows = [(name, show(n), show(theirs[name][0]), ratio(name)) for name, (n, show) in ours.items() if name in theirs]
+        return Sheet(f"A: {self.title}\nB: {other.title}", ("", "A", "B", "A / B"), tuple(rows))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it, without the program's text."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("hlo", "layout")}
+        plain = json.loads(json.dumps(fields, default=dataclasses.asdict))
+        return plain | {"fits": self.fits, "sent": self.sent, "ok": not any(f.wrong for f in self.findings)}
+
+    def __str__(self) -> str:
+        return tables.text(*self._parts())
+
+    def _repr_html_(self) -> str:
+        return tables.html(*self._parts())
+
+    def _parts(self) -> list:
+        sheets = [_memory_sheet(self), _traffic_sheet(self)]
+        notes = [_time(self)] if self.compute else []
+        notes += [("! " if f.wrong else "- ") + str(f) for f in self.findings]
+        return [self.title, *(s.table() for s in sheets), *notes]
+
+
+def _summary(plan: Plan) -> dict[str, tuple[float, Any]]:
+    out = {f"memory: {k}": (v, size) for k, v in plan.memory.kinds.items()} | {
+        "memory: peak": (plan.memory.peak, size), "sent a step": (plan.sent, size), "ZeRO's": (plan.zero_bytes, size)}
+    if plan.compute:
+        out |= {"step, estimated": (plan.compute.seconds, seconds),
+                "waiting for the network": (plan.compute.busy["network"], seconds), "MFU": (plan.compute.mfu, lambda x: f"{x:.0%}")}
+    return out
+
+
+def _memory_sheet(plan: Plan) -> Sheet:
+    m = plan.memory
+    theirs = lambda k: "" if m.zero.get(k) is None else size(m.zero[k])
+    rows = [(k, size(v), theirs(k)) for k, v in m.kinds.items()]
+    verdict = "" if m.capacity is None else (
+        f"{'fits' if m.fits else 'does NOT fit'} {size(m.usable)} ({size(m.capacity)} less {memory.MARGIN:.0%})")
+    rows.append(("peak", size(m.peak), verdict))
+    if m.host:
+        rows.append(("in the host's memory", size(m.host), ""))
+    return Sheet("memory of a device", ("", "compiled", "ZeRO's formula"), tuple(rows))
+
+
+def _traffic_sheet(plan: Plan) -> Sheet:
+    def row(t: Traffic):
+        where = ("backward, " if t.backward else "") + (f"in a loop, {t.trips} x" if t.trips > 1 else "once")
+        over = ", ".join(t.axes) if t.axes else "no axis"
+        times = ("", "") if t.seconds is None else (seconds(t.seconds), seconds(t.exposed))
+        return (t.kind, t.dtype, over, where, str(t.count), f"{t.asynchronous}", size(t.bytes), *times)
+
+    total = ("all", "", "", "", str(sum(t.count for t in plan.communication)), "", size(plan.sent),
+             *(("", "") if plan.compute is None else tuple(seconds(sum(getattr(t, k) for t in plan.communication))
+                                                           for k in ("seconds", "exposed"))))
+    zero = ("ZeRO's", "", "", "", "", "", size(plan.zero_bytes), "", "")
+    return Sheet("sent by a device in a step", ("", "dtype", "over", "where", "count", "async", "sent", "takes", "exposed"),
+                 (*map(row, plan.communication), total, zero))
+
+
+def _time(plan: Plan) -> str:
+    c = plan.compute
+    busy = ", ".join(f"{seconds(s)} {name}" for name, s in c.busy.items())
+    return (f"step: about {seconds(c.seconds)} ({busy}), bound by {c.bound}; {c.flops / 1e12:.3g} TFLOP a device, "
+            f"{seconds(c.arithmetic)} at the peak; MFU about {c.mfu:.0%}.\nAn estimate: {schedule.ASSUMPTIONS}.")
+
+
+def make(demand: Demand, layout: Layout, batch_bytes: float, jitted: Any, args: Sequence[Any], kwargs: Mapping[str, Any],
+         options: Mapping[str, Any], *, cache: bool = True) -> Plan:
+    """Compiles `jitted(*args, **kwargs)` and describes it.
+
+    Args:
+      demand: what ZeRO wants of it.
+      layout: of the state among the arguments; `batch_bytes`: of the batch, on one device.
+      options: compiler options.
+
+    Raises:
+      CompileError, ModelError, MissingExtraError, PolicyError: see `compiler.compile`.
+    """
+    mesh = demand.policy.mesh
+    return read(demand, layout, batch_bytes, compiler.compile(jitted, args, kwargs, mesh, options, cache=cache), Topology.of(mesh))
+
+
+def read(demand: Demand, layout: Layout, batch_bytes: float, compiled: compiler.Compiled, topology: Topology | None) -> Plan:
+    """The `Plan` of what the compiler made."""
+    program = hlo.parse(compiled.text)
+    found = moves.of(program)
+    account = memory.account(demand, layout, batch_bytes, compiled.memory, program, topology and topology.gpu.memory)
+    speed = topology and speed_of(topology)
+    runs = schedule.simulate(program, speed, found) if speed else {}
+    findings = [*_judged(demand, found), *_notes(demand, layout, compiled, program, found)]
+    plan = Plan(title(demand, topology), account, traffic(demand, found, speed, runs), demand.total(),
+                compute(program, topology, runs) if topology else None, tuple(findings), layout, compiled.text, compiled.memory,
+                compiled.seconds, compiled.cached)
+    plan.__dict__["program"] = program
+    return plan
+
+
+def _judged(demand: Demand, found: Sequence[Collective]) -> list[Finding]:
+    mesh = demand.policy.mesh
+    if isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu":
+        return [Finding("compiled for CPUs, whose compiler never forms a reduce-scatter: what is communicated is judged on "
+                        'zj.make_mesh(topology="h200:1x8").', wrong=True)]
+    return audit.collectives_of(demand, found)
+
+
+def speed_of(topology: Topology) -> schedule.Speed:
+    gpu = topology.gpu
+    return schedule.Speed(gpu.flops, gpu.bandwidth, gpu.link, gpu.network, topology.per_host)
+
+
+def title(demand: Demand, topology: Topology | None) -> str:
+    p = demand.policy
+    what = f"{topology.devices} x {topology.gpu.name} ({topology.hosts} hosts of {topology.per_host})" if topology else (
+        f"{p.mesh.size} devices")
+    axes = ", ".join(f"{name}={n}" for name, n in p.mesh.shape.items())
+    way = "per device" if demand.per_device else "one loss"
+    return (f"stage {p.stage} on {what}, {axes}; compute {p.precision.computes}, reduce {p.precision.reduces}, {way}; "
+            f"{demand.accumulate} microbatch{'es' if demand.accumulate > 1 else ''}")
+
+
+def traffic(demand: Demand, found: Sequence[Collective], speed: schedule.Speed | None, runs: Mapping) -> tuple[Traffic, ...]:
+    """Rows, most bytes first. An instruction that moves several dtypes counts in each, its time by bytes."""
+    rows = collections.defaultdict(list)
+    for c in found:
+        for dtype in dict.fromkeys(s.dtype for s in c.shapes):
+            axes = c.axes(demand.policy.mesh.shape)
+            rows[c.kind, dtype, axes, c.trips, c.backward].append(c)
+    return tuple(sorted((_row(key, cs, speed, runs) for key, cs in rows.items()), key=lambda t: -t.bytes))
+
+
+def _row(key, found: list[Collective], speed: schedule.Speed | None, runs: Mapping) -> Traffic:
+    kind, dtype, axes, trips, backward = key
+    shares = [sum(s.bytes for s in c.shapes if s.dtype == dtype) / max(c.bytes, 1) for c in found]
+    total = lambda of: sum(share * of(c) for share, c in zip(shares, found, strict=True))
+    wait = lambda c: runs[c.computation].exposed.get(c.name, 0.0) * c.trips
+    beside = [n for c in found if speed for n in runs[c.computation].beside.get(c.name, ())]
+    started = sum(c.asynchronous for c in found)
+    return Traffic(kind, dtype, axes, trips, backward, len(found), total(lambda c: c.wire_bytes), started,
+                   total(lambda c: schedule.transfer(speed, c) * c.trips) if speed else None, total(wait) if speed else None,
+                   tuple(dict.fromkeys(beside)))
+
+
+def compute(program: Program, topology: Topology, runs: Mapping[str, schedule.Run]) -> Compute:
+    flops, model, peak = schedule.total_flops(program), schedule.total_flops(program, recomputed=False), topology.gpu.flops("bf16")
+    run = runs[program.entry]
+    return Compute(flops, model, run.seconds, run.busy, flops / peak, model / peak / run.seconds if run.seconds else 0.0)
+
+
+def _notes(demand: Demand, layout: Layout, compiled: compiler.Compiled, program: Program, found: Sequence[Collective]):
+    """Findings that are no faults."""
+    yield from _whole_leaves(layout)
+    yield from _saved_weights(demand, program, found)
+    yield from _lost_donation(layout, compiled)
+    yield from _combined(compiled, found)
+
+
+def _whole_leaves(layout: Layout):
+    groups = collections.defaultdict(list)
+    for row in layout.whole:
+        if "stage 0" not in row.reason and row.bytes:
+            groups[row.reason].append(row)
+    for reason, rows in groups.items():
+        first = max(rows, key=lambda r: r.bytes)
+        kept = sum(r.bytes for r in rows)
+        if kept >= 2**20:
+            yield Finding(f"{len(rows)} leaves are whole on every device, {size(kept)} of it: {reason} (the largest is "
+                          f"{first.path}, {first.shape}).", kept)
+
+
+def _saved_weights(demand: Demand, program: Program, found: Sequence[Collective]):
+    """Stage 3: what is gathered forward and not again backward is kept between the passes."""
+    if demand.policy.stage != 3:
+        return
+    gathers = [c for c in found if c.kind == "all-gather"]
+    forward, backward = (sum(c.bytes * c.trips for c in gathers if c.backward == b) / demand.accumulate for b in (False, True))
+    whole = sum(leaf.size for leaf, _ in demand.sharded) * memory.ITEMSIZE[demand.policy.precision.computes]
+    if whole and forward - backward > SAVED * whole:
+        first = max((c for c in gathers if not c.backward), key=lambda c: c.bytes * c.trips)
+        yield Finding(f"{size(forward - backward)} of gathered weights are kept for the backward pass (the most by "
+                      f"{first.name}). A block under nn.remat(Block, policy=zj.policies.regather()) gathers them again.",
+                      forward - backward, first.name, first.source)
+
+
+def _lost_donation(layout: Layout, compiled: compiler.Compiled):
+    kept, given = compiled.memory["alias"] + compiled.memory["host_alias"], layout.bytes
+    if kept < 0.98 * given - 2**16:
+        yield Finding(f"only {size(kept)} of the {size(given)} of state are updated in place: donate the state (zero.jit does) and "
+                      "return one of the same shapes, dtypes and shardings.", given - kept)
+
+
+def _combined(compiled: compiler.Compiled, found: Sequence[Collective]):
+    """One gather of several arrays holds them all at once."""
+    joined = [c for c in found if c.kind == "all-gather" and len(c.shapes) > 1 and c.bytes > 0.25 * compiled.memory["temp"]]
+    for c in joined:
+        largest = max(s.bytes for s in c.shapes)
+        yield Finding(f"{c.name} gathers {len(c.shapes)} arrays at once, {size(c.bytes)} (the largest is {size(largest)}) of "
+                      f"{size(compiled.memory['temp'])} of temporaries; "
+                      f"compiler_options={{'xla_gpu_all_gather_combine_threshold_bytes': {largest}}} keeps them apart.",
+                      c.bytes, c.name, c.source)
+
+
