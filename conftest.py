@@ -8,7 +8,8 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the GPU compile
 
 import jax
 
+CACHE = os.path.join(tempfile.gettempdir(), f"zerojax-tests-{os.getuid()}")
+os.environ["ZEROJAX_CACHE"] = os.path.join(CACHE, "plans")
 jax.config.update("jax_num_cpu_devices", 10)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-CACHE = os.path.join(tempfile.gettempdir(), f"zerojax-tests-{jax.__version__}-{os.getuid()}")
-jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_compilation_cache_dir", os.path.join(CACHE, jax.__version__))

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "zerojax"
 STAIRS = ["errors", "tables", "policy", "specs", "layout", "theory", "hlo", "collectives", "cost", "schedule", "liveness",
           # vocabulary, arithmetic
-          "topology", "mesh", "compiler",  # placement
+          "identity", "topology", "mesh", "compiler",  # placement
           "audit", "memory", "plan",  # foresight
           "gather", "box", "census", "linen", "nnx", "tree",  # mechanism
           "loss", "scale", "data", "gradients", "state", "step", "loop",  # training

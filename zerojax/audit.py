@@ -215,7 +215,8 @@ def _most(demand: Demand, c: Collective, shape: Shape) -> float:
 def _finding(demand: Demand, c: Collective, s: Shape, why: str) -> Finding:
     axes = c.axes(demand.policy.mesh.shape)
     over = f"over {', '.join(axes)}" if axes else f"in {len(c.groups)} groups of {c.size}"
-    module = "/".join(part for part in c.op_name.split("/") if "(" not in part and part not in _STRUCTURE)[-80:]
+    path = c.op_name.replace("/(", "/").removesuffix(")")  # of a combined instruction: a/(b:c)
+    module = "/".join(part for part in path.split("/") if "(" not in part and part not in _STRUCTURE)[-80:]
     what = f"{c.kind} of {s} {over}, {c.trips} x, {size(c.wire(s))} sent a step" + (f"; {module}" if module else "")
     return Finding(f"{c.name} ({what}): {why}.", c.wire(s), c.name, c.source, True)
 

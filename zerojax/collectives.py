@@ -156,18 +156,20 @@ def _collective(program: Program, inst: Instruction, computation: str) -> Collec
 
 
 def origin(program: Program, inst: Instruction, computation: str) -> tuple[str, str, bool]:
-    """(op_name, "file:line" of the user's, whether by `gather`); of what it takes, where the compiler kept none for it."""
-    for near in _upstream(program, inst, computation):
+    """(op_name, "file:line" of the user's, whether by `gather`); of what is near, where the compiler kept none for it."""
+    for near in _near(program, inst, computation):
         frames = list(program.frames(near))
         if user := next((f for f in frames if f.users), None):
             return near.attribute("op_name"), str(user), any(f.ours for f in frames)
     return inst.attribute("op_name"), "", False
 
 
-def _upstream(program: Program, inst: Instruction, computation: str, most: int = 16) -> Iterator[Instruction]:
-    """`inst`, then the instructions whose results it takes, nearest first."""
-    names, queue = program.names(computation), [inst]
-    while queue and most:
-        near, most = queue.pop(0), most - 1
-        yield near
-        queue += [names[o] for o in near.operands if o in names]
+def _near(program: Program, inst: Instruction, computation: str, most: int = 16) -> Iterator[Instruction]:
+    """`inst`, the instructions whose results it takes, nearest first; then those that take its own."""
+    names, users = program.names(computation), program.users(computation)
+    for around in (lambda i: [names[o] for o in i.operands if o in names], lambda i: users.get(i.name, ())):
+        queue, seen = [inst], 0
+        while queue and seen < most:
+            near, seen = queue.pop(0), seen + 1
+            yield near
+            queue += around(near)

@@ -29,6 +29,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from tqdm import tqdm
 
+from zerojax import identity
 from zerojax import topology as topologies
 from zerojax.errors import CompileError, ModelError
 from zerojax.topology import Topology
@@ -77,7 +78,10 @@ def compile(jitted: Any, args: Sequence[Any], kwargs: Mapping[str, Any], mesh: M
     donated = [i for i, info in enumerate(infos) if info.donated]
     request = {"topology": absent.text, "mesh": list(mesh.shape.items()), "donated": donated,
                "options": {**topologies.COMPILER_OPTIONS, **options}}
-    return _elsewhere(_export(jitted, traced, args, kwargs), request, absent, cache)
+    program, content = _export(jitted, traced, args, kwargs)
+    what = json.dumps([request, content, jax.__version__, os.environ.get("XLA_FLAGS")], sort_keys=True)
+    path = _cache() / f"{hashlib.sha256(what.encode()).hexdigest()}.json.gz"
+    return _elsewhere(program, request, absent, path if cache else None)
 
 
 def _here(traced, options) -> Compiled:
@@ -94,19 +98,21 @@ def _memory(compiled) -> dict[str, int]:
     return {name: getattr(stats, f"{name}_size_in_bytes") for name in MEMORY}
 
 
-def _export(jitted, traced, args, kwargs) -> bytes:
-    """The function as portable bytes, its trees flat: user's classes have no place in them."""
+def _export(jitted, traced, args, kwargs) -> tuple[bytes, list[str]]:
+    """The function as portable bytes, its trees flat (user's classes have no place in them); and what it is, wherever called."""
     from jax import export
 
     try:
         exported = _exported(export, jitted, traced, args, kwargs)
-    except NotImplementedError as error:
-        raise ModelError(f"the step calls back to Python ({error}), which can't be compiled for GPUs that are not there; "
-                         "leave jax.debug.print and callbacks out of what is planned.") from error
+    except (NotImplementedError, ValueError) as error:
+        if "callback" not in str(traced.jaxpr) and "debug_print" not in str(traced.jaxpr):
+            raise
+        raise ModelError("the step calls back to Python, which can't be compiled for GPUs that are not there; leave "
+                         f"jax.debug.print and callbacks out of what is planned ({error}).") from error
     flat = lambda n: jax.tree.structure((0,) * n)
     exported = dataclasses.replace(exported, in_tree=jax.tree.structure(((0,) * len(exported.in_avals), {})),
                                    out_tree=flat(len(exported.out_avals)))
-    return bytes(exported.serialize())
+    return bytes(exported.serialize()), identity.digest(exported.mlir_module())
 
 
 def _exported(export, jitted, traced, args, kwargs):
@@ -121,21 +127,18 @@ def _exported(export, jitted, traced, args, kwargs):
         return make([export.DisabledSafetyCheck.custom_call(t) for t in targets])
 
 
-def _elsewhere(program: bytes, request: dict, topology: Topology, cache: bool) -> Compiled:
-    key = hashlib.sha256(json.dumps([request, jax.__version__], sort_keys=True).encode() + program).hexdigest()
-    path = _cache() / f"{key}.json.gz"
-    if cache and path.is_file():
-        try:
+def _elsewhere(program: bytes, request: dict, topology: Topology, path: pathlib.Path | None) -> Compiled:
+    """Compiles in a child; or what one made before, kept at `path`."""
+    if path and path.is_file():
+        with contextlib.suppress(OSError, EOFError, ValueError, TypeError):  # torn, or of another version: made anew
             return Compiled(**json.loads(gzip.decompress(path.read_bytes())), cached=True)
-        except (OSError, EOFError, ValueError, TypeError):  # torn or of another version: made anew
-            pass
     with tempfile.TemporaryDirectory(prefix="zerojax-") as folder:
         work = pathlib.Path(folder)
         (work / "program").write_bytes(program)
         (work / "request.json").write_text(json.dumps(request))
         _run(work, request, topology)
         answer = (work / "answer.json.gz").read_bytes()
-    if cache:
+    if path:
         _keep(path, answer)
     return Compiled(**json.loads(gzip.decompress(answer)))
 
@@ -147,13 +150,11 @@ def _cache() -> pathlib.Path:
 
 def _keep(path: pathlib.Path, answer: bytes) -> None:
     """Whole or not at all; a folder that can't be written costs the next plan its time, nothing else."""
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(answer)
         os.replace(file.name, path)
-    except OSError:
-        pass
 
 
 def _environment() -> dict[str, str]:
@@ -209,7 +210,10 @@ def main(folder: str) -> None:
             for a, s in zip(exported.in_avals, exported.in_shardings_jax(mesh), strict=True)]
     lowered = jax.jit(exported.call, donate_argnums=tuple(request["donated"])).lower(*args)
     start = time.perf_counter()
-    compiled = lowered.compile(compiler_options=request["options"])
+    try:
+        compiled = lowered.compile(compiler_options=request["options"])
+    except jax.errors.JaxRuntimeError as error:
+        sys.exit(str(error))
     answer = {"text": compiled.as_text(), "memory": _memory(compiled), "seconds": time.perf_counter() - start}
     (work / "answer.json.gz").write_bytes(gzip.compress(json.dumps(answer).encode(), 1))
 

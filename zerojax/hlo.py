@@ -10,6 +10,7 @@ import itertools
 import math
 import pathlib
 import re
+import runpy
 from collections.abc import Iterator, Mapping
 
 BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64,
@@ -108,7 +109,9 @@ class Frame:
 
     @property
     def users(self) -> bool:
-        """Neither in jax, flax, optax, equinox nor here."""
+        """Neither Python's own, nor in jax, flax, optax, equinox, nor here."""
+        if self.file.startswith("<frozen ") or pathlib.Path(self.file).parent == pathlib.Path(runpy.__file__).parent:
+            return False
         parts = pathlib.PurePath(self.file).parts
         library = any(a in ("site-packages", "dist-packages") and b in LIBRARIES for a, b in itertools.pairwise(parts))
         return not library and pathlib.Path(self.file).parent != HERE
@@ -155,7 +158,17 @@ class Program:
 
     @functools.cache  # noqa: B019  programs are few
     def names(self, computation: str) -> dict[str, Instruction]:
+        """Instructions by their names."""
         return {inst.name: inst for inst in self.computations[computation]}
+
+    @functools.cache  # noqa: B019
+    def users(self, computation: str) -> dict[str, list[Instruction]]:
+        """Who takes each result, in the order of the schedule."""
+        found = {}
+        for inst in self.computations[computation]:
+            for operand in inst.operands:
+                found.setdefault(operand, []).append(inst)
+        return found
 
     def frames(self, inst: Instruction) -> Iterator[Frame]:
         """The lines of Python it came from, innermost first, as far as the compiler kept them."""

@@ -45,9 +45,7 @@ class Recipe:
     def __post_init__(self):
         if not callable(self.init_fn):
             raise RecipeError(f"Recipe(init_fn={self.init_fn!r}): write a function of no arguments that returns the model.")
-        needed = [n for n, p in inspect.signature(self.init_fn).parameters.items()
-                  if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        if needed:
+        if needed := _needs(self.init_fn):
             raise RecipeError(f"Recipe(init_fn=...) takes {needed}; write a function of no arguments: "
                               "lambda: model.init(jax.random.key(0), x).")
         if not self.losses or not all(callable(f) for f in self.losses.values()):
@@ -75,6 +73,15 @@ class Recipe:
     def rows(self, parts: int) -> Any:
         """The batch's shapes, for so many devices x microbatches."""
         return self.batch(parts) if callable(self.batch) else self.batch
+
+
+def _needs(fn: Callable) -> list[str]:
+    """Names of the arguments that a function can't be called without."""
+    try:
+        given = inspect.signature(fn).parameters.items()
+    except ValueError:  # of some builtins Python knows nothing
+        return []
+    return [n for n, p in given if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
 def load(where: str) -> Recipe:

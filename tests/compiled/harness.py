@@ -43,6 +43,7 @@ class Program:
     """What came out."""
 
     spec: Spec
+    zero: zj.Zero
     mesh: dict[str, int]
     params: Any
     collectives: tuple[collectives.Collective, ...]
@@ -85,7 +86,7 @@ def program(spec: Spec) -> Program:
     compiled = step.lower(state, batch).compile()
     text = compiled.as_text()
     found = collectives.of(hlo.parse(text))
-    return Program(spec, dict(mesh.shape), state.params, found, text, compiled.memory_analysis(), nbytes(batch))
+    return Program(spec, zero, dict(mesh.shape), state.params, found, text, compiled.memory_analysis(), nbytes(batch))
 
 
 def expected(p: Program) -> dict[str, float]:

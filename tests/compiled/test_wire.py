@@ -5,8 +5,10 @@ import itertools
 import jax
 import pytest
 from harness import LARGE, Program, Spec, expected, program
+from jax.sharding import PartitionSpec as P
 
-from zerojax import theory
+from zerojax import audit, layout, specs, theory
+from zerojax.specs import Placement
 
 HLO_NAME = {"bfloat16": "bf16", "float32": "f32"}
 
@@ -52,6 +54,14 @@ def test_bytes_on_the_wire_are_zeros(compiled):
         if kind == "all-reduce" and compiled.spec.replicas == 1:
             continue
         assert compiled.wire(kind) == pytest.approx(bytes, rel=0.02), kind
+
+
+def test_the_plans_check_explains_everything(compiled):
+    leaves = layout.describe(compiled.params)
+    zero = compiled.zero
+    places = [Placement(specs.full(x.sharding.spec, x.ndim), P(*[None] * x.ndim)) for x in jax.tree.leaves(compiled.params)]
+    demand = audit.Demand(zero, leaves, tuple(places), compiled.spec.accumulate, compiled.spec.way == "per_device")
+    assert audit.collectives_of(demand, compiled.collectives) == []
 
 
 def test_gathers_move_the_compute_dtype_and_reductions_the_reduce_dtype(compiled):

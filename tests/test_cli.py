@@ -1,0 +1,137 @@
+"""The `zerojax` command: what it prints, and the exit status by which it serves as a gate."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import optax
+import pytest
+
+import zerojax as zj
+from zerojax import advice, cli, recipe
+
+EXAMPLE = str(pathlib.Path(__file__).parent.parent / "examples" / "train_gpt.py")
+RECIPE = """
+import jax, jax.numpy as jnp, optax, zerojax as zj
+def init():
+    return {"a": jnp.ones((512, 512)), "b": jnp.ones((512, 512))}
+def loss(p, x):
+    y = ((x @ p["a"]) @ p["b"]) ** 2
+    return zj.Loss(y.sum(), y.size)
+def textbook(p, x):
+    return (zj.whole(p["a"]) @ (x.T @ x)).mean()
+rows = lambda parts: jax.ShapeDtypeStruct((parts * 8, 512), "float32")
+recipe = zj.Recipe(init, loss, optax.adam(1e-3), rows)
+contracting = zj.Recipe(init, textbook, optax.adam(1e-3), rows)
+two = zj.Recipe(init, {"plain": loss, "remat": jax.checkpoint(loss, static_argnums=())}, optax.adam(1e-3), rows)
+fixed = zj.Recipe(init, loss, optax.adam(1e-3), jax.ShapeDtypeStruct((24, 512), "float32"))
+huge = zj.Recipe(lambda: {"a": jnp.ones((2**17, 2**17)), "b": jnp.ones((2**17, 512))}, loss, optax.adam(1e-3),
+                 lambda parts: jax.ShapeDtypeStruct((parts * 8, 2**17), "float32"))
+number = 7
+"""
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    path = tmp_path / "training.py"
+    path.write_text(RECIPE)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield str(path)
+    sys.modules.pop("training", None)
+
+
+def test_theory_needs_no_jax_and_no_time():
+    code = ("import sys; from zerojax import cli; status = cli.main(['theory', '--params', '7.5e9', '--devices', '64'])\n"
+            "sys.exit(status or (3 if 'jax' in sys.modules else 0))")
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and time.perf_counter() - start < 30
+    for figure in ("120.00 GB", "31.41 GB", "16.64 GB", "1.88 GB"):
+        assert figure in done.stdout
+
+
+def test_theory_as_json(capsys):
+    assert cli.main(["theory", "--params", "7.5e9", "--devices", "64", "--accumulate", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stages"]["3"]["elements_per_param"] == 12
+    assert cli.main(["theory", "--params", "-1", "--devices", "64"]) == 2
+
+
+def test_the_readmes_command(tmp_path):
+    """As installed: a file, a topology, a plan."""
+    command = [sys.executable, "-m", "zerojax", "plan", EXAMPLE, "--topology", "h200:8x8", "--min-shard", "1024"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in ("stage 3 on 64 x NVIDIA H200 (8 hosts of 8)", "gathered parameters", "fits 126.9 GiB", "reduce-scatter", "MFU"):
+        assert words in done.stdout
+    assert done.stderr == ""
+
+
+def test_plan_as_json_and_its_program(file, capsys, tmp_path):
+    assert cli.main(["plan", file, "--topology", "h200:1x8", "--json", "--hlo", str(tmp_path / "hlo")]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["ok"] and plan["fits"] and plan["memory"]["kinds"]["parameters"] == 2 * 512 * 512 * 4 / 8
+    assert "ENTRY" in (tmp_path / "hlo").read_text()
+
+
+def test_a_plan_that_is_not_zero_fails_the_gate(file, capsys):
+    assert cli.main(["plan", f"{file}:contracting", "--topology", "h200:1x8"]) == 1
+    error = capsys.readouterr().err
+    assert "ZeRO does not explain" in error and "training.py:9" in error
+
+
+def test_a_plan_that_does_not_fit_fails_the_gate(file, capsys):
+    assert cli.main(["plan", f"{file}:huge", "--topology", "a100-40g:1x2"]) == 1
+    assert "does NOT fit" in capsys.readouterr().out
+
+
+def test_show_prints_the_layout(file, capsys):
+    assert cli.main(["show", file, "--topology", "h200:1x8"]) == 0
+    assert "P(None, 'data')" in capsys.readouterr().out
+
+
+def test_advise_refuses_with_reasons_and_takes_the_fastest(file, capsys):
+    found = advice.advise(recipe.load(f"{file}:two"), "h200:1x2", stages=(0, 3), accumulate=(1,))
+    assert {(t.choice.stage, t.choice.remat) for t in found.tried} == {(0, "plain"), (0, "remat"), (3, "plain"), (3, "remat")}
+    assert found.best.rate == max(t.rate for t in found.tried) > 0
+    assert found.plan.check() and str(found.best.choice) in str(found)
+
+
+def test_advise_says_why_nothing_fits(file, capsys):
+    assert cli.main(["advise", f"{file}:huge", "--topology", "a100-40g:1x1"]) == 1
+    out = capsys.readouterr().out
+    assert "nothing fits" in out and "of 35.5 GiB" in out
+
+
+WRONG = {
+    "no file": (["show", "nowhere.py", "--topology", "h200:1x8"], ["no file 'nowhere.py'"]),
+    "no module": (["show", "no_such_module", "--topology", "h200:1x8"], ["neither a file nor a module 'no_such_module'"]),
+    "no such name": (["show", "{file}:recipes", "--topology", "h200:1x8"], ["no recipes in it", "did you mean", ":recipe?"]),
+    "not a recipe": (["show", "{file}:number", "--topology", "h200:1x8"], ["number is a int"]),
+    "unknown gpu": (["plan", "{file}", "--topology", "h20:1x8"], ["no GPU 'h20'", "h200"]),
+    "impossible topology": (["plan", "{file}", "--topology", "h200:8"], ["hosts x GPUs"]),
+    "batch": (["plan", "{file}:fixed", "--topology", "h200:1x5"], ["24 examples", "5"]),
+    "no such loss": (["plan", "{file}:two", "--topology", "h200:1x2", "--remat", "all"], ["no loss 'all'", "'plain', 'remat'"]),
+    "no batch divides": (["advise", "{file}:fixed", "--topology", "h200:1x5"], ["24 examples", "5 devices"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input_is_an_error_with_the_fix(file, capsys, name):
+    argv, words = WRONG[name]
+    assert cli.main([a.format(file=file) for a in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("zerojax ") and "Traceback" not in error
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"init_fn": 3}, "no arguments that returns the model"), ({"init_fn": lambda key: key}, "takes .'key'."),
+    ({"loss_fn": {}}, "dict of names to functions"), ({"tx": optax.adam}, "optax transform")])
+def test_a_recipe_that_is_none(change, words):
+    right = {"init_fn": dict, "loss_fn": lambda p, b: 0.0, "tx": optax.sgd(0.1), "batch": jax.ShapeDtypeStruct((8,), "float32")}
+    with pytest.raises(zj.RecipeError, match=words):
+        zj.Recipe(**right | change)

@@ -1,0 +1,149 @@
+"""What goes wrong in the process that compiles, or before it, is an error here that says what to do."""
+
+import stat
+import sys
+from importlib.metadata import PackageNotFoundError
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import zerojax as zj
+from zerojax import compiler, topology
+
+
+@pytest.fixture
+def zero():
+    return zj.Zero(zj.make_mesh(topology="h200:1x2"), min_shard=1)
+
+
+def _plan(zero, fn=lambda state, batch: state["params"]["w"] * batch.sum(), cache=False, **options):
+    state = {"params": {"w": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=NamedSharding(zero.mesh, P("data")))}}
+    return zero.plan(jax.jit(fn), state, jax.ShapeDtypeStruct((8,), jnp.float32), compiler_options=options, cache=cache)
+
+
+def test_it_compiles_without_a_variable_in_this_process(zero, monkeypatch):
+    monkeypatch.delenv(topology.NO_GPU_VARIABLE, raising=False)
+    plan = _plan(zero)
+    assert "all-reduce" in plan.hlo
+    assert topology.NO_GPU_VARIABLE not in __import__("os").environ
+
+
+def test_an_option_that_is_none_names_it_and_the_exit_status(zero):
+    with pytest.raises(zj.CompileError, match=r"1x2 ended with exit status 1(.|\n)*xla_no_such': 3(.|\n)*No such compile opt"):
+        _plan(zero, xla_no_such=3)
+
+
+def test_a_compiler_that_ends_the_process_ends_its_own(zero, monkeypatch):
+    jnp.ones(1).block_until_ready()  # this process has read its flags by now
+    monkeypatch.setenv("XLA_FLAGS", "--xla_no_such_flag=1")
+    with pytest.raises(zj.CompileError, match=r"exit status 1(.|\n)*Unknown flag in XLA_FLAGS: --xla_no_such_flag"):
+        _plan(zero)
+
+
+def _as_compiler(monkeypatch, tmp_path, script):
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\n{script}\n")
+    fake.chmod(fake.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setattr(sys, "executable", str(fake))
+
+
+def test_out_of_memory_is_said_to_be_that(zero, monkeypatch, tmp_path):
+    _as_compiler(monkeypatch, tmp_path, "echo assigning buffers; kill -9 $$")
+    with pytest.raises(zj.CompileError, match=r"signal SIGKILL. Out of memory, by the look of it(.|\n)*assigning buffers"):
+        _plan(zero)
+    _as_compiler(monkeypatch, tmp_path, "echo 'terminate called: std::bad_alloc'; kill -ABRT $$")
+    with pytest.raises(zj.CompileError, match=r"signal SIGABRT. Out of memory"):
+        _plan(zero)
+
+
+def test_an_interrupted_plan_leaves_no_process(zero, monkeypatch, tmp_path):
+    _as_compiler(monkeypatch, tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 60")
+
+    def interrupt(child, title):
+        while not (tmp_path / "pid").exists():
+            pass
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compiler, "_wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _plan(zero)
+    with pytest.raises(ProcessLookupError):
+        __import__("os").kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_torn_cache_entry_is_made_anew(zero, monkeypatch, tmp_path):
+    monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path))
+    first = _plan(zero, cache=True)
+    entry, = (tmp_path / "programs").iterdir()
+    entry.write_bytes(entry.read_bytes()[:100])
+    again = _plan(zero, cache=True)
+    assert not again.cached and again.hlo == first.hlo
+    assert _plan(zero, cache=True).cached
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(zero, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path / "file"))
+    assert not _plan(zero, cache=True).cached
+
+
+def test_without_the_extra_the_error_names_it(monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(topology, "version", missing)
+    with pytest.raises(zj.MissingExtraError, match=r"pip install 'zerojax\[plan\]'"):
+        zj.make_mesh(topology="h200:1x8")
+
+
+def test_a_plugin_of_another_jax_is_named_with_both_versions(monkeypatch):
+    monkeypatch.setattr(topology, "version", lambda name: "0.9.1" if "plugin" in name else jax.__version__)
+    with pytest.raises(zj.PolicyError, match=rf"jax is {jax.__version__}, but jax-cuda13-plugin is 0.9.1.*=={jax.__version__}"):
+        zj.make_mesh(topology="h200:1x8")
+
+
+def test_callbacks_can_not_be_planned(zero):
+    def noisy(state, batch):
+        jax.debug.print("{}", batch.sum())
+        return state["params"]["w"] * batch.sum()
+
+    with pytest.raises(zj.ModelError, match="calls back to Python"):
+        _plan(zero, noisy)
+
+
+def test_a_batch_that_does_not_divide(zero):
+    step = zero.train_step(lambda params, x: (x @ params["w"]).mean(), optax.sgd(0.1))
+    state = zero.abstract(lambda: {"w": jnp.ones(8)}, optax.sgd(0.1))
+    with pytest.raises(zj.BatchError, match="7 examples"):
+        step.plan(state, jax.ShapeDtypeStruct((7, 8), jnp.float32))
+
+
+def test_what_is_no_jitted_function_or_has_no_params(zero):
+    with pytest.raises(zj.ModelError, match="jitted function"):
+        zero.plan(lambda state: state, {"params": {"w": jnp.ones(8)}})
+    with pytest.raises(zj.ModelError, match="without params"):
+        zero.plan(jax.jit(lambda state: state), {"weights": jnp.ones(8)})
+
+
+def test_a_topology_of_ones_own_survives_the_mesh(monkeypatch):
+    import dataclasses
+
+    ours = zj.Topology(dataclasses.replace(topology.GPUS["h200"], network=10e9), 2, 4)
+    assert zj.Topology.of(zj.make_mesh(topology=ours)) == ours
+    with pytest.raises(zj.PolicyError, match="per_host=0"):
+        zj.Topology(topology.GPUS["h200"], 1, 0)
+
+
+def test_real_cpus_are_planned_but_not_judged():
+    """Memory is the CPU compiler's; its collectives are not ZeRO's to judge."""
+    zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:2]), min_shard=1)
+    step = zero.train_step(lambda params, x: (x @ params["w"]).mean(), optax.sgd(0.1))
+    plan = step.plan(zero.abstract(lambda: {"w": jnp.ones((8, 64))}, optax.sgd(0.1)), jax.ShapeDtypeStruct((8, 8), jnp.float32))
+    assert plan.memory.kinds["parameters"] == 8 * 64 * 4 / 2
+    assert plan.compute is None and plan.fits is None and "peak" in str(plan)
+    with pytest.raises(zj.PlanError, match="compiled for CPUs"):
+        plan.check()
