@@ -1,7 +1,7 @@
 """Every table, as Markdown on standard output: `make bench` writes it to benchmarks/results.md.
 
     python benchmarks/run.py             # some fifteen minutes on two cores
-    python benchmarks/run.py overhead    # overhead, stages, compile, collectives: those named
+    python benchmarks/run.py overhead    # overhead, stages, compile, collectives, plans: those named
 """
 
 import os
@@ -12,12 +12,14 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the GPU compile
 
 import machine
 import overhead
+import plans
 import programs
 
 TABLES = {
     "overhead": ("What `train_step` costs beside the same step by hand", overhead.markdown),
     "stages": ("The stages: 534 M parameters, 8 H200s, 4 microbatches of one sequence of 2048 a GPU", programs.stage_table),
     "compile": ("Compile time for 8 H200s, with the GPU compiler", programs.compile_table),
+    "plans": ("What a plan costs: 7 B parameters in 24 scanned layers, stage 3, without a GPU", plans.plans_table),
     "collectives": ("MiB each GPU sends in a step, and keeps: H200s that are not there", programs.collectives_table),
 }
 

@@ -44,7 +44,7 @@ class Trial:
         return self.examples / self.plan.compute.seconds if self.plan and self.plan.compute else 0.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Advice:
     """The fastest that fits, by the estimate, and all that were tried. Prints as a table."""
 
@@ -63,6 +63,8 @@ class Advice:
 
     def __str__(self) -> str:
         return str(self.sheet())
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return self.sheet()._repr_html_()

@@ -8,7 +8,9 @@ merge or split them. Axes that ZeRO does not use (tensor parallelism) are the mo
 import collections
 import dataclasses
 import itertools
+import linecache
 import math
+import pathlib
 from collections.abc import Sequence
 
 from zerojax import specs, theory
@@ -79,7 +81,19 @@ class Finding:
     wrong: bool = False
 
     def __str__(self):
-        return self.what + (f" From {self.source}." if self.source else "")
+        return self.what + (f" From {_readable(self.source)}" if self.source else "")
+
+
+def _readable(source: str) -> str:
+    """ "file:line" with the line's text; a file below the working directory by its path from there, a notebook's as "cell"."""
+    file, _, line = source.rpartition(":")
+    code = linecache.getline(file, int(line)).strip()
+    path = pathlib.Path(file)
+    if path.parent.name.startswith("ipykernel_"):
+        path = pathlib.Path("cell")
+    elif path.is_relative_to(pathlib.Path.cwd()):
+        path = path.relative_to(pathlib.Path.cwd())
+    return f"{path}:{line}" + (f": {code}" if code else "")
 
 
 def collectives_of(demand: Demand, found: Sequence[Collective]) -> list[Finding]:

@@ -14,6 +14,8 @@ import numpy as np
 
 from zerojax.hlo import Instruction, Program, Shape
 
+_SPELLING = re.compile(r"(?:replica_groups|source_target_pairs)="
+                       r"(?:mesh\[.*?\].*? \{.*?\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|\{\{.*?\}\})")
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 
@@ -74,12 +76,15 @@ class Collective:
         Args:
           mesh: axis names and sizes, devices numbered in row-major order.
         """
-        mine = {frozenset(g) for g in self.groups}
-        for n in range(len(mesh) + 1):
-            for chosen in itertools.combinations(mesh, n):
-                if mine == _groups_over(tuple(mesh.items()), chosen):
-                    return chosen
-        return None
+        return _axes(self.groups, tuple(mesh.items()))
+
+
+@functools.lru_cache(maxsize=256)
+def _axes(groups: tuple[tuple[int, ...], ...], mesh: tuple[tuple[str, int], ...]) -> tuple[str, ...] | None:
+    mine = frozenset(map(frozenset, groups))
+    names = [name for name, _ in mesh]
+    subsets = itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(len(names) + 1))
+    return next((chosen for chosen in subsets if mine == _groups_over(mesh, chosen)), None)
 
 
 @functools.lru_cache(maxsize=256)
@@ -95,6 +100,7 @@ def _rows(mesh: Mapping[str, int], chosen: Sequence[str]) -> tuple[tuple[int, ..
     return tuple(map(tuple, ids.transpose(order).reshape(-1, math.prod(mesh[n] for n in chosen)).tolist()))
 
 
+@functools.lru_cache(maxsize=256)
 def groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
     """`replica_groups` or `source_target_pairs` of an instruction, in any of HLO's spellings.
 
@@ -145,7 +151,8 @@ def _collective(program: Program, inst: Instruction, computation: str) -> Collec
     if asynchronous:  # the start's shape lists operands as well; the done's lists what comes out
         whole = next((i.shapes for i in program.computations[computation]
                       if i.op == f"{which}-done" and inst.name in i.operands), whole)
-    grouped = groups(inst.attributes, program.devices)
+    spelled = _SPELLING.search(inst.attributes)
+    grouped = groups(spelled[0] if spelled else "", program.devices)
     if which == "reduce-scatter":  # shards come out; the sum was over arrays as large as the group
         axis = int(inst.attribute("dimensions").split(",")[0] or 0)
         whole = tuple(Shape(s.dtype, tuple(d * len(grouped[0]) if i == axis else d for i, d in enumerate(s.dims))) for s in whole)

@@ -185,7 +185,7 @@ def _wait(child: subprocess.Popen, title: str) -> None:
         while child.poll() is None:
             line.refresh()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(0.25)
+                child.wait(1.0)
 
 
 def _why(status: int, log: str, request: dict) -> str:

@@ -91,7 +91,7 @@ class Row:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Layout:
     """Who holds what: one `Row` a leaf. Prints as a table, largest first; bytes are per device."""
 
@@ -128,6 +128,8 @@ class Layout:
 
     def __str__(self) -> str:
         return tables.text(self.table())
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return tables.html(self.table())

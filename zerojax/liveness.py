@@ -93,10 +93,10 @@ class _Body:
                     self._gradient(o, shape.elements)
         elif inst.op in ("copy", "dynamic-update-slice", "fusion") and isinstance(value, Buffer):
             others = [b for b in _flat(tuple(operands)) if b is not value]
-            kinds = [b.kind for b in others if b.kind != OTHER]
-            moved = len(others) == 1 and others[0].bytes == value.bytes  # to another layout
-            if kinds and (moved or value in operands):  # the same array, or a stack of such
-                value.holds(kinds[0])
+            turns = inst.shapes[0].dims[0] if value in operands and inst.shapes[0].dims else 1
+            same = [b.kind for b in others if b.kind != OTHER and b.bytes * turns == value.bytes]
+            if same and (turns > 1 or len(others) == 1):  # a stack of such arrays, or one in another layout
+                value.holds(same[0])
 
     def _gradient(self, name: str, elements: int, depth: int = 8) -> None:
         """What a reduction takes is a gradient, and so is what that is a cast or another layout of."""

@@ -79,7 +79,7 @@ class Compute:
         return max(self.busy, key=self.busy.__getitem__)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Plan:
     """What a compiled step needs and moves, per device. Prints as tables; `check` says whether it is ZeRO.
 
@@ -100,8 +100,8 @@ class Plan:
     compute: Compute | None
     findings: tuple[Finding, ...]
     layout: Layout
-    hlo: str = dataclasses.field(repr=False)
-    figures: Mapping[str, int] = dataclasses.field(repr=False)
+    hlo: str
+    figures: Mapping[str, int]
     compile_seconds: float = 0.0
     cached: bool = False
 
@@ -148,6 +148,8 @@ class Plan:
 
     def __str__(self) -> str:
         return tables.text(*self._parts())
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return tables.html(*self._parts())
@@ -248,8 +250,10 @@ def speed_of(topology: Topology) -> schedule.Speed:
 
 def title(demand: Demand, topology: Topology | None) -> str:
     p = demand.policy
-    what = f"{topology.devices} x {topology.gpu.name} ({topology.hosts} hosts of {topology.per_host})" if topology else (
-        f"{p.mesh.size} devices")
+    what = f"{p.mesh.size} devices"
+    if topology:
+        hosts = f"{topology.hosts} host{'s' if topology.hosts > 1 else ''} of {topology.per_host}"
+        what = f"{topology.devices} x {topology.gpu.name} ({hosts})"
     axes = ", ".join(f"{name}={n}" for name, n in p.mesh.shape.items())
     way = "per device" if demand.per_device else "one loss"
     return (f"stage {p.stage} on {what}, {axes}; compute {p.precision.computes}, reduce {p.precision.reduces}, {way}; "

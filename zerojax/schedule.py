@@ -4,6 +4,7 @@ Instructions run in the order of the text, each as long as its operations or its
 run beside them from their start to their done, one after the other. Needs no devices and no jax.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping
 
@@ -62,7 +63,7 @@ def transfer(speed: Speed, c: Collective) -> float:
     Between hosts a group is as fast as the network of its members in one host together, and never faster than a link.
     """
     group = c.groups[0] if c.groups else (0,)
-    here = max(sum(d // speed.per_host == h for d in group) for h in {d // speed.per_host for d in group})
+    here = max(collections.Counter(d // speed.per_host for d in group).values())
     rate = speed.link if here == len(group) else min(speed.link, speed.network * here)
     return c.wire_bytes / c.trips / (rate * LINKS) + 5 * LAUNCH
 

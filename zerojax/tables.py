@@ -27,7 +27,7 @@ def seconds(t: float) -> str:
     return f"{t:.3g} s" if t >= 1 else f"{t * 1e3:.3g} ms"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Sheet:
     """Titled rows under columns; numbers are to be text already. Prints as a table, and shows as one in a notebook."""
 
@@ -50,6 +50,8 @@ class Sheet:
 
     def __str__(self) -> str:
         return text(self.table())
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return html(self.table())
