@@ -16,19 +16,18 @@ _SLICES = {"dynamic-slice", "gather", "slice"}
 
 
 def flops(program: Program, inst: Instruction, computation: str) -> Counter:
-    """Operations of the products in an instruction, by the dtype of their operands; a multiply-add is two.
+    """Operations of the products in an instruction, by (dtype of the operands, whether a rematerialised block does them again).
 
-    Loops and conditionals are not entered: theirs are their computations'.
+    A multiply-add is two. Loops and conditionals are not entered: theirs are their computations'.
     """
     if inst.op in FREE:
         return Counter()
     found = Counter()
-    if inst.op == "dot":
-        found[_dtype(program, inst, computation)] = 2 * inst.shapes[0].elements * _contracted(program, inst, computation)
+    again = "rematted_computation" in inst.attribute("op_name")
+    if inst.op == "dot" or "__cublas$" in inst.attributes:
+        found[_dtype(program, inst, computation), again] = 2 * inst.shapes[0].elements * _contracted(program, inst, computation)
     elif inst.op == "convolution" or "__cudnn$conv" in inst.attributes:
-        found[_dtype(program, inst, computation)] = _convolution(program, inst, computation)
-    elif "__cublas$" in inst.attributes:
-        found[_dtype(program, inst, computation)] = 2 * inst.shapes[0].elements * _contracted(program, inst, computation)
+        found[_dtype(program, inst, computation), again] = _convolution(program, inst, computation)
     for called in inst.called:
         found += _all_flops(program, called)
     return found

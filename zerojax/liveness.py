@@ -91,12 +91,17 @@ class _Body:
             for o in inst.operands:
                 for shape in self._shapes(o):
                     self._gradient(o, shape.elements)
-        elif inst.op in ("copy", "dynamic-update-slice", "fusion") and isinstance(value, Buffer):
-            others = [b for b in _flat(tuple(operands)) if b is not value]
-            turns = inst.shapes[0].dims[0] if value in operands and inst.shapes[0].dims else 1
-            same = [b.kind for b in others if b.kind != OTHER and b.bytes * turns == value.bytes]
-            if same and (turns > 1 or len(others) == 1):  # a stack of such arrays, or one in another layout
-                value.holds(same[0])
+        elif inst.op in ("copy", "dynamic-update-slice", "fusion"):
+            for shape, buffer in zip(inst.shapes, _flat(value), strict=False):
+                self._inherit(shape, buffer, list(_flat(tuple(operands))))
+
+    def _inherit(self, shape: Shape, made: Buffer, operands: list[Buffer]) -> None:
+        """A stack of arrays of a kind is of that kind, and so is one in another layout."""
+        others = [b for b in operands if b is not made]
+        turns = shape.dims[0] if made in operands and shape.dims else 1
+        same = [b.kind for b in others if b.kind != OTHER and b.bytes * turns == shape.bytes]
+        if same and (turns > 1 or len(others) == 1):
+            made.holds(same[0])
 
     def _gradient(self, name: str, elements: int, depth: int = 8) -> None:
         """What a reduction takes is a gradient, and so is what that is a cast or another layout of."""

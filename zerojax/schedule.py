@@ -132,7 +132,7 @@ class _Clock:
         self._advance(inst.name, max(inner.busy, key=inner.busy.get), inst.trips * inner.seconds)
 
     def _compute(self, inst: Instruction) -> None:
-        products = sum(n / (self.speed.flops(t) * PRODUCTS) for t, n in cost.flops(self.program, inst, self.name).items())
+        products = sum(n / (self.speed.flops(t) * PRODUCTS) for (t, _), n in cost.flops(self.program, inst, self.name).items())
         memory = cost.touched(self.program, inst, self.name) / (self.speed.bandwidth * MEMORY)
         of = "compute" if products > memory else "memory"
         seconds = max(products, memory) + LAUNCH
@@ -143,8 +143,7 @@ class _Clock:
 def total_flops(program: Program, recomputed: bool = True) -> float:
     """Operations of one execution, on one device; those that a rematerialised block does again, only if asked for."""
     return sum(n * program.times[name] for name in _executed(program) for inst in program.computations[name]
-               if recomputed or "rematted_computation" not in inst.attribute("op_name")
-               for n in cost.flops(program, inst, name).values())
+               for (_, again), n in cost.flops(program, inst, name).items() if recomputed or not again)
 
 
 def _executed(program: Program) -> list[str]:

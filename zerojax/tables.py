@@ -58,7 +58,7 @@ class Sheet:
 
 
 def text(*parts) -> str:
-    """Tables and strings as plain text, as wide as the widest needs: a path cut short names nothing."""
+    """Tables and strings as plain text. As wide as the widest table needs, since a path cut short names nothing; strings wrap."""
     return "\n".join(line.rstrip() for line in _recorded(parts).export_text().splitlines()).strip("\n")
 
 
@@ -71,9 +71,10 @@ def _recorded(parts: Sequence):
     from rich.measure import Measurement
     from rich.text import Text
 
-    parts = [Text(p) if isinstance(p, str) else p for p in parts]
     wide = Console(width=1000, force_jupyter=False)
-    width = max(Measurement.get(wide, wide.options, part).maximum for part in parts)
+    tables = [part for part in parts if not isinstance(part, str)]
+    width = max([100, *(Measurement.get(wide, wide.options, table).maximum for table in tables)])
     console = Console(record=True, width=width, force_jupyter=False, file=io.StringIO())
-    console.print(*parts, sep="\n")
+    for part in parts:
+        console.print(Text(part) if isinstance(part, str) else part)
     return console

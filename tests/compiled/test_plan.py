@@ -199,9 +199,9 @@ def test_memory_adds_up_and_is_beside_zeros_formula(plan):
 
 def test_it_prints_in_a_terminal_and_a_notebook_and_as_json(plan):
     text = str(plan)
-    assert max(map(len, text.splitlines())) < 260
+    assert max(map(len, text.splitlines())) < 130
     for word in ("gathered parameters", "fits 126.9 GiB", "in a loop, 4 x", "ZeRO's", "MFU about", "An estimate: products at 70%"):
-        assert word in text
+        assert word in " ".join(text.split()) or word in text
     assert "<pre>" in plan._repr_html_()
     plain = json.loads(json.dumps(plan.to_dict()))
     assert plain["ok"] and plain["memory"]["peak"] == plan.memory.peak
