@@ -39,8 +39,7 @@ def file(tmp_path, monkeypatch):
     path = tmp_path / "training.py"
     path.write_text(RECIPE)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    yield str(path)
-    sys.modules.pop("training", None)
+    return str(path)
 
 
 def test_theory_needs_no_jax_and_no_time():

@@ -51,7 +51,7 @@ _WHERE = {
     "zero": ["Zero"],
 }
 _MODULES = ["policies", "viz"]
-__all__ = sorted([name for names in _WHERE.values() for name in names] + _MODULES)
+__all__ = sorted([name for names in _WHERE.values() for name in names] + _MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str):

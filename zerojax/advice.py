@@ -73,7 +73,7 @@ class Advice:
 def _row(trial: Trial) -> tuple[str, ...]:
     c, p = trial.choice, trial.plan
     figures = ("",) * 5
-    if p:
+    if p and p.compute:
         figures = size(p.memory.peak), size(p.sent), seconds(p.compute.seconds), f"{p.compute.mfu:.0%}", f"{trial.rate:,.0f}"
     return (str(c.stage), str(c.accumulate), str(c.replica), c.remat, *figures, trial.refused)
 
@@ -141,7 +141,7 @@ def attempt(recipe: Recipe, topology: Topology, choice: Choice, precision: Preci
     except CompileError as error:
         return Trial(choice, examples, None, str(error).splitlines()[0])
     m = plan.memory
-    return Trial(choice, examples, plan, "" if m.fits else f"needs {size(m.peak)} of {size(m.usable)}")
+    return Trial(choice, examples, plan, "" if m.fits else f"needs {size(m.peak)} of {size(m.usable or 0)}")
 
 
 def plan_of(recipe: Recipe, topology: str | Topology, choice: Choice, precision: Precision, min_shard: int = 2**16,

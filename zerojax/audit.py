@@ -13,6 +13,8 @@ import math
 import pathlib
 from collections.abc import Sequence
 
+from jax.sharding import PartitionSpec as P
+
 from zerojax import specs, theory
 from zerojax.collectives import Collective
 from zerojax.hlo import Shape
@@ -46,7 +48,7 @@ class Demand:
 
     def local(self, leaf: Leaf, place: Placement) -> tuple[int, ...]:
         """A parameter's dimensions once gathered, on one device: the model's own axes still divide it."""
-        axes = [specs.axes_of((entry,)) for entry in place.whole]
+        axes = [specs.axes_of(P(entry)) for entry in place.whole]
         return tuple(d // math.prod(self.policy.mesh.shape[a] for a in on) for d, on in zip(leaf.shape, axes, strict=True))
 
     def total(self) -> float:

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
-import importlib.util
 import json
 import os
 import pathlib
@@ -158,10 +157,10 @@ def _keep(path: pathlib.Path, answer: bytes) -> None:
 
 
 def _environment() -> dict[str, str]:
-    home = pathlib.Path(importlib.util.find_spec("zerojax").origin).parent.parent
+    home = pathlib.Path(__file__).parent.parent
     return os.environ | {
         topologies.NO_GPU_VARIABLE: "1", "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "JAX_ENABLE_X64": str(int(jax.config.jax_enable_x64)), "TF_CPP_MIN_LOG_LEVEL": "2",
+        "JAX_ENABLE_X64": str(int(jax.config.read("jax_enable_x64"))), "TF_CPP_MIN_LOG_LEVEL": "2",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(home), os.environ.get("PYTHONPATH")]))}
 
 

@@ -57,7 +57,7 @@ def _config(inst: Instruction, name: str) -> str:
     return rest.partition("]")[0].replace('"', "")
 
 
-def _convolution(program: Program, inst: Instruction, computation: str) -> float:
+def _convolution(program: Program, inst: Instruction, computation: str) -> int:
     """Every element of what the forward convolution makes takes a kernel without its output features."""
     first, second = (_operand(program, inst, computation, i) for i in (0, 1))
     result = inst.shapes[0]
@@ -67,7 +67,7 @@ def _convolution(program: Program, inst: Instruction, computation: str) -> float
     elif "convBackwardInput" in inst.attributes:
         made = first
     labels = inst.attributes.partition("dim_labels=")[2].partition("->")[0].partition("_")[2]
-    return 2 * made.elements * kernel.elements / kernel.dims[labels.index("o")]
+    return 2 * made.elements * kernel.elements // kernel.dims[labels.index("o")]
 
 
 def touched(program: Program, inst: Instruction, computation: str) -> int:

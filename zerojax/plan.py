@@ -156,7 +156,7 @@ class Plan:
 
     def _parts(self) -> list:
         sheets = [_memory_sheet(self), _traffic_sheet(self)]
-        notes = [_time(self)] if self.compute else []
+        notes = [_time(self.compute)] if self.compute else []
         notes += [("! " if f.wrong else "- ") + str(f) for f in self.findings]
         return [self.title, *(s.table() for s in sheets), *notes]
 
@@ -172,9 +172,9 @@ def _summary(plan: Plan) -> dict[str, tuple[float, Any]]:
 
 def _memory_sheet(plan: Plan) -> Sheet:
     m = plan.memory
-    theirs = lambda k: "" if m.zero.get(k) is None else size(m.zero[k])
+    theirs = lambda k: "" if (formula := m.zero.get(k)) is None else size(formula)
     rows = [(k, size(v), theirs(k)) for k, v in m.kinds.items()]
-    verdict = "" if m.capacity is None else (
+    verdict = "" if m.capacity is None or m.usable is None else (
         f"{'fits' if m.fits else 'does NOT fit'} {size(m.usable)} ({size(m.capacity)} less {memory.MARGIN:.0%})")
     rows.append(("peak", size(m.peak), verdict))
     if m.host:
@@ -186,7 +186,7 @@ def _traffic_sheet(plan: Plan) -> Sheet:
     def row(t: Traffic):
         where = ("backward, " if t.backward else "") + (f"in a loop, {t.trips} x" if t.trips > 1 else "once")
         over = ", ".join(t.axes) if t.axes else "no axis"
-        times = ("", "") if t.seconds is None else (seconds(t.seconds), seconds(t.exposed))
+        times = ("", "") if t.seconds is None or t.exposed is None else (seconds(t.seconds), seconds(t.exposed))
         return (t.kind, t.dtype, over, where, str(t.count), f"{t.asynchronous}", size(t.bytes), *times)
 
     total = ("all", "", "", "", str(sum(t.count for t in plan.communication)), "", size(plan.sent),
@@ -197,8 +197,7 @@ def _traffic_sheet(plan: Plan) -> Sheet:
                  (*map(row, plan.communication), total, zero))
 
 
-def _time(plan: Plan) -> str:
-    c = plan.compute
+def _time(c: Compute) -> str:
     busy = ", ".join(f"{seconds(s)} {name}" for name, s in c.busy.items())
     return (f"step: about {seconds(c.seconds)} ({busy}), bound by {c.bound}; {c.flops / 1e12:.3g} TFLOP a device, "
             f"{seconds(c.arithmetic)} at the peak; MFU about {c.mfu:.0%}.\nAn estimate: {schedule.ASSUMPTIONS}.")

@@ -121,8 +121,10 @@ def _execute(path: pathlib.Path):
     if not path.is_file():
         raise RecipeError(f"there is no file {str(path)!r}.")
     sys.path.insert(0, str(path.parent.resolve()))  # as `python file.py` does
-    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path.resolve())
+    if spec is None or spec.loader is None:
+        raise RecipeError(f"{str(path)!r} is no Python file.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module

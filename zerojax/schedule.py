@@ -129,7 +129,7 @@ class _Clock:
         inner = max((self.run(called) for called in inst.called if called in self.program.computations), key=lambda r: r.seconds)
         for of, seconds in inner.busy.items():
             self.busy[of] += inst.trips * seconds
-        self._advance(inst.name, max(inner.busy, key=inner.busy.get), inst.trips * inner.seconds)
+        self._advance(inst.name, max(inner.busy, key=inner.busy.__getitem__), inst.trips * inner.seconds)
 
     def _compute(self, inst: Instruction) -> None:
         products = sum(n / (self.speed.flops(t) * PRODUCTS) for (t, _), n in cost.flops(self.program, inst, self.name).items())

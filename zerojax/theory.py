@@ -6,7 +6,7 @@ Source: Rajbhandari et al. 2020 (arXiv 1910.02054), section 5 and figure 1 for m
 import dataclasses
 
 
-def paper_bytes(params: int, devices: int, stage: int, *, optimizer: int = 12) -> float:
+def paper_bytes(params: float, devices: int, stage: int, *, optimizer: float = 12) -> float:
     """Bytes per device of parameters, gradients and optimizer state, as the paper counts them for 16-bit training.
 
     Args:
@@ -21,7 +21,7 @@ def paper_bytes(params: int, devices: int, stage: int, *, optimizer: int = 12) -
     return params * (optimizer * shares[0] + 2 * shares[1] + 2 * shares[2])
 
 
-def rest_bytes(params: int, devices: int, stage: int, *, param_bytes: int = 4, optimizer: int = 8) -> float:
+def rest_bytes(params: float, devices: int, stage: int, *, param_bytes: int = 4, optimizer: float = 8) -> float:
     """Bytes per device of zerojax's state between steps: parameters and optimizer state, in shards from stage 1 on.
 
     The paper keeps a 16-bit copy of the parameters between steps of stages 1 and 2; zerojax makes it anew in each.
@@ -48,7 +48,7 @@ class Wire:
     def elements(self) -> int:
         return self.gathered + self.reduced
 
-    def bytes(self, params: int, devices: int, *, compute: int = 2, reduce: int = 2) -> float:
+    def bytes(self, params: float, devices: int, *, compute: int = 2, reduce: int = 2) -> float:
         """Bytes each device sends in a step, for itemsizes `compute` and `reduce`."""
         return params * (self.gathered * compute + self.reduced * reduce) * (devices - 1) / devices
 
