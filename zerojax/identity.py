@@ -10,13 +10,13 @@ import pathlib
 import re
 from collections.abc import Mapping
 
-from zerojax.hlo import Frame
+from zerojax.hlo import HERE, Frame
 
 _LOCATION = re.compile(r' loc\((?:[^()"]|"[^"]*"|\((?:[^()"]|"[^"]*")*\))*\)')
 _ALIAS = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.MULTILINE)
 _FILE = re.compile(r'"([^"\n]+)":\d+:\d+')
 _SITE = re.compile(r"callsite\((#loc\d*) at (#loc\d*)\)")
-_ENTRY = str(pathlib.Path(__file__).parent / "compiler.py")  # what is called from further out only asked for the plan
+_ENTRY = str(HERE / "compiler.py")  # what is called from further out only asked for the plan
 
 
 def digest(module: str) -> list[str]:
@@ -27,8 +27,14 @@ def digest(module: str) -> list[str]:
     (True, False)
     """
     plain = _LOCATION.sub("", "\n".join(line for line in module.splitlines() if not line.startswith("#loc")))
-    sources = sorted({_sha("".join(linecache.getlines(file))) for file in _files(module) if Frame(file, 0, "").users})
-    return [_sha(plain), *sources]
+    sources = sorted({_source(file) for file in _files(module) if Frame(file, 0, "").users})
+    return [_sha(plain), str(HERE), *sources]
+
+
+def _source(file: str) -> str:
+    """Of a file, by its place and text; of a notebook's cell, which has another place in every kernel, by its text."""
+    cell = pathlib.Path(file).parent.name.startswith("ipykernel_")
+    return _sha(("" if cell else file) + "".join(linecache.getlines(file)))
 
 
 def _sha(text: str) -> str:
