@@ -92,7 +92,7 @@ ENTRY %main (a: f32[]) -> f32[] {{
 
 
 def test_a_fusion_is_charged_for_what_it_writes_in_place(program):
-    stacked = program.names("body")["stacked"]
+    stacked = program.names["body"]["stacked"]
     assert cost.touched(program, stacked, "body") == 64 * 8 * 2 * 2 + 4  # reads one, writes one, and the index
 
 

@@ -173,7 +173,7 @@ def origin(program: Program, inst: Instruction, computation: str) -> tuple[str, 
 
 def _near(program: Program, inst: Instruction, computation: str, most: int = 16) -> Iterator[Instruction]:
     """`inst`, the instructions whose results it takes, nearest first; then those that take its own."""
-    names, users = program.names(computation), program.users(computation)
+    names, users = program.names[computation], program.users[computation]
     for around in (lambda i: [names[o] for o in i.operands if o in names], lambda i: users.get(i.name, ())):
         queue, seen = [inst], 0
         while queue and seen < most:

@@ -25,10 +25,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from zerojax import identity
+from zerojax import __version__, identity
 from zerojax import topology as topologies
 from zerojax.errors import CompileError, ModelError
 from zerojax.topology import Topology
@@ -73,14 +74,21 @@ def compile(jitted: Any, args: Sequence[Any], kwargs: Mapping[str, Any], mesh: M
     if absent is None:
         return _here(traced, options)
     topologies.check_installed()
-    infos = jax.tree.leaves(traced.args_info, is_leaf=lambda x: hasattr(x, "donated"))
-    donated = [i for i, info in enumerate(infos) if info.donated]
-    request = {"topology": absent.text, "mesh": list(mesh.shape.items()), "donated": donated,
+    request = {"topology": absent.text, "mesh": list(mesh.shape.items()), "inputs": _inputs(traced, args, kwargs),
                "options": {**topologies.COMPILER_OPTIONS, **options}}
     program, content = _export(jitted, traced, args, kwargs)
-    what = json.dumps([request, content, jax.__version__, os.environ.get("XLA_FLAGS")], sort_keys=True)
+    known = [jax.__version__, __version__, absent.gpu.target(), os.environ.get("XLA_FLAGS")]
+    what = json.dumps([request, content, known], sort_keys=True)
     path = _cache() / f"{hashlib.sha256(what.encode()).hexdigest()}.json.gz"
     return _elsewhere(program, request, absent, path if cache else None)
+
+
+def _inputs(traced, args, kwargs) -> list[dict]:
+    """Of each array that goes in: its spec, and whether it is donated. Those that are not used take their place, too."""
+    given = dict(jax.tree.leaves_with_path((tuple(args), dict(kwargs))))
+    infos = jax.tree.leaves_with_path(traced.args_info, is_leaf=lambda x: hasattr(x, "donated"))
+    spec = lambda x: list(x.sharding.spec) if isinstance(getattr(x, "sharding", None), NamedSharding) else []
+    return [{"spec": spec(given[path]), "donated": info.donated} for path, info in infos]
 
 
 def _here(traced, options) -> Compiled:
@@ -205,9 +213,11 @@ def main(folder: str) -> None:
     exported = export.deserialize(bytearray((work / "program").read_bytes()))
     names, sizes = zip(*request["mesh"], strict=True)
     mesh = Mesh(np.array(topologies.devices(request["topology"])).reshape(sizes), names, axis_types=(AxisType.Auto,) * len(names))
-    args = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
-            for a, s in zip(exported.in_avals, exported.in_shardings_jax(mesh), strict=True)]
-    lowered = jax.jit(exported.call, donate_argnums=tuple(request["donated"])).lower(*args)
+    spec = lambda entries: P(*(tuple(e) if isinstance(e, list) else e for e in entries))
+    args = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec(i["spec"])))
+            for a, i in zip(exported.in_avals, request["inputs"], strict=True)]
+    donated = tuple(n for n, i in enumerate(request["inputs"]) if i["donated"])
+    lowered = jax.jit(exported.call, donate_argnums=donated, keep_unused=True).lower(*args)
     start = time.perf_counter()
     try:
         compiled = lowered.compile(compiler_options=request["options"])

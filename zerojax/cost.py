@@ -4,7 +4,6 @@ Needs no devices and no jax. Fusions are charged for what they touch: a slice of
 update of a result that they write in place.
 """
 
-import functools
 import math
 from collections import Counter
 
@@ -33,13 +32,15 @@ def flops(program: Program, inst: Instruction, computation: str) -> Counter:
     return found
 
 
-@functools.lru_cache(maxsize=4096)
 def _all_flops(program: Program, computation: str) -> Counter:
-    return sum((flops(program, inst, computation) for inst in program.computations.get(computation, ())), Counter())
+    if computation not in program.flops:
+        body = program.computations.get(computation, ())
+        program.flops[computation] = sum((flops(program, inst, computation) for inst in body), Counter())
+    return program.flops[computation]
 
 
 def _operand(program: Program, inst: Instruction, computation: str, index: int) -> Shape:
-    return program.names(computation)[inst.operands[index]].shapes[0]
+    return program.names[computation][inst.operands[index]].shapes[0]
 
 
 def _dtype(program: Program, inst: Instruction, computation: str) -> str:
@@ -74,7 +75,7 @@ def touched(program: Program, inst: Instruction, computation: str) -> int:
     """Bytes of device memory that an instruction reads and writes."""
     if inst.op in FREE or inst.op.endswith("-done"):
         return 0
-    names = program.names(computation)
+    names = program.names[computation]
     body = program.computations.get(inst.called[0], ()) if inst.op == "fusion" and inst.called else ()
     if not body:
         reads = [names[o].bytes for o in inst.operands if o in names]
@@ -98,7 +99,7 @@ def _read(body: tuple[Instruction, ...], index: int, size: int) -> int:
 
 def _written(program: Program, called: str, inst: Instruction) -> int:
     """Bytes that a fusion writes: the updates, where its results are updated in place."""
-    names, body = program.names(called), program.computations[called]
+    names, body = program.names[called], program.computations[called]
     root = next((i for i in body if i.root), body[-1])
     roots = [names[o] for o in root.operands] if root.op == "tuple" else [root]
     return sum(_update(names, r) for r in roots) or inst.bytes

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,6 +22,8 @@ def check(policy: Policy, batch: Any, accumulate: int = 1) -> None:
     """Raises `BatchError` for a leaf whose first dimension does not divide by devices x accumulate."""
     n = policy.parts * accumulate
     sizes = {}
+    if not jax.tree.leaves(batch):
+        raise BatchError(f"the batch {batch!r} holds no array; give arrays whose first dimension is that of the examples.")
     for path, x in jax.tree.leaves_with_path(batch):
         where = f"batch{jax.tree_util.keystr(path)}"
         if not getattr(x, "shape", ()):
@@ -37,11 +38,11 @@ def check(policy: Policy, batch: Any, accumulate: int = 1) -> None:
 
 
 def placed(policy: Policy, tree: Any) -> Any:
-    """As shapes with shardings: those without one are split over the devices where they divide, else whole on each."""
+    """Arrays as shapes with shardings: those without one are split over the devices where they divide, else whole on each."""
     def place(x):
-        if isinstance(getattr(x, "sharding", None), NamedSharding):
+        if not hasattr(x, "shape") or isinstance(getattr(x, "sharding", None), NamedSharding):
             return x
-        x = jax.ShapeDtypeStruct(np.shape(x), x.dtype if hasattr(x, "dtype") else np.result_type(x))
+        x = jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True))
         divides = x.shape and x.shape[0] % policy.parts == 0
         return x.update(sharding=sharding(policy) if divides else NamedSharding(policy.mesh, P()))
 
@@ -51,7 +52,7 @@ def placed(policy: Policy, tree: Any) -> Any:
 def local_bytes(tree: Any) -> int:
     """Bytes on one device, of arrays or shapes with shardings."""
     size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * (x.dtype.itemsize if hasattr(x.dtype, "itemsize") else 8)
-    return sum(map(size, jax.tree.leaves(tree)))
+    return sum(size(x) for x in jax.tree.leaves(tree) if hasattr(x, "sharding"))
 
 
 def spread(policy: Policy, tree: Any) -> Any:

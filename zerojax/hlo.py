@@ -125,7 +125,7 @@ class Frame:
         return f"{self.file}:{self.line}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """A compiled program.
 
@@ -156,19 +156,25 @@ class Program:
         visit(self.entry, 1)
         return times
 
-    @functools.cache  # noqa: B019  programs are few
-    def names(self, computation: str) -> dict[str, Instruction]:
-        """Instructions by their names."""
-        return {inst.name: inst for inst in self.computations[computation]}
+    @functools.cached_property
+    def names(self) -> dict[str, dict[str, Instruction]]:
+        """By computation: instructions by their names."""
+        return {name: {inst.name: inst for inst in body} for name, body in self.computations.items()}
 
-    @functools.cache  # noqa: B019
-    def users(self, computation: str) -> dict[str, list[Instruction]]:
-        """Who takes each result, in the order of the schedule."""
-        found = {}
-        for inst in self.computations[computation]:
-            for operand in inst.operands:
-                found.setdefault(operand, []).append(inst)
+    @functools.cached_property
+    def users(self) -> dict[str, dict[str, list[Instruction]]]:
+        """By computation: who takes each result, in the order of the schedule."""
+        found = {name: {} for name in self.computations}
+        for name, body in self.computations.items():
+            for inst in body:
+                for operand in inst.operands:
+                    found[name].setdefault(operand, []).append(inst)
         return found
+
+    @functools.cached_property
+    def flops(self) -> dict:
+        """What `cost` has found already, by computation."""
+        return {}
 
     def frames(self, inst: Instruction) -> Iterator[Frame]:
         """The lines of Python it came from, innermost first, as far as the compiler kept them."""
@@ -176,12 +182,11 @@ class Program:
         while number in frames:
             here = _fields(frames[number])
             place = _fields(self.tables["FileLocations"][here["file_location_id"]])
-            yield Frame(self.tables["FileNames"][place["file_name_id"]], place["line"],
-                        self.tables["FunctionNames"][place["function_name_id"]])
+            file = self.tables["FileNames"][place["file_name_id"]]
+            if file == str(HERE / "compiler.py"):  # further out, only the plan was asked for
+                return
+            yield Frame(file, place["line"], self.tables["FunctionNames"][place["function_name_id"]])
             number = here.get("parent_frame_id", 1) - 1  # printed one too high: 1 is none
-
-    def __hash__(self):
-        return id(self)
 
 
 def _fields(text: str) -> dict[str, int]:

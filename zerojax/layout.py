@@ -80,14 +80,14 @@ def placed(policy: Policy, ruled: Placement, sharding: Any, shape: tuple[int, ..
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of the report: where one leaf lies, and the bytes of it on each device and in all."""
+    """A line of the report: where one leaf lies, and the bytes of it on each device, at rest and if it were gathered."""
 
     path: str
     shape: tuple[int, ...]
     dtype: str
     spec: P
     bytes: int
-    whole_bytes: int
+    gathered_bytes: int
     reason: str
 
 
@@ -151,7 +151,7 @@ def _short(spec: P) -> str:
 
 def report(policy: Policy, tree: Tree, placements: Sequence[Placement]) -> Layout:
     """The `Layout` of a state's leaves."""
-    rows = [Row(leaf.path, leaf.shape, leaf.dtype, place.spec, _bytes(policy, leaf, place.spec), _bytes(policy, leaf, P()),
+    rows = [Row(leaf.path, leaf.shape, leaf.dtype, place.spec, _bytes(policy, leaf, place.spec), _bytes(policy, leaf, place.whole),
                 place.reason if not place.sharded else "")
             for leaf, place in zip(describe(tree), placements, strict=True)]
     return Layout(tuple(rows), policy.mesh.size)

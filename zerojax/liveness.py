@@ -105,7 +105,7 @@ class _Body:
 
     def _gradient(self, name: str, elements: int, depth: int = 8) -> None:
         """What a reduction takes is a gradient, and so is what that is a cast or another layout of."""
-        source = self.program.names(self.name).get(name)
+        source = self.program.names[self.name].get(name)
         if source is None or not depth:
             return
         if not isinstance(self.values[name], tuple):
@@ -116,7 +116,7 @@ class _Body:
                     self._gradient(o, elements, depth - 1)
 
     def _shapes(self, name: str) -> tuple[Shape, ...]:
-        inst = self.program.names(self.name).get(name)
+        inst = self.program.names[self.name].get(name)
         return inst.shapes if inst else ()
 
     def _enter(self, inst: Instruction, operands: list[Value]) -> Value:
@@ -186,7 +186,7 @@ def _updated(program: Program, inst: Instruction) -> list[int | None]:
         return [0]
     if inst.op != "fusion" or not inst.called or inst.called[0] not in program.computations:
         return [None]
-    names, body = program.names(inst.called[0]), program.computations[inst.called[0]]
+    names, body = program.names[inst.called[0]], program.computations[inst.called[0]]
     root = next((i for i in body if i.root), body[-1])
     results = [names[o] for o in root.operands] if root.op == "tuple" else [root]
     return [_destination(names, r) for r in results]

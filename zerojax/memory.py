@@ -68,8 +68,8 @@ def account(demand: Demand, layout: Layout, batch: float, figures: Mapping[str, 
     fresh = figures["output"] - figures["alias"]
     peak = figures["argument"] + fresh + figures["temp"] + figures["generated_code"]
     alive = liveness.peak(program)
-    gathered = min(alive.get(liveness.GATHERED, 0), figures["temp"])
-    gradients = min(alive.get(liveness.GRADIENTS, 0), figures["temp"] - gathered)
+    scale = min(1.0, figures["temp"] / max(1, sum(alive.values())))  # the compiler may find more to reuse than one sees
+    gathered, gradients = (scale * alive.get(kind, 0) for kind in (liveness.GATHERED, liveness.GRADIENTS))
     kinds = at_rest | {
         "batch": batch, "other arguments and results": figures["argument"] - sum(at_rest.values()) - batch + fresh,
         "gathered parameters": gathered, "gradients": gradients,
@@ -100,5 +100,5 @@ def _size(demand: Demand) -> int:
 
 
 def _optimizer(layout: Layout) -> float:
-    """Bytes of the whole optimizer state."""
-    return sum(row.whole_bytes for row in layout.rows if row.path.startswith("opt_state"))
+    """Bytes of the optimizer state if ZeRO left it whole; axes of the model's own still divide it."""
+    return sum(row.gathered_bytes for row in layout.rows if row.path.startswith("opt_state"))
