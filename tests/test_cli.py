@@ -78,7 +78,7 @@ def test_plan_as_json_and_its_program(file, capsys, tmp_path):
 def test_a_plan_that_is_not_zero_fails_the_gate(file, capsys):
     assert cli.main(["plan", f"{file}:contracting", "--topology", "h200:1x8"]) == 1
     error = capsys.readouterr().err
-    assert "ZeRO does not explain" in error and "training.py:9" in error
+    assert "that ZeRO does not explain" in error and "training.py:9" in error
 
 
 def test_a_plan_that_does_not_fit_fails_the_gate(file, capsys):

@@ -24,6 +24,7 @@ from zerojax.tables import size
 
 HLO_NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
 SMALL = 2**16  # bytes of an array: norms, losses, batch statistics
+TINY = 2**12  # bytes sent in a step that are never worth a word
 SLACK = 1.02
 _STRUCTURE = {"", "call_exported", "while", "body", "cond", "closed_call", "eval_jaxpr", "checkpoint", "rematted_computation"}
 
@@ -107,13 +108,13 @@ def collectives_of(demand: Demand, found: Sequence[Collective]) -> list[Finding]
         if why:
             odd.append(_finding(demand, c, s, why))
         else:
-            known[c.kind, _key(s.dims), c.kind == "all-gather" and c.backward].append((c, s))
+            known[c.kind, _key(s.dims)].append((c, s))
     odd += [f for pairs in known.values() for f in _too_often(demand, pairs)]
     return sorted(_by_instruction(odd), key=lambda f: -f.bytes)
 
 
 def _small(demand: Demand, c: Collective, s: Shape) -> bool:
-    return s.bytes <= SMALL and c.wire(s) <= max(2**20, 0.01 * demand.total())
+    return s.bytes <= SMALL and c.wire(s) <= max(TINY, 0.01 * demand.total())
 
 
 def _over_ours(demand: Demand, c: Collective) -> bool:
@@ -129,7 +130,7 @@ def _foreign(demand: Demand, c: Collective, s: Shape) -> str:
                 "microbatches (train_step(accumulate=...) splits it without) or a table is read by what other devices hold")
     sharded = [leaf for leaf, place in demand.sharded if _is_of(demand, leaf, place, s)]
     if c.kind == "all-reduce":
-        return _foreign_reduction(demand, s, sharded, axes)
+        return _foreign_reduction(demand, c, s, sharded, axes)
     if not sharded:
         return ("no parameter has this shape: it is of the batch, an activation or its gradient. Either the parameters are not "
                 "read through zerojax, so that XLA moves activations in their place, or the model contracts over the batch")
@@ -144,17 +145,22 @@ def _foreign(demand: Demand, c: Collective, s: Shape) -> str:
     return ""
 
 
-def _foreign_reduction(demand: Demand, s: Shape, sharded: list[Leaf], axes: set[str]) -> str:
+def _foreign_reduction(demand: Demand, c: Collective, s: Shape, sharded: list[Leaf], axes: set[str]) -> str:
+    if c.op_name and not c.differentiated and not c.ours:
+        return "it is outside of the loss and its gradient: the optimizer (or what else the step does) communicates"
     if axes == {demand.policy.replica_axis}:
         return "" if s.elements <= _whole(demand) + _shards(demand) else "only shards of gradients are summed over the copies"
     if s.elements <= _whole(demand):
         return ""
+    computes = HLO_NAMES[demand.policy.precision.computes]
+    cast = (f"; or the model computes in {s.dtype} where Precision(compute=...) says {computes}, and the cast keeps XLA from "
+            "reducing to shards: give its layers that dtype, or return zj.Loss" if c.backward and s.dtype != computes else "")
     if sharded:
         return ("the gradient of a sharded parameter is summed whole on every device; a reduce-scatter would leave each its shard. "
-                "The parameter is not read through zerojax, or twice behind one read (gradients='per_device' adds both first)")
+                "It is not read through zerojax, or twice behind one read (gradients='per_device' adds both first)" + cast)
     return ("activations are summed over the batch's devices, as in tensor parallelism, or gradients are summed whole where a "
             "reduce-scatter would leave each device its shard: parameters are not read through zerojax, or the model contracts "
-            "over the batch")
+            "over the batch" + cast)
 
 
 def _whole(demand: Demand) -> int:
@@ -169,12 +175,12 @@ def _shards(demand: Demand) -> float:
 
 
 def _parts(demand: Demand, leaf: Leaf, place: Placement):
-    """A parameter's dimensions, and those of one layer where it may be a stack of them."""
+    """A parameter's dimensions, and those of one layer where it may be a stack of them, or a stack of stacks."""
     dims = demand.local(leaf, place)
-    yield dims
-    for i, (at_rest, whole) in enumerate(zip(place.spec, place.whole, strict=True)):
-        if at_rest == whole:
-            yield dims[:i] + dims[i + 1:]
+    stacks = [i for i, (at_rest, whole) in enumerate(zip(place.spec, place.whole, strict=True)) if at_rest == whole]
+    for n in range(3):
+        for sliced in itertools.combinations(stacks, n):
+            yield tuple(d for i, d in enumerate(dims) if i not in sliced)
 
 
 def _is_of(demand: Demand, leaf: Leaf, place: Placement, s: Shape) -> bool:
@@ -203,28 +209,43 @@ def _merges(parts: tuple[int, ...], wholes: tuple[int, ...]) -> bool:
 
 
 def _too_often(demand: Demand, pairs: list[tuple[Collective, Shape]]) -> list[Finding]:
-    """Findings for arrays of one shape that are moved more often than the stage says; foreign ones and long loops are named."""
+    """Findings for arrays of one shape that are moved more often than the stage says.
+
+    Foreign ones and those of long loops are named first. Of gathers, what did not come by `gather` is held to one pass alone: in
+    stage 3 it would else hide where weights are gathered once.
+    """
     most = _most(demand, *pairs[0])
+    odd = _excess(demand, pairs, most)
+    if pairs[0][0].kind == "all-gather" and not odd:
+        for backward in (False, True):
+            allowed = most / 2 if demand.policy.stage == 3 else most * (not backward)
+            ours = {c.name for c, _ in pairs if c.ours}
+            mine = [(c, s) for c, s in pairs if c.backward == backward]
+            odd += [f for f in _excess(demand, mine, allowed) if f.instruction not in ours]
+    return odd
+
+
+def _excess(demand: Demand, pairs: list[tuple[Collective, Shape]], most: float) -> list[Finding]:
     total = moved = sum(s.elements * c.trips for c, s in pairs)
-    odd, pairs = [], sorted(pairs, key=lambda p: (not p[0].ours, p[0].trips))
+    odd, left = [], sorted(pairs, key=lambda p: (not p[0].ours, p[0].trips))
     often = f"{moved / most:.3g} times as much as" if most else "though nothing of it is"
-    while pairs and total > SLACK * most:
-        c, s = pairs.pop()
+    while left and total > SLACK * most:
+        c, s = left.pop()
         total -= s.elements * c.trips
         why = (f"of arrays of this shape, {often} in stage {demand.policy.stage} with {demand.accumulate} microbatches: an "
-               "activation of a parameter's shape, or a weight that is read in a loop which does not slice it")
+               "activation of a parameter's shape, or a weight that is read twice, in a loop which does not slice it, or in a "
+               "block rematerialised within another")
         odd.append(_finding(demand, c, s, why))
     return odd
 
 
 def _most(demand: Demand, c: Collective, shape: Shape) -> float:
-    """Elements, in all turns of all loops, that ZeRO moves in arrays of this shape at most; of gathers, in this pass."""
+    """Elements, in all turns of all loops, that ZeRO moves in arrays of this shape at most."""
     p = demand.policy
     if c.kind == "all-reduce":
-        return demand.accumulate * (_whole(demand) + (_shards(demand) if p.replicas > 1 else 0))
+        again = 1 if demand.per_device else 2  # with one loss, XLA reduces each use of a tied weight
+        return demand.accumulate * (again * _whole(demand) + (_shards(demand) if p.replicas > 1 else 0))
     count = demand.wire.gathered if c.kind == "all-gather" else demand.wire.reduced
-    if c.kind == "all-gather":  # forward in every stage, and once more backward in the third
-        count = demand.accumulate if p.stage == 3 else count * (not c.backward)
     return count * sum(math.prod(demand.local(leaf, place)) for leaf, place in demand.sharded if _is_of(demand, leaf, place, shape))
 
 

@@ -51,6 +51,11 @@ class Collective:
         return "transpose(" in self.op_name or "rematted_computation" in self.op_name
 
     @property
+    def differentiated(self) -> bool:
+        """It belongs to the loss or its gradient."""
+        return "jvp(" in self.op_name or "transpose(" in self.op_name or "vmap(" in self.op_name
+
+    @property
     def size(self) -> int:
         """Devices in a group."""
         return len(self.groups[0]) if self.groups else 1

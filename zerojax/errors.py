@@ -30,7 +30,7 @@ class NonFiniteError(ZeroError, RuntimeError):
 
 
 class PlanError(ZeroError, RuntimeError):
-    """A compiled step that communicates what ZeRO does not explain; or no plan could be made."""
+    """A compiled step that communicates or keeps what ZeRO does not explain."""
 
 
 class CompileError(ZeroError, RuntimeError):

@@ -19,6 +19,7 @@ from zerojax.policy import Policy
 from zerojax.specs import Leaf, Placement
 
 Tree = Any
+ELSEWHERE = "it was made so, against the policy"
 
 
 def path_of(path) -> str:
@@ -75,7 +76,7 @@ def placed(policy: Policy, ruled: Placement, sharding: Any, shape: tuple[int, ..
     if not isinstance(sharding, NamedSharding):
         return ruled
     spec = specs.full(sharding.spec, len(shape))
-    return Placement(spec, specs.keep(spec, lambda axis: axis not in policy.axes), ruled.reason or "made so")
+    return Placement(spec, specs.keep(spec, lambda axis: axis not in policy.axes), ruled.reason or ELSEWHERE)
 
 
 @dataclasses.dataclass(frozen=True)
