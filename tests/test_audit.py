@@ -18,8 +18,10 @@ REPLICA = tuple((i, i + 8) for i in range(8))
 BATCH = tuple(tuple(r * 8 + d * 2 + m for r in range(2) for d in range(4)) for m in range(2))
 MODEL = tuple((i, i + 1) for i in range(0, 16, 2))
 NESTED = Leaf("nested", (5, 6, 96, 128), "float32", P(*[None] * 4))
-LEAVES = (NESTED, Leaf("blocks/up", (6, 1024, 4096), "float32", P(None, None, "model")),  Leaf("odd", (333, 777), "float32", P(None, None)))
-PLACES = (Placement(P(None, None, "data", None), P(*[None] * 4)), Placement(P(None, "data", "model"), P(None, None, "model")), Placement(P(None, None), P(None, None), "indivisible"))
+UP, ODD = Leaf("blocks/up", (6, 1024, 4096), "float32", P(None, None, "model")), Leaf("odd", (333, 777), "float32", P(None, None))
+LEAVES = (NESTED, UP, ODD)
+PLACES = (Placement(P(None, None, "data", None), P(*[None] * 4)), Placement(P(None, "data", "model"), P(None, None, "model")),
+          Placement(P(None, None), P(None, None), "indivisible"))
 
 
 def demand(stage=3, accumulate=1, per_device=True, **policy):

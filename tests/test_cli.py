@@ -112,6 +112,8 @@ WRONG = {
     "unknown gpu": (["plan", "{file}", "--topology", "h20:1x8"], ["no GPU 'h20'", "h200"]),
     "impossible topology": (["plan", "{file}", "--topology", "h200:8"], ["hosts x GPUs"]),
     "batch": (["plan", "{file}:fixed", "--topology", "h200:1x5"], ["24 examples", "5"]),
+    "no name": (["show", ":recipe", "--topology", "h200:1x2"], ["names no file or module"]),
+    "half a gpu": (["show", "{file}", "--topology", "{{bad:1x2"], ["no GPU in JSON"]),
     "no such loss": (["plan", "{file}:two", "--topology", "h200:1x2", "--remat", "all"], ["no loss 'all'", "'plain', 'remat'"]),
     "no batch divides": (["advise", "{file}:fixed", "--topology", "h200:1x5"], ["24 examples", "5 devices"]),
 }
@@ -125,6 +127,31 @@ def test_bad_input_is_an_error_with_the_fix(file, capsys, name):
     assert error.startswith("zerojax ") and "Traceback" not in error
     for word in words:
         assert word in error
+
+
+@pytest.mark.parametrize("raised, status, words", [
+    ("ValueError('of the user')", 2, "of the user"), ("KeyboardInterrupt", 130, "interrupted")])
+def test_what_the_users_file_raises_is_no_failed_plan(tmp_path, capsys, raised, status, words):
+    (tmp_path / "broken.py").write_text(f"raise {raised}")
+    assert cli.main(["plan", str(tmp_path / "broken.py"), "--topology", "h200:1x2"]) == status
+    assert words in capsys.readouterr().err
+
+
+def test_a_module_of_the_working_directory(file, capsys, monkeypatch):
+    monkeypatch.chdir(pathlib.Path(file).parent)
+    assert cli.main(["show", "training:two", "--topology", "h200:1x8"]) == 0
+    sys.modules.pop("training")
+
+
+@pytest.mark.parametrize("options", [{"accumulate": (0,)}, {"replica": 2}, {"stages": ()}])
+def test_advise_on_nothing(file, options):
+    with pytest.raises(zj.PolicyError, match=f"advise\\({next(iter(options))}="):
+        advice.advise(recipe.load(file), "h200:1x2", **options)
+
+
+def test_advise_refuses_what_is_not_zero(file):
+    found = advice.advise(recipe.load(f"{file}:contracting"), "h200:1x8", stages=(3,))
+    assert found.best is None and "not ZeRO" in str(found)
 
 
 @pytest.mark.parametrize("change, words", [

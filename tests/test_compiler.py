@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding
@@ -120,6 +121,57 @@ def test_a_batch_that_does_not_divide(zero):
     state = zero.abstract(lambda: {"w": jnp.ones(8)}, optax.sgd(0.1))
     with pytest.raises(zj.BatchError, match="7 examples"):
         step.plan(state, jax.ShapeDtypeStruct((7, 8), jnp.float32))
+
+
+def test_what_is_not_used_keeps_its_place_and_its_key(zero):
+    """jax drops unused inputs from a program; their bytes are there all the same."""
+    loss = lambda params, batch: (batch["x"] @ params["w"]).mean()
+    step, state = zero.train_step(loss, optax.sgd(0.1)), zero.abstract(lambda: {"w": jnp.ones((8, 4))}, optax.sgd(0.1))
+    x, mask = jax.ShapeDtypeStruct((16, 8), jnp.float32), jax.ShapeDtypeStruct((16, 4096), jnp.int32)
+    without, with_mask = step.plan(state, {"x": x}), step.plan(state, {"x": x, "mask": mask})
+    assert with_mask.memory.peak - without.memory.peak == pytest.approx(16 * 4096 * 4 / 2, rel=0.01)
+    assert with_mask.memory.kinds["other arguments and results"] == without.memory.kinds["other arguments and results"]
+
+
+def test_a_numpy_batch_is_counted_as_jax_will_have_it(zero):
+    step = zero.train_step(lambda params, i: params["w"][i].mean(), optax.sgd(0.1))
+    plan = step.plan(zero.abstract(lambda: {"w": jnp.ones((8, 4))}, optax.sgd(0.1)), np.zeros(4096, np.int64))
+    assert plan.memory.kinds["batch"] == 4096 * 4 / 2 and min(plan.memory.kinds.values()) >= 0
+
+
+def test_static_and_python_arguments_stay_what_they_are(zero):
+    state = zero.abstract(lambda: {"w": jnp.ones((64, 64))}, optax.sgd(0.1))
+    step = zero.jit(lambda state, x, lr, way="plain": state.params["w"] * x.sum() * lr if way == "twice" else None,
+                    static_argnames="way", donate=False)
+    plan = step.plan(state, jax.ShapeDtypeStruct((8,), jnp.bfloat16), 0.5, way="twice", cache=False)
+    assert "64" in plan.hlo and plan.memory.kinds["batch"] == 8 * 2 / 2
+
+
+def test_a_state_of_another_mesh_is_an_error(zero):
+    other = zj.Zero(zj.make_mesh(topology="h200:1x4"), min_shard=1)
+    step = zero.train_step(lambda params, x: (x @ params["w"]).mean(), optax.sgd(0.1))
+    state, x = other.abstract(lambda: {"w": jnp.ones((8, 4))}, optax.sgd(0.1)), jax.ShapeDtypeStruct((16, 8), jnp.float32)
+    with pytest.raises(zj.PolicyError, match=r"h200:1x4.*h200:1x2"):
+        step.plan(state, x)
+    with pytest.raises(zj.PolicyError, match="nothing can run on them"):
+        step(state, x)
+    with pytest.raises(zj.BatchError, match="holds no array"):
+        step.plan(state, None)
+
+
+def test_a_state_that_lies_whole_is_not_zeros(zero):
+    """Data parallelism by hand, under a policy of stage 3: right, and no ZeRO."""
+    whole = NamedSharding(zero.mesh, P())
+    state = {"params": {"w": jax.ShapeDtypeStruct((512, 512), jnp.float32, sharding=whole)}}
+
+    def step(state, x):
+        grads = jax.grad(lambda p: (x @ p["w"]).mean())(state["params"])
+        return {"params": jax.tree.map(lambda p, g: p - g, state["params"], grads)}
+
+    plan = zero.plan(jax.jit(step, donate_argnums=0, out_shardings=whole), state, jax.ShapeDtypeStruct((64, 512), jnp.float32))
+    with pytest.raises(zj.PlanError, match=r"1 leaves are whole on every device.*against the policy"):
+        plan.check()
+    assert plan.check(allow="against the policy") is plan
 
 
 def test_what_is_no_jitted_function_or_has_no_params(zero):

@@ -31,7 +31,7 @@ def test_memory_bars_stack_to_the_peak(plan):
 
 
 def test_the_time_line_holds_every_collective_of_a_computation(plan):
-    ax = zj.viz.timeline(plan, "h200:1x2")
+    ax = zj.viz.timeline(plan)
     lanes = [c.get_paths()[0].get_extents() for c in ax.collections]
     network = [box for box in lanes if box.y0 < 1]
     assert len(network) == sum(t.count for t in plan.communication)
@@ -47,6 +47,11 @@ def test_the_time_line_holds_every_collective_of_a_computation(plan):
 ])
 def test_a_leafs_parts_name_their_devices(spec, mesh, parts):
     assert [t.get_text() for t in zj.viz.leaf((8, 16), spec, mesh).texts] == parts
+
+
+def test_a_computation_that_is_none(plan):
+    with pytest.raises(zj.PolicyError, match="nowhere"):
+        zj.viz.timeline(plan, "nowhere")
 
 
 def test_without_matplotlib_the_error_names_the_extra(plan, monkeypatch):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 
-from zerojax.errors import CompileError, PolicyError
+from zerojax.errors import PolicyError, RecipeError, ZeroError
 from zerojax.mesh import make_mesh
 from zerojax.plan import Plan
 from zerojax.policy import Precision
@@ -82,26 +82,32 @@ MIXED = Precision(compute="bfloat16")
 
 
 def advise(recipe: Recipe, topology: str | Topology, *, stages: Iterable[int] = (0, 1, 2, 3),
-           accumulate: Iterable[int] = (1, 2, 4, 8), replica: Iterable[int] | None = None, precision: Precision = MIXED,
+           accumulate: Iterable[int] | None = None, replica: Iterable[int] | None = None, precision: Precision = MIXED,
            min_shard: int = 2**16, cache: bool = True) -> Advice:
     """Compiles a recipe in many ways for a topology, and says which is the fastest that fits.
 
-    Stages that cost more memory and fewer bytes on the wire come first; more microbatches are tried only where fewer do not fit,
-    as they only add to the time. What does not divide is left out. The time is the plan's estimate.
+    Of a batch of fixed size, more microbatches are tried only where fewer do not fit: they save memory, and time in no case. A
+    batch that grows with the cluster grows with the microbatches, too, so that a step costs more and is worth more: each is tried.
+    What does not divide is left out, and what is not ZeRO's (`Plan.check`) is refused. The time is the plan's estimate.
 
     Args:
       recipe: with a dict of losses, each is tried.
       topology: as for `make_mesh`; of one GPU or more.
-      stages, accumulate, replica: what to try. Copies: by default one for all, and one a host.
+      stages, accumulate, replica: what to try. Microbatches: by default 1, 2, 4 and 8 of a fixed batch, 1 of a growing one.
+        Copies: by default one for all, and one a host.
       precision, min_shard: as for `Zero`.
       cache: as for `TrainStep.plan`.
 
     Raises:
-      PolicyError: the topology is none, or nothing that was to be tried divides.
-      ZeroError: what `Zero.abstract` or the step raises in every way.
+      PolicyError: the topology is none, or nothing that was to be tried is possible.
+      RecipeError: no `Recipe`.
     """
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"advise was given a {type(recipe).__name__}; write zj.Recipe(init_fn, loss_fn, tx, batch).")
     topology = Topology.parse(topology) if isinstance(topology, str) else topology
-    accumulate, copies = sorted(accumulate), sorted(replica or {1, topology.hosts})
+    stages = list(stages)
+    accumulate = _counts("accumulate", accumulate or ((1,) if callable(recipe.batch) else (1, 2, 4, 8)))
+    copies = _counts("replica", replica or {1, topology.hosts})
     tried = []
     for stage in stages:
         for copy in copies if stage else (1,):
@@ -109,10 +115,19 @@ def advise(recipe: Recipe, topology: str | Topology, *, stages: Iterable[int] = 
                 choices = [Choice(stage, a, remat, copy) for a in accumulate]
                 tried += _until_fits(recipe, topology, choices, precision, min_shard, cache)
     if not tried:
+        if not stages:
+            raise PolicyError("advise(stages=()): write stages to try, as stages=(2, 3).")
         raise PolicyError(f"advise: the recipe's batch of {_examples(recipe, topology.devices)} examples does not divide over "
                           f"{topology.devices} devices x any of {list(accumulate)} microbatches, with copies of {list(copies)}.")
     fitting = [t for t in tried if not t.refused]
     return Advice(max(fitting, key=lambda t: t.rate, default=None), tuple(tried))
+
+
+def _counts(name: str, given: Iterable[int]) -> list[int]:
+    counts = list(given) if isinstance(given, Iterable) else []
+    if not counts or not all(isinstance(n, int) and n > 0 for n in counts):
+        raise PolicyError(f"advise({name}={given}): write positive integers to try, as {name}=(1, 2).")
+    return sorted(counts)
 
 
 def _until_fits(recipe: Recipe, topology: Topology, choices: Sequence[Choice], precision, min_shard, cache) -> Iterator[Trial]:
@@ -122,13 +137,13 @@ def _until_fits(recipe: Recipe, topology: Topology, choices: Sequence[Choice], p
             continue
         trial = attempt(recipe, topology, choice, precision, min_shard, cache)
         yield trial
-        if not trial.refused:
+        if not trial.refused and not callable(recipe.batch):
             return
 
 
 def _examples(recipe: Recipe, parts: int) -> int:
     """Of a batch; 1, which nothing but one device divides, if its arrays disagree."""
-    sizes = {x.shape[0] for x in jax.tree.leaves(recipe.rows(parts)) if x.shape}
+    sizes = {x.shape[0] for x in jax.tree.leaves(recipe.rows(parts)) if getattr(x, "shape", ())}
     return sizes.pop() if len(sizes) == 1 else 1
 
 
@@ -138,10 +153,12 @@ def attempt(recipe: Recipe, topology: Topology, choice: Choice, precision: Preci
     examples = _examples(recipe, topology.devices * choice.accumulate)
     try:
         plan = plan_of(recipe, topology, choice, precision, min_shard, cache)
-    except CompileError as error:
+    except ZeroError as error:
         return Trial(choice, examples, None, str(error).splitlines()[0])
-    m = plan.memory
-    return Trial(choice, examples, plan, "" if m.fits else f"needs {size(m.peak)} of {size(m.usable or 0)}")
+    m, wrong = plan.memory, [f for f in plan.findings if f.wrong]
+    if not m.fits:
+        return Trial(choice, examples, plan, f"needs {size(m.peak)} of {size(m.usable or 0)}")
+    return Trial(choice, examples, plan, f"not ZeRO: {len(wrong)} findings, {size(sum(f.bytes for f in wrong))}" if wrong else "")
 
 
 def plan_of(recipe: Recipe, topology: str | Topology, choice: Choice, precision: Precision, min_shard: int = 2**16,

@@ -1,5 +1,7 @@
 """The `zerojax` command: what a training run needs, before it is paid for.
 
+Exit status 1 says that a plan does not fit or is not ZeRO's; 2, that something went wrong.
+
     zerojax plan train.py --topology h200:8x8 --stage 3      # one layout, in full; exit status 1 if it is not ZeRO or does not fit
     zerojax advise train.py --topology h200:8x8              # many, the fastest that fits
     zerojax show train.py --topology h200:8x8                # who holds which leaf
@@ -10,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from zerojax import theory
@@ -31,7 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except ZeroError as error:
         print(f"zerojax {args.command}: {error}", file=sys.stderr)
-        return 2
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print(f"zerojax {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except Exception:  # of the user's file: it must not read as a plan that failed
+        traceback.print_exc()
+    return 2
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,7 +53,8 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--replica", type=int, default=1, help="copies of the state (default: %(default)s)")
     plan.add_argument("--stage", type=int, default=3, help="of ZeRO, 0 to 3 (default: %(default)s)")
     plan.add_argument("--remat", help="which of the recipe's losses, if it has several (default: the first)")
-    plan.add_argument("--hlo", metavar="FILE", help="write the compiled program there")
+    plan.add_argument("--hlo", metavar="FILE", type=argparse.FileType("w"), help="write the compiled program there")
+    plan.add_argument("--allow", metavar="REGEX", help="findings that are meant to be, as they read")
     advise = _command(commands, "advise", run_advise, "compiles many layouts; the fastest that fits, by the estimate")
     _recipe(advise)
     show = _command(commands, "show", run_show, "the layout: leaf, shape, spec, bytes per device, why one is whole")
@@ -89,11 +100,10 @@ def run_plan(args) -> int:
     choice = advice.Choice(args.stage, args.accumulate, remat, args.replica)
     plan = advice.plan_of(found, args.topology, choice, _precision(args), args.min_shard, not args.no_cache)
     if args.hlo:
-        with open(args.hlo, "w") as file:
-            file.write(plan.hlo)
+        args.hlo.write(plan.hlo)
     print(json.dumps(plan.to_dict(), indent=1) if args.json else plan)
     try:
-        plan.check()
+        plan.check(args.allow)
     except PlanError as error:
         print(f"zerojax plan: {error}", file=sys.stderr)
         return 1
@@ -127,7 +137,7 @@ def run_show(args) -> int:
 
 def run_theory(args) -> int:
     psi, n = args.params, args.devices
-    if psi <= 0 or n < 1 or args.accumulate < 1:
+    if not 0 < psi < float("inf") or n < 1 or args.accumulate < 1:
         given = f"--params {psi} --devices {n} --accumulate {args.accumulate}"
         print(f"zerojax theory: {given}: write positive numbers.", file=sys.stderr)
         return 2

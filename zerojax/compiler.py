@@ -29,11 +29,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from zerojax import __version__, identity
+from zerojax import identity
 from zerojax import topology as topologies
 from zerojax.errors import CompileError, ModelError
 from zerojax.topology import Topology
 
+FORMAT = 1  # of what is kept on disk: to be raised when the child does something else
 CACHE_VARIABLE = "ZEROJAX_CACHE"
 MEMORY = ("argument", "output", "alias", "temp", "generated_code", "host_argument", "host_output", "host_alias", "host_temp")
 
@@ -77,7 +78,7 @@ def compile(jitted: Any, args: Sequence[Any], kwargs: Mapping[str, Any], mesh: M
     request = {"topology": absent.text, "mesh": list(mesh.shape.items()), "inputs": _inputs(traced, args, kwargs),
                "options": {**topologies.COMPILER_OPTIONS, **options}}
     program, content = _export(jitted, traced, args, kwargs)
-    known = [jax.__version__, __version__, absent.gpu.target(), os.environ.get("XLA_FLAGS")]
+    known = [FORMAT, jax.__version__, absent.gpu.target(), os.environ.get("XLA_FLAGS")]
     what = json.dumps([request, content, known], sort_keys=True)
     path = _cache() / f"{hashlib.sha256(what.encode()).hexdigest()}.json.gz"
     return _elsewhere(program, request, absent, path if cache else None)

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax.errors import BatchError
+from zerojax.errors import BatchError, PolicyError
 from zerojax.policy import Policy
 
 
@@ -49,6 +49,15 @@ def placed(policy: Policy, tree: Any) -> Any:
     return jax.tree.map(place, tree)
 
 
+def check_mesh(policy: Policy, tree: Any) -> None:
+    """Raises `PolicyError` for arrays or shapes that lie over another mesh than the policy's."""
+    for path, x in jax.tree.leaves_with_path(tree):
+        there = getattr(getattr(x, "sharding", None), "mesh", policy.mesh)
+        if there != policy.mesh:
+            raise PolicyError(f"plan was given arrays (at {jax.tree_util.keystr(path)}) over {there}, but the policy is over "
+                              f"{policy.mesh}; make them with the same Zero: zero.abstract(init_fn, tx, ...).")
+
+
 def local_bytes(tree: Any) -> int:
     """Bytes on one device, of arrays or shapes with shardings."""
     size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * (x.dtype.itemsize if hasattr(x.dtype, "itemsize") else 8)
@@ -62,7 +71,8 @@ def spread(policy: Policy, tree: Any) -> Any:
       BatchError: an array does not divide.
     """
     arrays = [x for x in jax.tree.leaves(tree) if getattr(x, "shape", ())]
-    check(policy, arrays)
+    if arrays:
+        check(policy, arrays)
     put = lambda x: jax.lax.with_sharding_constraint(x, sharding(policy)) if getattr(x, "shape", ()) else x
     return jax.tree.map(put, tree)
 

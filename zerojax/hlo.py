@@ -86,6 +86,11 @@ class Instruction:
         found = _TRIPS.search(self.attributes) if self.op == "while" else None
         return int(found[1]) if found else 1
 
+    @property
+    def turns_unknown(self) -> bool:
+        """It is a loop whose count XLA does not know."""
+        return self.op == "while" and not _TRIPS.search(self.attributes)
+
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
         names = _CALLED.findall(self.attributes)

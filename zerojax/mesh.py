@@ -30,6 +30,8 @@ def make_mesh(*, replica: int = 1, devices=None, topology: str | Topology | None
     axes = ("data",) if replica == 1 else ("replica", "data")
     if topology is not None:
         topology = Topology.parse(topology) if isinstance(topology, str) else topology
+        if not isinstance(topology, Topology):
+            raise PolicyError(f'make_mesh(topology={topology!r}): write text, as "h200:8x8", or a zj.Topology.')
         check_installed()
         shape = _shape(replica, topology.devices)
         return AbstractMesh(shape, axes, (AxisType.Auto,) * len(axes), abstract_device=topology.device())
@@ -38,7 +40,7 @@ def make_mesh(*, replica: int = 1, devices=None, topology: str | Topology | None
 
 
 def _shape(replica: int, devices: int) -> tuple[int, ...]:
-    if replica < 1 or devices % replica:
-        raise PolicyError(f"make_mesh(replica={replica}): {devices} devices do not divide into {replica} copies; "
+    if not isinstance(replica, int) or replica < 1 or devices % replica:
+        raise PolicyError(f"make_mesh(replica={replica!r}): {devices} devices do not divide into {replica} copies; "
                           f"write a divisor of {devices}.")
     return (devices,) if replica == 1 else (replica, devices // replica)

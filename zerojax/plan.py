@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import functools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +25,8 @@ from zerojax.memory import Memory
 from zerojax.tables import Sheet, seconds, size
 from zerojax.topology import Topology
 
-SAVED = 0.1  # of the parameters: what is worth a word
+SAVED, COMBINED = 0.3, 0.25  # of all parameters, of the peak: what is worth a word
+WHOLE = 0.1  # of the state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +64,9 @@ class Compute:
     Attributes:
       flops: operations of products, those of rematerialised blocks included; `model_flops`: without them.
       seconds: the step.
-      busy: seconds bound by "compute", by "memory", and waiting for the "network".
-      arithmetic: seconds that `flops` take at the GPU's peak.
-      mfu: model_flops over what the GPU's peak would do in `seconds`.
+      busy: seconds bound by "compute", by "memory", by "launch" of kernels, and waiting for the "network".
+      arithmetic: seconds that `flops` take at the GPU's peak for their dtypes.
+      mfu: seconds that `model_flops` take at that peak, over `seconds`.
     """
 
     flops: float
@@ -76,7 +78,7 @@ class Compute:
 
     @property
     def bound(self) -> str:
-        """What takes most of the time: "compute", "memory" or "network"."""
+        """What takes most of the time, of `busy`."""
         return max(self.busy, key=self.busy.__getitem__)
 
 
@@ -101,6 +103,7 @@ class Plan:
     compute: Compute | None
     findings: tuple[Finding, ...]
     layout: Layout
+    topology: Topology | None
     hlo: str
     figures: Mapping[str, int]
     compile_seconds: float = 0.0
@@ -117,7 +120,13 @@ class Plan:
 
     @functools.cached_property
     def program(self) -> Program:
+        """The program, parsed."""
         return hlo.parse(self.hlo)
+
+    @functools.cached_property
+    def runs(self) -> Mapping[str, schedule.Run]:
+        """By computation: the simulated schedule; empty for devices whose speed is not known."""
+        return schedule.simulate(self.program, speed_of(self.topology), moves.of(self.program)) if self.topology else {}
 
     def check(self, allow: str | None = None) -> "Plan":
         """Itself, if ZeRO explains everything that is communicated, and state lies as it says.
@@ -132,8 +141,8 @@ class Plan:
         if wrong:
             sent = sum(f.bytes for f in wrong if f.instruction)
             rest = f"\n- and {len(wrong) - 10} more: see plan.findings" if len(wrong) > 10 else ""
-            raise PlanError(f"{self.title}: {len(wrong)} findings that ZeRO does not explain; {size(sent)} of the "
-                            f"{size(self.sent)} that each device sends in a step are not its own (ZeRO's would be {size(self.zero_bytes)}):\n"
+            raise PlanError(f"{self.title}: {len(wrong)} findings that ZeRO does not explain; {size(sent)} of the {size(self.sent)}"
+                            f" that each device sends in a step are not its own (ZeRO's would be {size(self.zero_bytes)}):\n"
                             + "\n".join(f"- {f}" for f in wrong[:10]) + rest)
         return self
 
@@ -146,9 +155,10 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it, without the program's text."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("hlo", "layout")}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("hlo", "layout", "topology")}
         plain = json.loads(json.dumps(fields, default=dataclasses.asdict))
-        return plain | {"fits": self.fits, "sent": self.sent, "ok": not any(f.wrong for f in self.findings)}
+        ok = not any(f.wrong for f in self.findings)
+        return plain | {"topology": self.topology and self.topology.text, "fits": self.fits, "sent": self.sent, "ok": ok}
 
     def __str__(self) -> str:
         return tables.text(*self._parts())
@@ -183,13 +193,13 @@ def _memory_sheet(plan: Plan) -> Sheet:
     rows.append(("peak", size(m.peak), verdict))
     if m.host:
         rows.append(("in the host's memory", size(m.host), ""))
-    return Sheet("memory of a device", ("", "compiled", "ZeRO's formula"), tuple(rows))
+    return Sheet("memory of a device, at the fullest moment", ("", "compiled", "ZeRO's formula"), tuple(rows))
 
 
 def _traffic_sheet(plan: Plan) -> Sheet:
     def row(t: Traffic):
         where = ("backward, " if t.backward else "") + (f"in a loop, {t.trips} x" if t.trips > 1 else "once")
-        over = ", ".join(t.axes) if t.axes else "no axis"
+        over = ", ".join(t.axes) if t.axes else "other groups"
         times = ("", "") if t.seconds is None or t.exposed is None else (seconds(t.seconds), seconds(t.exposed))
         return (t.kind, t.dtype, over, where, str(t.count), f"{t.asynchronous}", size(t.bytes), *times)
 
@@ -230,12 +240,10 @@ def read(demand: Demand, layout: Layout, batch_bytes: float, compiled: compiler.
     account = memory.account(demand, layout, batch_bytes, compiled.memory, program, topology and topology.gpu.memory)
     speed = topology and speed_of(topology)
     runs = schedule.simulate(program, speed, found) if speed else {}
-    findings = [*_judged(demand, found), *_notes(demand, layout, compiled, program, found)]
-    plan = Plan(title(demand, topology), account, traffic(demand, found, speed, runs), demand.total(),
-                compute(program, topology, runs) if topology else None, tuple(findings), layout, compiled.text, compiled.memory,
-                compiled.seconds, compiled.cached)
-    plan.__dict__["program"] = program
-    return plan
+    findings = [*_judged(demand, found), *_notes(demand, layout, compiled, account, program, found)]
+    return Plan(title(demand, topology), account, traffic(demand, found, speed, runs), demand.total(),
+                compute(program, topology, runs) if topology else None, tuple(findings), layout, topology, compiled.text,
+                compiled.memory, compiled.seconds, compiled.cached)
 
 
 def _judged(demand: Demand, found: Sequence[Collective]) -> list[Finding]:
@@ -286,17 +294,21 @@ def _row(key, found: list[Collective], speed: schedule.Speed | None, runs: Mappi
 
 
 def compute(program: Program, topology: Topology, runs: Mapping[str, schedule.Run]) -> Compute:
-    flops, model, peak = schedule.total_flops(program), schedule.total_flops(program, recomputed=False), topology.gpu.flops("bf16")
-    run = runs[program.entry]
-    return Compute(flops, model, run.seconds, run.busy, flops / peak, model / peak / run.seconds if run.seconds else 0.0)
+    done, run = schedule.total_flops(program), runs[program.entry]
+    at_peak = lambda again: sum(n / topology.gpu.flops(dtype) for (dtype, redone), n in done.items() if again or not redone)
+    model = sum(n for (_, redone), n in done.items() if not redone)
+    mfu = at_peak(False) / run.seconds if run.seconds else 0.0
+    return Compute(sum(done.values()), model, run.seconds, run.busy, at_peak(True), mfu)
 
 
-def _notes(demand: Demand, layout: Layout, compiled: compiler.Compiled, program: Program, found: Sequence[Collective]):
-    """Findings that are no faults."""
+def _notes(demand: Demand, layout: Layout, compiled: compiler.Compiled, account: Memory, program: Program,
+           found: Sequence[Collective]):
+    """Findings about memory, and about what could not be read; faults only where state was made against the policy."""
     yield from _whole_leaves(layout)
-    yield from _saved_weights(demand, program, found)
+    yield from _saved_weights(demand, account, found)
     yield from _lost_donation(layout, compiled)
-    yield from _combined(compiled, found)
+    yield from _combined(account, found)
+    yield from _unknown_loops(program)
 
 
 def _whole_leaves(layout: Layout):
@@ -307,40 +319,45 @@ def _whole_leaves(layout: Layout):
     for reason, rows in groups.items():
         first = max(rows, key=lambda r: r.bytes)
         kept, against = sum(r.bytes for r in rows), reason == ELSEWHERE
-        if layout.devices > 1 and (against or kept > min(2**20, SAVED * layout.bytes)):
+        if layout.devices > 1 and (against or kept > min(2**20, WHOLE * layout.bytes)):
             yield Finding(f"{len(rows)} leaves are whole on every device, {size(kept)} of it: {reason} (the largest is "
                           f"{first.path}, {first.shape}).", kept, wrong=against)
 
 
-def _saved_weights(demand: Demand, program: Program, found: Sequence[Collective]):
-    """Stage 3: what is gathered forward and not again backward is kept between the passes."""
-    if demand.policy.stage != 3:
-        return
+def _saved_weights(demand: Demand, account: Memory, found: Sequence[Collective]):
+    """Stage 3: much of the gathered weights alive at once, in a program with a backward pass."""
     gathers = [c for c in found if c.kind == "all-gather"]
-    forward, backward = (sum(c.bytes * c.trips for c in gathers if c.backward == b) / demand.accumulate for b in (False, True))
-    whole = sum(leaf.size for leaf, _ in demand.sharded) * memory.ITEMSIZE[demand.policy.precision.computes]
-    if whole and forward - backward > SAVED * whole:
-        first = max((c for c in gathers if not c.backward), key=lambda c: c.bytes * c.trips)
-        yield Finding(f"{size(forward - backward)} of gathered weights are kept for the backward pass (the most by "
-                      f"{first.name}). A block under nn.remat(Block, policy=zj.policies.regather()) gathers them again.",
-                      forward - backward, first.name, first.source)
+    whole = sum(math.prod(demand.local(*pair)) for pair in demand.sharded) * memory.ITEMSIZE[demand.policy.precision.computes]
+    alive = account.kinds["gathered parameters"]
+    if demand.policy.stage == 3 and gathers and any(c.backward for c in found) and alive > SAVED * whole:
+        first = max(gathers, key=lambda c: c.bytes * c.trips)
+        yield Finding(f"{size(alive)} of gathered weights, of {size(whole)} in all, are alive at once (the most by {first.name}). "
+                      "Those of a repeating block are gathered again for the backward pass, in place of kept, if it is under "
+                      "nn.remat(Block, policy=zj.policies.regather()).", alive, first.name, first.source)
 
 
 def _lost_donation(layout: Layout, compiled: compiler.Compiled):
-    kept, given = compiled.memory["alias"] + compiled.memory["host_alias"], layout.bytes
-    if kept < 0.98 * given - 2**16:
+    """A new state that does not take the old one's place; functions that return none, as evaluation, have nothing to donate."""
+    m, given = compiled.memory, layout.bytes
+    kept, made = m["alias"] + m["host_alias"], m["output"] + m["host_output"]
+    if made > 0.5 * given and kept < 0.98 * given - 2**16:
         yield Finding(f"only {size(kept)} of the {size(given)} of state are updated in place: donate the state (zero.jit does) and "
                       "return one of the same shapes, dtypes and shardings.", given - kept)
 
 
-def _combined(compiled: compiler.Compiled, found: Sequence[Collective]):
-    """One gather of several arrays holds them all at once."""
-    joined = [c for c in found if c.kind == "all-gather" and len(c.shapes) > 1 and c.bytes > 0.25 * compiled.memory["temp"]]
-    for c in joined:
-        largest = max(s.bytes for s in c.shapes)
-        yield Finding(f"{c.name} gathers {len(c.shapes)} arrays at once, {size(c.bytes)} (the largest is {size(largest)}) of "
-                      f"{size(compiled.memory['temp'])} of temporaries; "
-                      f"compiler_options={{'xla_gpu_all_gather_combine_threshold_bytes': {largest}}} keeps them apart.",
-                      c.bytes, c.name, c.source)
+def _combined(account: Memory, found: Sequence[Collective]):
+    """One gather of several arrays holds them all at once: told where that is much of all there is."""
+    joined = [c for c in found if c.kind == "all-gather" and len(c.shapes) > 1]
+    first = max(joined, key=lambda c: c.bytes, default=None)
+    if first and first.bytes > COMBINED * account.peak:
+        largest = max(s.bytes for s in first.shapes)
+        option = f"compiler_options={{'xla_gpu_all_gather_combine_threshold_bytes': {largest}}}"
+        yield Finding(f"{first.name} gathers {len(first.shapes)} arrays at once, {size(first.bytes)} (the largest {size(largest)}) "
+                      f"of a peak of {size(account.peak)}; {option} keeps them apart.", first.bytes, first.name, first.source)
 
 
+def _unknown_loops(program: Program):
+    loops = [i.name for name, body in program.computations.items() if program.times[name] for i in body if i.turns_unknown]
+    if loops:
+        yield Finding(f"how often {', '.join(loops[:3])} turns is not known before it runs: what is in it is counted once, in "
+                      "bytes sent, operations and time.", 0.0, loops[0])

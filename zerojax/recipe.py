@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import pathlib
@@ -92,7 +93,9 @@ def load(where: str) -> Recipe:
     Raises:
       RecipeError: no such file, module or name, or one that is no `Recipe`.
     """
-    place, _, name = where.partition(":")
+    place, _, name = where.rpartition(":") if ":" in where else (where, "", "")
+    if not place or place.startswith("."):
+        raise RecipeError(f"{where!r} names no file or module; write train.py, package.module, or either with :name.")
     module = _import(place)
     found = getattr(module, name or DEFAULT, None)
     if isinstance(found, Recipe):
@@ -108,10 +111,11 @@ def _import(place: str):
     path = pathlib.Path(place)
     if path.suffix == ".py" or path.is_file():
         return _execute(path)
+    sys.path.insert(0, "")  # as `python -m` does
     try:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
-        if error.name is None or not place.startswith(error.name):
+        if error.name is None or not f"{place}.".startswith(f"{error.name}."):
             raise
         raise RecipeError(f"there is neither a file nor a module {place!r}; write a path, as train.py, or a module that Python "
                           "can import from here.") from None
@@ -121,7 +125,8 @@ def _execute(path: pathlib.Path):
     if not path.is_file():
         raise RecipeError(f"there is no file {str(path)!r}.")
     sys.path.insert(0, str(path.parent.resolve()))  # as `python file.py` does
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path.resolve())
+    loader = importlib.machinery.SourceFileLoader(f"recipe_{path.stem}", str(path.resolve()))
+    spec = importlib.util.spec_from_file_location(loader.name, path.resolve(), loader=loader)
     if spec is None or spec.loader is None:
         raise RecipeError(f"{str(path)!r} is no Python file.")
     module = importlib.util.module_from_spec(spec)

@@ -12,9 +12,9 @@ from zerojax import cost
 from zerojax.collectives import Collective
 from zerojax.hlo import Instruction, Program
 
-PRODUCTS, MEMORY, LINKS, LAUNCH = 0.7, 0.85, 0.8, 2e-6
+PRODUCTS, MEMORY, LINKS, LAUNCH, LATENCY = 0.7, 0.85, 0.8, 2e-6, 10e-6
 ASSUMPTIONS = (f"products at {PRODUCTS:.0%} of the GPU's dense peak, memory at {MEMORY:.0%} and links at {LINKS:.0%} of theirs, "
-               f"{LAUNCH * 1e6:.0f} us a kernel, collectives one at a time")
+               f"{LAUNCH * 1e6:.0f} us a kernel, {LATENCY * 1e6:.0f} us a collective, these one at a time")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Run:
 
     Attributes:
       seconds: all of it.
-      busy: seconds by "compute" (bound by operations), "memory" (by bytes) and "network" (exposed: nothing else runs).
+      busy: seconds by "compute" (bound by operations), "memory" (by bytes), "launch" of kernels, and "network" (exposed:
+        nothing else runs).
       spans: of this computation alone, loops as one span.
       exposed: seconds each collective keeps the rest waiting, once, by name.
       beside: of each collective, names of what runs while it does.
@@ -65,7 +66,7 @@ def transfer(speed: Speed, c: Collective) -> float:
     group = c.groups[0] if c.groups else (0,)
     here = max(collections.Counter(d // speed.per_host for d in group).values())
     rate = speed.link if here == len(group) else min(speed.link, speed.network * here)
-    return c.wire_bytes / c.trips / (rate * LINKS) + 5 * LAUNCH
+    return c.wire_bytes / c.trips / (rate * LINKS) + LATENCY
 
 
 def simulate(program: Program, speed: Speed, found: tuple[Collective, ...]) -> dict[str, Run]:
@@ -87,7 +88,7 @@ class _Clock:
     def __init__(self, program: Program, name: str, speed: Speed, known: Mapping[str, Collective], run: Callable[[str], Run]):
         self.program, self.name, self.speed, self.known, self.run = program, name, speed, known, run
         self.now = self.network = 0.0
-        self.busy = {"compute": 0.0, "memory": 0.0, "network": 0.0}
+        self.busy: dict[str, float] = {"compute": 0.0, "memory": 0.0, "launch": 0.0, "network": 0.0}
         self.spans, self.exposed, self.open, self.beside = [], {}, {}, {}
 
     def all(self) -> Run:
@@ -135,15 +136,19 @@ class _Clock:
         products = sum(n / (self.speed.flops(t) * PRODUCTS) for (t, _), n in cost.flops(self.program, inst, self.name).items())
         memory = cost.touched(self.program, inst, self.name) / (self.speed.bandwidth * MEMORY)
         of = "compute" if products > memory else "memory"
-        seconds = max(products, memory) + LAUNCH
-        self.busy[of] += seconds
-        self._advance(inst.name, of, seconds)
+        self.busy[of] += max(products, memory)
+        self.busy["launch"] += LAUNCH
+        self._advance(inst.name, of, max(products, memory) + LAUNCH)
 
 
-def total_flops(program: Program, recomputed: bool = True) -> float:
-    """Operations of one execution, on one device; those that a rematerialised block does again, only if asked for."""
-    return sum(n * program.times[name] for name in _executed(program) for inst in program.computations[name]
-               for (_, again), n in cost.flops(program, inst, name).items() if recomputed or not again)
+def total_flops(program: Program) -> collections.Counter:
+    """Operations of one execution, on one device, by (dtype, whether a rematerialised block does them again)."""
+    total = collections.Counter()
+    for name in _executed(program):
+        for inst in program.computations[name]:
+            for key, n in cost.flops(program, inst, name).items():
+                total[key] += n * program.times[name]
+    return total
 
 
 def _executed(program: Program) -> list[str]:

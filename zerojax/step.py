@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from zerojax import data, gradients, layout, plan, specs
@@ -114,6 +115,9 @@ class TrainStep:
         self._pending, self._last = collections.deque(), None
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        if isinstance(self.policy.mesh, AbstractMesh):
+            raise PolicyError("train_step over GPUs that are not there: nothing can run on them. Write step.plan(state, batch), or "
+                              "take a mesh of devices: zj.make_mesh().")
         self._raise_if_stuck(state)
         state, metrics = self._jitted(state, batch)
         if self.max_skipped and not isinstance(metrics["skipped"], Tracer):
@@ -140,6 +144,8 @@ class TrainStep:
           BatchError, LossError, PolicyError: as the step would.
         """
         _check_state(state)
+        data.check(self.policy, batch, self.accumulate)
+        data.check_mesh(self.policy, (state, batch))
         batch = data.placed(self.policy, batch)
         places = jax.tree.leaves(states.lying(self.policy, state).params, is_leaf=lambda x: isinstance(x, specs.Placement))
         demand = Demand(self.policy, state.model.leaves, tuple(places), self.accumulate, self._per_device(state, batch))

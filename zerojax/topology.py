@@ -116,6 +116,8 @@ class Topology:
     per_host: int
 
     def __post_init__(self):
+        if not isinstance(self.gpu, Gpu):
+            raise PolicyError(f"Topology(gpu={self.gpu!r}): write one of zerojax.topology.GPUS, or Topology.parse(\"h200:8x8\").")
         for name in ("hosts", "per_host"):
             n = getattr(self, name)
             if not isinstance(n, int) or n < 1:
@@ -164,8 +166,11 @@ class Topology:
 
 
 def _gpu(text: str) -> Gpu:
-    fields = json.loads(text)
-    return Gpu(**{**fields, "cc": tuple(fields["cc"])})
+    try:
+        fields = json.loads(text)
+        return Gpu(**{**fields, "cc": tuple(fields["cc"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise PolicyError(f"topology: {text!r} is no GPU in JSON ({error}); write one of {', '.join(GPUS)}.") from None
 
 
 def check_installed() -> None:

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 
 from zerojax import collectives as moves
-from zerojax import schedule
-from zerojax.errors import MissingExtraError
-from zerojax.plan import Plan, speed_of
-from zerojax.topology import Topology
+from zerojax.errors import MissingExtraError, PolicyError
+from zerojax.plan import Plan
 
 COLORS = {"parameters": "#3b6fb6", "optimizer state": "#7fa8d9", "model state": "#b5cbe6", "batch": "#c9c9c9",
           "other arguments and results": "#8f8f8f", "gathered parameters": "#e07b39", "gradients": "#d9b23d",
@@ -62,16 +60,19 @@ def _unit(most: float) -> tuple[float, str]:
     return next(((2**p, name) for p, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")) if most >= 2**p), (1, "bytes"))
 
 
-def timeline(plan: Plan, topology: str | Topology, computation: str | None = None, ax: Any = None):
+def timeline(plan: Plan, computation: str | None = None, ax: Any = None):
     """What runs when, by the plan's estimate: products and memory-bound work in one lane, collectives in the other.
 
     Args:
-      topology: that the plan was made for.
-      computation: of the program: the entry, or a loop's body; None is the one whose collectives send the most.
+      computation: of the program: the entry, or a loop's body (`plan.runs` has them); None is the one whose collectives send
+        the most.
+
+    Raises:
+      PolicyError: the program has no such computation, or the plan is for devices whose speed is not known.
     """
-    topology = Topology.parse(topology) if isinstance(topology, str) else topology
-    found = moves.of(plan.program)
-    runs = schedule.simulate(plan.program, speed_of(topology), found)
+    found, runs = moves.of(plan.program), plan.runs
+    if not runs or (computation or plan.program.entry) not in runs:
+        raise PolicyError(f"viz.timeline(computation={computation!r}): what was simulated is {', '.join(runs) or 'nothing'}.")
     sent = lambda name: sum(c.wire_bytes for c in found if c.computation == name)
     computation = computation or max(runs, key=sent)
     ax = _axes(ax, (9, 2.4))

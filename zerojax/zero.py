@@ -212,18 +212,29 @@ class Zero(Policy):
           ModelError: `state` has no params.
           CompileError: the compiler failed, with its last lines.
         """
+        data.check_mesh(self, (state, args, kwargs))
+        if isinstance(fn, TrainStep):
+            return fn.plan(state, *args, cache=cache)
         fn = fn.of(state) if isinstance(fn, loop.Jitted) else fn
         if not hasattr(fn, "trace"):
             raise ModelError(f"zero.plan takes a jitted function, not {fn!r}; write zero.plan(jax.jit(fn), state, ...).")
-        places = dict(zip((leaf.path for leaf in layout.describe(state)), self._places(state), strict=True))
-        leaves, _ = self._ruled(_shapes(state))
+        leaves, places = self._params(state)
         if not leaves:
             raise ModelError(f"zero.plan was given a state ({type(state).__name__}) without params; ZeRO is about parameters: "
                              "give a state with an attribute or key `params`.")
-        demand = Demand(self, tuple(leaves), tuple(places[f"params/{leaf.path}"] for leaf in leaves), accumulate, False)
+        demand = Demand(self, leaves, places, accumulate, False)
         args, kwargs = data.placed(self, args), data.placed(self, kwargs)
         return plan.make(demand, self.layout(state), data.local_bytes((args, kwargs)), fn, (state, *args), kwargs,
                          compiler_options or {}, cache=cache)
+
+    def _params(self, state) -> tuple[tuple[Leaf, ...], tuple[Placement, ...]]:
+        """Of a state: its parameters, and where they lie."""
+        if isinstance(state, TrainState):
+            places = jax.tree.leaves(states.lying(self, state).params, is_leaf=lambda x: isinstance(x, Placement))
+            return state.model.leaves, tuple(places)
+        leaves, _ = self._ruled(_shapes(state))
+        places = dict(zip((leaf.path for leaf in layout.describe(state)), self._places(state), strict=True))
+        return tuple(leaves), tuple(places[f"params/{leaf.path}"] for leaf in leaves)
 
     def batch_sharding(self) -> NamedSharding:
         """Of a batch: its first dimension over every device."""
