@@ -146,12 +146,12 @@ def _foreign(demand: Demand, c: Collective, s: Shape) -> str:
 
 
 def _foreign_reduction(demand: Demand, c: Collective, s: Shape, sharded: list[Leaf], axes: set[str]) -> str:
-    if c.op_name and not c.differentiated and not c.ours:
-        return "it is outside of the loss and its gradient: the optimizer (or what else the step does) communicates"
     if axes == {demand.policy.replica_axis}:
         return "" if s.elements <= _whole(demand) + _shards(demand) else "only shards of gradients are summed over the copies"
     if s.elements <= _whole(demand):
         return ""
+    if c.op_name and not c.differentiated and not c.ours:
+        return "it is outside of the loss and its gradient: the optimizer (or what else the step does) communicates"
     computes = HLO_NAMES[demand.policy.precision.computes]
     cast = (f"; or the model computes in {s.dtype} where Precision(compute=...) says {computes}, and the cast keeps XLA from "
             "reducing to shards: give its layers that dtype, or return zj.Loss" if c.backward and s.dtype != computes else "")
@@ -232,7 +232,7 @@ def _excess(demand: Demand, pairs: list[tuple[Collective, Shape]], most: float) 
     while left and total > SLACK * most:
         c, s = left.pop()
         total -= s.elements * c.trips
-        why = (f"of arrays of this shape, {often} in stage {demand.policy.stage} with {demand.accumulate} microbatches: an "
+        why = (f"of arrays of this shape, {often} in stage {demand.policy.stage} with {demand.accumulate} microbatch(es): an "
                "activation of a parameter's shape, or a weight that is read twice, in a loop which does not slice it, or in a "
                "block rematerialised within another")
         odd.append(_finding(demand, c, s, why))

@@ -53,7 +53,7 @@ class Collective:
     @property
     def differentiated(self) -> bool:
         """It belongs to the loss or its gradient."""
-        return "jvp(" in self.op_name or "transpose(" in self.op_name or "vmap(" in self.op_name
+        return "jvp(" in self.op_name or "transpose(" in self.op_name
 
     @property
     def size(self) -> int:
