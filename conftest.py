@@ -1,6 +1,8 @@
 """Eight CPU devices (ten for the test of dimensions that do not divide), strict promotion, one compilation cache a run."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -9,7 +11,9 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the GPU compile
 import jax
 
 CACHE = os.path.join(tempfile.gettempdir(), f"zerojax-tests-{os.getuid()}")
-os.environ["ZEROJAX_CACHE"] = os.path.join(CACHE, "plans")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # one for this run and all its workers
+    os.environ["ZEROJAX_CACHE"] = tempfile.mkdtemp(prefix="zerojax-plans-")
+    atexit.register(shutil.rmtree, os.environ["ZEROJAX_CACHE"], ignore_errors=True)
 jax.config.update("jax_num_cpu_devices", 10)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.path.join(CACHE, jax.__version__))

@@ -105,4 +105,4 @@ def test_of_two_of_a_shape_the_foreign_one_is_named():
 def test_the_total_is_shards_copies_and_leaves_left_whole():
     size, whole = 6 * 1024 * 2048 + 5 * 6 * 96 * 128, 333 * 777
     sent = size * (2 * 2 + 4) * 3 / 4 + 2 * 1 / 2 * size / 4 * 4 + 2 * whole * 4 * 7 / 8
-    assert demand().total() == pytest.approx(sent)
+    assert demand().total == pytest.approx(sent)

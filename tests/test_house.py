@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "zerojax"
 STAIRS = ["errors", "tables", "policy", "specs", "layout", "theory", "hlo", "collectives", "cost", "schedule", "liveness",
           # vocabulary, arithmetic
           "identity", "topology", "mesh", "compiler",  # placement
-          "audit", "memory", "plan",  # foresight
+          "audit", "memory", "notes", "plan",  # foresight
           "gather", "box", "census", "linen", "nnx", "tree",  # mechanism
           "loss", "scale", "data", "gradients", "state", "step", "loop",  # training
           "policies", "zero", "recipe", "advice", "viz", "cli", "__main__", "__init__"]  # edges

@@ -7,11 +7,12 @@ merge or split them. Axes that ZeRO does not use (tensor parallelism) are the mo
 
 import collections
 import dataclasses
+import functools
 import itertools
 import linecache
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jax.sharding import PartitionSpec as P
 
@@ -52,6 +53,26 @@ class Demand:
         axes = [specs.axes_of(P(entry)) for entry in place.whole]
         return tuple(d // math.prod(self.policy.mesh.shape[a] for a in on) for d, on in zip(leaf.shape, axes, strict=True))
 
+    @functools.cached_property
+    def known(self) -> dict[int, list[tuple[tuple[int, ...], Leaf, int]]]:
+        """By their number of elements: dimensions that a sharded parameter, or a layer of a stack of them or of a stack of stacks,
+        has on one device; with the parameter and its size there."""
+        found = collections.defaultdict(list)
+        for leaf, place in self.sharded:
+            dims = self.local(leaf, place)
+            stacks = [i for i, (at_rest, whole) in enumerate(zip(place.spec, place.whole, strict=True)) if at_rest == whole]
+            slices = {tuple(sorted(d for i, d in enumerate(dims) if i not in sliced and d != 1))
+                      for n in range(3) for sliced in itertools.combinations(stacks, n)}
+            for one in slices:
+                found[math.prod(one)].append((one, leaf, math.prod(dims)))
+        return found
+
+    def owners(self, s: Shape) -> dict[Leaf, int]:
+        """The sharded parameters that an array may be of, each with its size on one device."""
+        dims = _key(s.dims)
+        return {leaf: size for one, leaf, size in self.known.get(s.elements, ()) if _alike(one, dims)}
+
+    @functools.cached_property
     def total(self) -> float:
         """Bytes each device sends in a step, by theory, shards and copies."""
         p, bits = self.policy, {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -114,7 +135,7 @@ def collectives_of(demand: Demand, found: Sequence[Collective]) -> list[Finding]
 
 
 def _small(demand: Demand, c: Collective, s: Shape) -> bool:
-    return s.bytes <= SMALL and c.wire(s) <= max(TINY, 0.01 * demand.total())
+    return s.bytes <= SMALL and c.wire(s) <= max(TINY, 0.01 * demand.total)
 
 
 def _over_ours(demand: Demand, c: Collective) -> bool:
@@ -128,7 +149,7 @@ def _foreign(demand: Demand, c: Collective, s: Shape) -> str:
     if c.kind in ("all-to-all", "collective-permute"):
         return ("ZeRO moves nothing this way: an array changes its layout between devices, as when a batch is reshaped into "
                 "microbatches (train_step(accumulate=...) splits it without) or a table is read by what other devices hold")
-    sharded = [leaf for leaf, place in demand.sharded if _is_of(demand, leaf, place, s)]
+    sharded = demand.owners(s)
     if c.kind == "all-reduce":
         return _foreign_reduction(demand, c, s, sharded, axes)
     if not sharded:
@@ -145,7 +166,7 @@ def _foreign(demand: Demand, c: Collective, s: Shape) -> str:
     return ""
 
 
-def _foreign_reduction(demand: Demand, c: Collective, s: Shape, sharded: list[Leaf], axes: set[str]) -> str:
+def _foreign_reduction(demand: Demand, c: Collective, s: Shape, sharded: Mapping[Leaf, int], axes: set[str]) -> str:
     if axes == {demand.policy.replica_axis}:
         return "" if s.elements <= _whole(demand) + _shards(demand) else "only shards of gradients are summed over the copies"
     if s.elements <= _whole(demand):
@@ -174,27 +195,14 @@ def _shards(demand: Demand) -> float:
     return sum(math.prod(demand.local(leaf, place)) for leaf, place in demand.sharded) / demand.policy.shards
 
 
-def _parts(demand: Demand, leaf: Leaf, place: Placement):
-    """A parameter's dimensions, and those of one layer where it may be a stack of them, or a stack of stacks."""
-    dims = demand.local(leaf, place)
-    stacks = [i for i, (at_rest, whole) in enumerate(zip(place.spec, place.whole, strict=True)) if at_rest == whole]
-    for n in range(3):
-        for sliced in itertools.combinations(stacks, n):
-            yield tuple(d for i, d in enumerate(dims) if i not in sliced)
-
-
-def _is_of(demand: Demand, leaf: Leaf, place: Placement, s: Shape) -> bool:
-    return any(_alike(dims, s.dims) for dims in _parts(demand, leaf, place))
-
-
 def _key(dims: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(d for d in dims if d != 1))
 
 
-def _alike(a: Sequence[int], b: Sequence[int]) -> bool:
-    """Whether one is the other with dimensions merged, in any order."""
-    a, b = _key(a), _key(b)
-    return math.prod(a) == math.prod(b) and (_merges(a, b) or _merges(b, a))
+@functools.lru_cache(maxsize=4096)
+def _alike(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether of two sorted shapes of one size, one is the other with dimensions merged."""
+    return _merges(a, b) or _merges(b, a)
 
 
 def _merges(parts: tuple[int, ...], wholes: tuple[int, ...]) -> bool:
@@ -246,7 +254,7 @@ def _most(demand: Demand, c: Collective, shape: Shape) -> float:
         again = 1 if demand.per_device else 2  # with one loss, XLA reduces each use of a tied weight
         return demand.accumulate * (again * _whole(demand) + (_shards(demand) if p.replicas > 1 else 0))
     count = demand.wire.gathered if c.kind == "all-gather" else demand.wire.reduced
-    return count * sum(math.prod(demand.local(leaf, place)) for leaf, place in demand.sharded if _is_of(demand, leaf, place, shape))
+    return count * sum(demand.owners(shape).values())
 
 
 def _finding(demand: Demand, c: Collective, s: Shape, why: str) -> Finding:

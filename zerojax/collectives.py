@@ -154,8 +154,7 @@ def _collective(program: Program, inst: Instruction, computation: str) -> Collec
     which, asynchronous = inst.op.removesuffix("-start"), inst.op.endswith("-start")
     whole = inst.shapes
     if asynchronous:  # the start's shape lists operands as well; the done's lists what comes out
-        whole = next((i.shapes for i in program.computations[computation]
-                      if i.op == f"{which}-done" and inst.name in i.operands), whole)
+        whole = next((i.shapes for i in program.users[computation].get(inst.name, ()) if i.op == f"{which}-done"), whole)
     spelled = _SPELLING.search(inst.attributes)
     grouped = groups(spelled[0] if spelled else "", program.devices)
     if which == "reduce-scatter":  # shards come out; the sum was over arrays as large as the group

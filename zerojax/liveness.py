@@ -15,6 +15,7 @@ GATHERED, GRADIENTS, OTHER = "gathered", "gradients", "other"
 _VIEWS = {"bitcast", "opt-barrier", "get-tuple-element", "after-all"}
 _REDUCTIONS = {"reduce-scatter", "all-reduce", "reduce-scatter-start", "all-reduce-start"}
 _GATHERS = {"all-gather", "all-gather-start"}
+NOTHING = collections.Counter()
 _ENTERED = {"while", "call", "conditional"}
 
 
@@ -78,7 +79,8 @@ class _Body:
         into = _updated(self.program, inst)
         shapes = inst.shapes
         if inst.op.endswith("-start"):  # its type lists the operands first; the done's, what comes out
-            shapes = next((i.shapes for i in self.body if i.op.endswith("-done") and inst.name in i.operands), shapes)
+            users = self.program.users[self.name].get(inst.name, ())
+            shapes = next((i.shapes for i in users if i.op.endswith("-done")), shapes)
         made = [Buffer(s.bytes) if i is None or not isinstance(operands[i], Buffer) else operands[i]
                 for s, i in zip(shapes, into + [None] * (len(shapes) - len(into)), strict=False)]
         return made[0] if len(made) == 1 else tuple(made)
@@ -140,16 +142,17 @@ class _Body:
                 last[b] = i
         if self.root:
             last.update(dict.fromkeys(_flat(self.values[self.root.name]), len(self.body)))
-        alive, most = set(), collections.Counter()
+        seen, now, most, ends = set(), collections.Counter(), collections.Counter(), collections.defaultdict(list)
         for i, inst in enumerate(self.body):
-            alive |= {b for b in _flat(self.values[inst.name]) if last.get(b, i) >= i}
-            now = collections.Counter()
-            for b in alive:
+            for b in set(_flat(self.values[inst.name])) - seen:
+                seen.add(b)
                 now[b.kind] += b.bytes
-            now += max((body.fullest() for body in self.inner.get(inst.name, ())), key=lambda c: c.total(),
-                       default=collections.Counter())
-            most = max(most, now, key=lambda c: c.total())
-            alive = {b for b in alive if last.get(b, i) > i}
+                ends[last.get(b, i)].append(b)
+            inner = max((body.fullest() for body in self.inner.get(inst.name, ())), key=lambda c: c.total(), default=NOTHING)
+            if now.total() + inner.total() > most.total():
+                most = now + inner
+            for b in ends.pop(i, ()):
+                now[b.kind] -= b.bytes
         return most
 
     def _used(self, inst: Instruction) -> Iterator[Buffer]:

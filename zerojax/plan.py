@@ -7,26 +7,22 @@ import collections
 import dataclasses
 import functools
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
-from zerojax import audit, compiler, hlo, memory, schedule, tables
+from zerojax import audit, compiler, hlo, memory, notes, schedule, tables
 from zerojax import collectives as moves
 from zerojax.audit import Demand, Finding
 from zerojax.collectives import Collective
 from zerojax.errors import PlanError
 from zerojax.hlo import Program
-from zerojax.layout import ELSEWHERE, Layout
+from zerojax.layout import Layout
 from zerojax.memory import Memory
 from zerojax.tables import Sheet, seconds, size
 from zerojax.topology import Topology
-
-SAVED, COMBINED = 0.3, 0.25  # of all parameters, of the peak: what is worth a word
-WHOLE = 0.1  # of the state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,9 +166,9 @@ class Plan:
 
     def _parts(self) -> list:
         sheets = [_memory_sheet(self), _traffic_sheet(self)]
-        notes = [_time(self.compute)] if self.compute else []
-        notes += [("! " if f.wrong else "- ") + str(f) for f in self.findings]
-        return [self.title, *(s.table() for s in sheets), *notes]
+        lines = [_time(self.compute)] if self.compute else []
+        lines += [("! " if f.wrong else "- ") + str(f) for f in self.findings]
+        return [self.title, *(s.table() for s in sheets), *lines]
 
 
 def _summary(plan: Plan) -> dict[str, tuple[float, Any]]:
@@ -240,8 +236,8 @@ def read(demand: Demand, layout: Layout, batch_bytes: float, compiled: compiler.
     account = memory.account(demand, layout, batch_bytes, compiled.memory, program, topology and topology.gpu.memory)
     speed = topology and speed_of(topology)
     runs = schedule.simulate(program, speed, found) if speed else {}
-    findings = [*_judged(demand, found), *_notes(demand, layout, compiled, account, program, found)]
-    return Plan(title(demand, topology), account, traffic(demand, found, speed, runs), demand.total(),
+    findings = [*_judged(demand, found), *notes.of(demand, layout, compiled.memory, account, program, found)]
+    return Plan(title(demand, topology), account, traffic(demand, found, speed, runs), demand.total,
                 compute(program, topology, runs) if topology else None, tuple(findings), layout, topology, compiled.text,
                 compiled.memory, compiled.seconds, compiled.cached)
 
@@ -299,65 +295,3 @@ def compute(program: Program, topology: Topology, runs: Mapping[str, schedule.Ru
     model = sum(n for (_, redone), n in done.items() if not redone)
     mfu = at_peak(False) / run.seconds if run.seconds else 0.0
     return Compute(sum(done.values()), model, run.seconds, run.busy, at_peak(True), mfu)
-
-
-def _notes(demand: Demand, layout: Layout, compiled: compiler.Compiled, account: Memory, program: Program,
-           found: Sequence[Collective]):
-    """Findings about memory, and about what could not be read; faults only where state was made against the policy."""
-    yield from _whole_leaves(layout)
-    yield from _saved_weights(demand, account, found)
-    yield from _lost_donation(layout, compiled)
-    yield from _combined(account, found)
-    yield from _unknown_loops(program)
-
-
-def _whole_leaves(layout: Layout):
-    groups = collections.defaultdict(list)
-    for row in layout.whole:
-        if "stage 0" not in row.reason and row.path.split("/")[0] in memory.KINDS:
-            groups[row.reason].append(row)
-    for reason, rows in groups.items():
-        first = max(rows, key=lambda r: r.bytes)
-        kept, against = sum(r.bytes for r in rows), reason == ELSEWHERE
-        if layout.devices > 1 and (against or kept > min(2**20, WHOLE * layout.bytes)):
-            yield Finding(f"{len(rows)} leaves are whole on every device, {size(kept)} of it: {reason} (the largest is "
-                          f"{first.path}, {first.shape}).", kept, wrong=against)
-
-
-def _saved_weights(demand: Demand, account: Memory, found: Sequence[Collective]):
-    """Stage 3: much of the gathered weights alive at once, in a program with a backward pass."""
-    gathers = [c for c in found if c.kind == "all-gather"]
-    whole = sum(math.prod(demand.local(*pair)) for pair in demand.sharded) * memory.ITEMSIZE[demand.policy.precision.computes]
-    alive = account.kinds["gathered parameters"]
-    if demand.policy.stage == 3 and gathers and any(c.backward for c in found) and alive > SAVED * whole:
-        first = max(gathers, key=lambda c: c.bytes * c.trips)
-        yield Finding(f"{size(alive)} of gathered weights, of {size(whole)} in all, are alive at once (the most by {first.name}). "
-                      "Those of a repeating block are gathered again for the backward pass, in place of kept, if it is under "
-                      "nn.remat(Block, policy=zj.policies.regather()).", alive, first.name, first.source)
-
-
-def _lost_donation(layout: Layout, compiled: compiler.Compiled):
-    """A new state that does not take the old one's place; functions that return none, as evaluation, have nothing to donate."""
-    m, given = compiled.memory, layout.bytes
-    kept, made = m["alias"] + m["host_alias"], m["output"] + m["host_output"]
-    if made > 0.5 * given and kept < 0.98 * given - 2**16:
-        yield Finding(f"only {size(kept)} of the {size(given)} of state are updated in place: donate the state (zero.jit does) and "
-                      "return one of the same shapes, dtypes and shardings.", given - kept)
-
-
-def _combined(account: Memory, found: Sequence[Collective]):
-    """One gather of several arrays holds them all at once: told where that is much of all there is."""
-    joined = [c for c in found if c.kind == "all-gather" and len(c.shapes) > 1]
-    first = max(joined, key=lambda c: c.bytes, default=None)
-    if first and first.bytes > COMBINED * account.peak:
-        largest = max(s.bytes for s in first.shapes)
-        option = f"compiler_options={{'xla_gpu_all_gather_combine_threshold_bytes': {largest}}}"
-        yield Finding(f"{first.name} gathers {len(first.shapes)} arrays at once, {size(first.bytes)} (the largest {size(largest)}) "
-                      f"of a peak of {size(account.peak)}; {option} keeps them apart.", first.bytes, first.name, first.source)
-
-
-def _unknown_loops(program: Program):
-    loops = [i.name for name, body in program.computations.items() if program.times[name] for i in body if i.turns_unknown]
-    if loops:
-        yield Finding(f"how often {', '.join(loops[:3])} turns is not known before it runs: what is in it is counted once, in "
-                      "bytes sent, operations and time.", 0.0, loops[0])
