@@ -100,9 +100,9 @@ class _Body:
     def _inherit(self, shape: Shape, made: Buffer, operands: list[Buffer]) -> None:
         """A stack of arrays of a kind is of that kind, and so is one in another layout."""
         others = [b for b in operands if b is not made]
-        turns = shape.dims[0] if made in operands and shape.dims else 1
-        same = [b.kind for b in others if b.kind != OTHER and b.bytes * turns == shape.bytes]
-        if same and (turns > 1 or len(others) == 1):
+        turns = shape.dims if made in operands else (1,)  # the stacked dimension may be any
+        same = [b.kind for b in others if b.kind != OTHER and shape.bytes in [b.bytes * n for n in turns]]
+        if same and (made in operands or len(others) == 1):
             made.holds(same[0])
 
     def _gradient(self, name: str, elements: int, depth: int = 8) -> None:

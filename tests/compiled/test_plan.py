@@ -230,4 +230,4 @@ def test_what_a_user_should_know_is_found(zero, case, own):
     plan.check()
     text = "\n".join(map(str, plan.findings))
     assert "zj.policies.regather()" in text and "donate the state" in text
-    assert plan.memory.kinds["gathered parameters"] > 0.8 * 2 * sum(x.size for x in jax.tree.leaves(own["params"]["blocks"]))
+    assert plan.memory.kinds["gathered parameters"] > 0.5 * 2 * sum(x.size for x in jax.tree.leaves(own["params"]["blocks"]))
