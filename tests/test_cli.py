@@ -4,7 +4,6 @@ import json
 import pathlib
 import subprocess
 import sys
-import time
 
 import jax
 import optax
@@ -42,12 +41,11 @@ def file(tmp_path, monkeypatch):
     return str(path)
 
 
-def test_theory_needs_no_jax_and_no_time():
+def test_theory_needs_no_jax():
     code = ("import sys; from zerojax import cli; status = cli.main(['theory', '--params', '7.5e9', '--devices', '64'])\n"
             "sys.exit(status or (3 if 'jax' in sys.modules else 0))")
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and time.perf_counter() - start < 30
+    assert done.returncode == 0
     for figure in ("120.00 GB", "31.41 GB", "16.64 GB", "1.88 GB"):
         assert figure in done.stdout
 
