@@ -13,7 +13,8 @@ STAIRS = ["errors", "tables", "policy", "specs", "layout", "theory", "hlo", "col
           "identity", "topology", "mesh", "compiler",  # placement
           "audit", "memory", "notes", "plan",  # foresight
           "gather", "box", "census", "linen", "nnx", "tree",  # mechanism
-          "loss", "scale", "data", "gradients", "state", "step", "loop",  # training
+          "loss", "scale", "data", "source", "gradients", "state", "step", "loop",  # training
+          "digest", "manifest", "store", "target", "checkpoint",  # what is kept
           "policies", "zero", "recipe", "advice", "viz", "cli", "__main__", "__init__"]  # edges
 FILES = sorted(PACKAGE.glob("*.py"))
 

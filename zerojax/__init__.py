@@ -8,9 +8,12 @@ if TYPE_CHECKING:
     from zerojax import viz as viz
     from zerojax.advice import advise as advise
     from zerojax.box import whole as whole
-    from zerojax.data import feed as feed
+    from zerojax.checkpoint import Checkpointer as Checkpointer
+    from zerojax.checkpoint import Restored as Restored
     from zerojax.errors import BatchError as BatchError
+    from zerojax.errors import CheckpointError as CheckpointError
     from zerojax.errors import CompileError as CompileError
+    from zerojax.errors import CorruptCheckpointError as CorruptCheckpointError
     from zerojax.errors import LayoutError as LayoutError
     from zerojax.errors import LossError as LossError
     from zerojax.errors import MissingExtraError as MissingExtraError
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from zerojax.plan import Plan as Plan
     from zerojax.policy import Precision as Precision
     from zerojax.recipe import Recipe as Recipe
+    from zerojax.source import Indexed as Indexed
+    from zerojax.source import feed as feed
     from zerojax.state import TrainState as TrainState
     from zerojax.topology import Gpu as Gpu
     from zerojax.topology import Topology as Topology
@@ -37,15 +42,16 @@ __version__ = "0.1.0"
 _WHERE = {
     "advice": ["advise"],
     "box": ["whole"],
-    "data": ["feed"],
-    "errors": ["BatchError", "CompileError", "LayoutError", "LossError", "MissingExtraError", "ModelError", "NonFiniteError",
-               "PlanError", "PolicyError", "RecipeError", "ZeroError"],
+    "checkpoint": ["Checkpointer", "Restored"],
+    "errors": ["BatchError", "CheckpointError", "CompileError", "CorruptCheckpointError", "LayoutError", "LossError",
+               "MissingExtraError", "ModelError", "NonFiniteError", "PlanError", "PolicyError", "RecipeError", "ZeroError"],
     "layout": ["Layout"],
     "loss": ["Loss"],
     "mesh": ["make_mesh"],
     "plan": ["Plan"],
     "policy": ["Precision"],
     "recipe": ["Recipe"],
+    "source": ["Indexed", "feed"],
     "state": ["TrainState"],
     "topology": ["Gpu", "Topology"],
     "zero": ["Zero"],

@@ -1,8 +1,6 @@
 """Batches: to devices, and into microbatches."""
 
-import collections
 import math
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -86,33 +84,3 @@ def microbatches(policy: Policy, batch: Any, accumulate: int) -> Any:
     spec = NamedSharding(policy.mesh, P(None, policy.batch_axes))
     split = lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(split(x), spec), batch)
-
-
-def feed(batches: Iterable, zero: Policy, *, prefetch: int = 2) -> Iterator:
-    """Batches of numpy arrays as sharded device arrays, `prefetch` of them under way while one is in use.
-
-    Args:
-      batches: pytrees of arrays, each `[B, ...]` with the same B, divisible by the mesh's devices.
-      zero: the policy that will use them.
-
-    Raises:
-      BatchError: B does not divide by the number of devices, or differs between arrays.
-
-    >>> import numpy as np, zerojax as zj
-    >>> zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:2]))
-    >>> [b.sharding.spec for b in zj.feed([np.zeros((4, 3))], zero)]
-    [P('data',)]
-    """
-    target, queue, failed = sharding(zero), collections.deque(), None
-    try:
-        for batch in batches:
-            check(zero, batch)
-            queue.append(jax.device_put(batch, target))
-            if len(queue) > prefetch:
-                yield queue.popleft()
-    except Exception as error:  # the good batches before it come first
-        failed = error
-    while queue:
-        yield queue.popleft()
-    if failed:
-        raise failed

@@ -41,5 +41,13 @@ class RecipeError(ZeroError, ValueError):
     """No `Recipe` where one was to be found, or one that is none."""
 
 
+class CheckpointError(ZeroError, RuntimeError):
+    """A checkpoint that can't be written, is not there, or does not fit what it is to be restored into."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A checkpoint whose files are damaged: an array or the manifest can't be read, or is not what was saved."""
+
+
 class MissingExtraError(ZeroError, ImportError):
     """An optional package is not installed; the text names the extra to install."""

@@ -146,6 +146,15 @@ def lying(policy: Policy, state: TrainState) -> TrainState:
     return jax.tree.map(put, placements(policy, state), state, is_leaf=lambda x: isinstance(x, Placement))
 
 
+def rebased(policy: Policy, state: TrainState) -> TrainState:
+    """A state as `policy` takes it: without mesh axes that its mesh lacks, and with the loss scale that its dtype needs."""
+    leaves = tuple(dataclasses.replace(leaf, base=specs.full(known_axes(policy, leaf.base), len(leaf.shape)))
+                   for leaf in state.model.leaves)
+    ours = scale.for_dtype(policy.precision.computes)
+    return state.replace(model=dataclasses.replace(state.model, leaves=leaves),
+                         scale=state.scale if type(ours) is type(state.scale) else ours)
+
+
 def report(policy: Policy, state: TrainState) -> layout.Layout:
     """The `Layout` of a state."""
     places = jax.tree.leaves(lying(policy, state), is_leaf=lambda x: isinstance(x, Placement))

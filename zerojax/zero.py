@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from zerojax import census, data, layout, loop, plan, specs
 from zerojax import state as states
 from zerojax.audit import Demand
-from zerojax.errors import ModelError
+from zerojax.errors import ModelError, PolicyError
 from zerojax.layout import Layout
 from zerojax.plan import Plan
 from zerojax.policy import Policy
@@ -182,6 +182,32 @@ class Zero(Policy):
         `loss_fn` is as for `train_step`; model state that it returns is dropped.
         """
         return EvalStep(self, loss_fn, compiler_options)
+
+    def move(self, state: Any, other: "Zero") -> Any:
+        """A state as another policy lays it out: another stage, mesh or number of devices. Every value stays as it is.
+
+        Args:
+          state: of this policy. Both are there until it is let go.
+          other: its parameters' dtype is the same; a float16 policy begins with a loss scale of its own.
+
+        Raises:
+          PolicyError: parameters of another dtype, or devices that are not there.
+        """
+        ours, theirs = self.precision.params, other.precision.params
+        if ours != theirs:
+            raise PolicyError(f"move changes where a state lies, not its dtype, but from {ours} parameters to {theirs}; write the "
+                              "same Precision(params=...), or save and restore with cast=True.")
+        if isinstance(other.mesh, AbstractMesh):
+            raise PolicyError("move to GPUs that are not there; take a mesh of devices: zj.make_mesh().")
+        state = states.rebased(other, state) if isinstance(state, TrainState) else state
+        return jax.device_put(state, other._shardings(state))
+
+    def _shardings(self, state) -> Any:
+        """Where this policy wants each leaf of a state."""
+        if isinstance(state, TrainState):
+            return states.shardings(self, state)
+        shardings = [specs.sharding(self.mesh, p.spec) for p in self._ruled(_shapes(state))[1]]
+        return jax.tree.structure(state).unflatten(shardings)
 
     def layout(self, state: Any) -> Layout:
         """Who holds what: prints as a table of leaves with shape, spec, bytes per device, and why one is whole."""

@@ -1,0 +1,251 @@
+"""Files that are not what was written: bits flipped, truncated, deleted, replaced (faults 3, 4, 5, 24 and 25)."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import warnings
+
+import jax
+import numpy as np
+import pytest
+import states
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import zerojax as zj
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("pristine")
+    return directory, states.saved(directory, [1, 2])
+
+
+@pytest.fixture
+def damaged(pristine, tmp_path):
+    """A copy of steps 1 and 2 to damage, and the bits of each."""
+    directory, bits = pristine
+    shutil.copytree(directory, tmp_path / "c")
+    return tmp_path / "c", bits
+
+
+def files(directory, step=2):
+    return sorted(p for p in (directory / str(step)).rglob("*") if p.is_file())
+
+
+def latest(directory):
+    """(step restored, its bits, the warnings)."""
+    with warnings.catch_warnings(record=True) as seen, zj.Checkpointer(directory) as checkpoints:
+        warnings.simplefilter("always")
+        found = checkpoints.restore_latest(states.target())
+    return found.step, states.bits(found.state), [str(w.message) for w in seen if "passed over" in str(w.message)]
+
+
+def data_files(directory):
+    """Those that hold arrays."""
+    return [p for p in files(directory) if p.parent.name == "d"]
+
+
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at // 8] ^= 1 << at % 8
+    path.write_bytes(content)
+
+
+def noise(step):
+    """Random words, which no compressor makes smaller: they lie in the files as they are."""
+    w = np.random.default_rng(step).integers(0, 2**32, (64, 32), np.uint32)
+    return {"step": step, "w": jax.device_put(w, NamedSharding(states.zero().mesh, P("data")))}
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """Steps 1 and 2 of noise, and of each device's part of step 2 the file that it is in, its first bit and its bits."""
+    with zj.Checkpointer(tmp_path / "raw") as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(noise(step))
+    parts = [np.asarray(shard.data).tobytes() for shard in noise(2)["w"].addressable_shards]
+    found = [(path, 8 * path.read_bytes().find(part), 8 * len(part)) for part in parts for path in data_files(tmp_path / "raw")]
+    return tmp_path / "raw", [place for place in found if place[1] >= 0]
+
+
+def test_bits_flipped_in_arrays(raw):
+    """40 of 40. Orbax restores them without a word."""
+    directory, places = raw
+    rng, detected = random.Random(0), 0
+    assert len(places) == 8
+    for i in range(40):
+        path, first, length = places[i % 8]
+        at = first + rng.randrange(length)
+        flip(path, at)
+        named = r"passed over step 2(.|\n)*  w: its digest is"
+        with zj.Checkpointer(directory) as checkpoints, pytest.warns(RuntimeWarning, match=named):
+            found = checkpoints.restore_latest(noise(0))
+        detected += found.step == 1 and states.bits(found.state["w"]) == states.bits(noise(1)["w"])
+        flip(path, at)
+    assert detected == 40
+
+
+def test_bits_flipped_anywhere_do_no_harm(damaged):
+    """In an index, a file's head, a log: what is restored is what was saved, or the step before."""
+    directory, bits = damaged
+    rng = random.Random(1)
+    for _ in range(40):
+        path = rng.choice([path for path in files(directory) if path.stat().st_size])
+        at = rng.randrange(8 * path.stat().st_size)
+        flip(path, at)
+        step, got, warned = latest(directory)
+        assert got == bits[step] and len(warned) == (step == 1), (path, at)
+        flip(path, at)
+
+
+def test_the_error_names_leaf_digest_step_and_what_to_do(raw):
+    directory, places = raw
+    flip(*places[3][:2])
+    note = json.loads((directory / "2/manifest/metadata").read_text())
+    with zj.Checkpointer(directory) as checkpoints, pytest.raises(zj.CorruptCheckpointError) as error:
+        checkpoints.restore(2, noise(0))
+    assert f"step 2 in {directory}: 1 or more of 2 leaves are not what was saved; use another step (1) or a" in str(error.value)
+    assert "\n  w: its digest is " in str(error.value) and str(error.value).endswith(note["leaves"]["w"]["digest"])
+
+
+@pytest.mark.parametrize("how", ["truncated", "emptied", "deleted"])
+def test_every_file_in_turn(damaged, how):
+    directory, bits = damaged
+    fell_back = 0
+    for path in files(directory):
+        content = path.read_bytes()
+        if how == "deleted":
+            path.unlink()
+        else:
+            path.write_bytes(content[:len(content) // 2] if how == "truncated" else b"")
+        step, got, warned = latest(directory)
+        assert got == bits[step] and len(warned) == (step == 1), path
+        assert all("passed over step 2" in text and "step 2 in" in text for text in warned)
+        fell_back += step == 1
+        path.write_bytes(content)
+    assert fell_back >= 3  # the manifest, the index, the data
+
+
+@pytest.mark.parametrize("where", ["state", "manifest"])
+def test_a_directory_lost(damaged, where):
+    directory, bits = damaged
+    shutil.rmtree(directory / "2" / where)
+    step, got, warned = latest(directory)
+    assert step == 1 and got == bits[1] and len(warned) == 1
+
+
+def test_every_checkpoint_bad(damaged):
+    directory, _ = damaged
+    for step in (1, 2):
+        for path in files(directory, step):
+            path.write_bytes(b"")
+    with zj.Checkpointer(directory) as checkpoints, pytest.warns(RuntimeWarning, match="passed over") as seen:
+        for if_none in ("raise", "init"):
+            with pytest.raises(zj.CorruptCheckpointError, match=r"has steps \[1, 2\], and none of them loads"):
+                checkpoints.restore_latest(states.target(), if_none=if_none)
+    assert len(seen) == 4 and checkpoints.steps() == [1, 2]
+
+
+def test_going_on_from_before_a_bad_step(damaged):
+    """The bad step is set aside, not removed, when training comes to it again; and the new one is found."""
+    directory, _ = damaged
+    for path in data_files(directory):
+        path.write_bytes(b"")
+    with zj.Checkpointer(directory) as checkpoints, pytest.warns(RuntimeWarning, match="passed over step 2"):
+        state = checkpoints.restore_latest(states.target()).state
+        assert sorted(p.name for p in directory.iterdir()) == ["1", "2"]  # a reader changes nothing
+        checkpoints.save(state.replace(step=state.step + 1), force=True)
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 2] and len(list(directory.glob("2.unreadable-*"))) == 1
+    assert latest(directory)[0] == 2
+
+
+def test_verify(damaged):
+    directory, _ = damaged
+    with zj.Checkpointer(directory) as checkpoints:
+        assert checkpoints.verify(2).step == 2
+        for path in data_files(directory):
+            path.write_bytes(path.read_bytes()[:-40])
+        with pytest.raises(zj.CorruptCheckpointError, match=r"step 2 in .* leaves are not what was saved.*\n  .*: "):
+            checkpoints.verify(2)
+        assert checkpoints.verify(1).step == 1
+
+
+def test_the_highest_step_wins_whatever_the_clock(damaged):
+    directory, bits = damaged
+    for path in [*files(directory, 2), directory / "2"]:
+        os.utime(path, (0, 0))  # 1970: before step 1
+    assert latest(directory)[:2] == (2, bits[2])
+
+
+def changed(directory, change):
+    """A manifest with something else in it, and with the digest that belongs to that."""
+    from zerojax import manifest
+
+    path = directory / "2/manifest/metadata"
+    note = json.loads(path.read_text())
+    note.pop("digest")
+    change(note)
+    path.write_text(json.dumps(note | {"digest": manifest._sha(note)}))
+
+
+HOSTILE = {
+    "another format": lambda note: note.update(format=99),
+    "no leaves": lambda note: note.pop("leaves"),
+    "leaves in a list": lambda note: note.update(leaves=[]),
+    "shape of text": lambda note: note["leaves"]["params/w"].update(shape=["../..", 1]),
+    "a field too many": lambda note: note["leaves"]["params/w"].update(file="/etc/passwd"),
+    "step of another": lambda note: note.update(step=3),
+    "bytes that are none": lambda note: note.update(data_state={"bytes": "?"}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_manifests(damaged, name):
+    directory, bits = damaged
+    changed(directory, HOSTILE[name])
+    step, got, warned = latest(directory)
+    assert step == 1 and got == bits[1] and "its manifest can't be used" in warned[0]
+
+
+def test_a_manifest_of_200_megabytes(damaged):
+    directory, _ = damaged
+    with (directory / "2/manifest/metadata").open("r+b") as file:
+        file.truncate(200 * 10**6)  # sparse
+    assert "200,000,000 bytes, more than 104,857,600" in latest(directory)[2][0]
+
+
+@pytest.mark.parametrize("leads", ["to a file", "to a folder"])
+def test_links_are_refused(damaged, leads):
+    directory, _ = damaged
+    path = files(directory)[0] if leads == "to a file" else directory / "2/state/d"
+    path.rename(directory.parent / "outside")
+    path.symlink_to(directory.parent / "outside")
+    assert "is a link, and checkpoints have none" in latest(directory)[2][0]
+
+
+def test_pickles_are_not_run(damaged):
+    directory, bits = damaged
+    ran = directory.parent / "ran"
+    poison = f"cos\nsystem\n(S'touch {ran}'\ntR.".encode()
+    for path in files(directory):
+        path.write_bytes(poison)
+    for name in ("checkpoint", "state.pkl", "state/pickle"):
+        (directory / "2" / name).write_bytes(poison)
+    assert latest(directory)[:2] == (1, bits[1]) and not ran.exists()
+
+
+def test_names_that_lead_outside_are_names_of_leaves_and_nothing_else(damaged):
+    """Nothing is read from or written to a path made of a leaf's name."""
+    directory, _ = damaged
+    before = sorted(pathlib.Path(directory.parent).rglob("*"))
+    changed(directory, lambda note: note["leaves"].update({"../../outside": note["leaves"].pop("params/w")}))
+    with zj.Checkpointer(directory) as checkpoints:
+        with pytest.raises(zj.CheckpointError, match=r"\.\./\.\./outside: float32\[64, 32\] in the checkpoint, not in the target"):
+            checkpoints.restore(2, states.target())
+        with pytest.raises(zj.CorruptCheckpointError, match=r"\.\./\.\./outside: "):
+            checkpoints.verify(2)
+    assert sorted(pathlib.Path(directory.parent).rglob("*")) == before

@@ -1,0 +1,275 @@
+"""Checkpoints for any mesh and any stage: Orbax writes and reads, a digest of each leaf says whether it read what it wrote.
+
+On disk are logical arrays, one for each leaf of the state by its path, and a `Manifest`. Orbax is called here and in `store`.
+"""
+
+import os
+import uuid
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import NamedSharding
+
+from zerojax import digest, manifest, store
+from zerojax.errors import CheckpointError, CorruptCheckpointError
+from zerojax.manifest import Manifest
+from zerojax.policy import Policy
+from zerojax.target import Target
+
+
+class Restored(NamedTuple):
+    """What `restore` returns: the state on its devices, and what was saved beside it."""
+
+    state: Any
+    step: int
+    data_state: Any
+    metrics: Any
+
+
+class Checkpointer:
+    """Saves and restores training states, of zerojax or your own, in one directory.
+
+    Args:
+      directory: made if it is not there. What an interrupted save left there is removed, so of several processes that
+        write, each wants its own.
+      keep: so many of the newest stay; None keeps all. An old one goes when the new one is whole.
+      every: `save` does nothing for steps that this does not divide.
+      async_: `save` returns when the arrays are copied, and files are written in the background.
+      zero: its stage and precision go into the manifest.
+
+    Raises:
+      CheckpointError: the directory can't be written.
+
+    >>> import tempfile, jax.numpy as jnp, optax, zerojax as zj
+    >>> zero, tx = zj.Zero(zj.make_mesh(devices=jax.devices()[:2])), optax.sgd(0.1)
+    >>> state = zero.init(lambda: {"w": jnp.ones((4, 2))}, tx)
+    >>> with zj.Checkpointer(tempfile.mkdtemp(), every=10) as checkpoints:
+    ...     checkpoints.save(state, data_state={"next": 0}, metrics={"loss": 1.5})
+    ...     checkpoints.restore_latest(zero.abstract(lambda: {"w": jnp.ones((4, 2))}, tx)).data_state
+    True
+    {'next': 0}
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, keep: int | None = 3, every: int = 1, async_: bool = True,
+                 zero: Policy | None = None):
+        for name, n in (("keep", keep), ("every", every)):
+            if n is not None and (not isinstance(n, int) or n < 1):
+                raise CheckpointError(f"Checkpointer({name}={n!r}): write a whole number, 1 or more.")
+        self.directory, self.every, self.zero, self._async = store.located(directory), every, zero, async_
+        self._passed_over, self._begun = set(), None
+        _check_writable(self.directory)
+        self._clean()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=async_, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, state: Any, *, step: int | None = None, data_state: Any = None, metrics: Any = None,
+             force: bool = False) -> bool:
+        """Saves, if the step is one to be saved. To be called after each step: it also tells of an earlier save that failed.
+
+        Args:
+          state: arrays, of any sharding. They may be donated to the next step at once.
+          step: the state's; reading it off the state would wait for the device at every call.
+          data_state: JSON values or bytes, or an iterator with `get_state`, as `zj.feed` of a source that has it.
+          metrics: JSON values or scalars.
+          force: also where `every` does not divide the step.
+
+        Returns:
+          Whether a save was begun. A step that is there already is not saved again.
+
+        Raises:
+          CheckpointError: this save, or one before it, failed; the directory has later steps; `step` is not the state's.
+        """
+        self._raise_failed(self._manager.check_for_errors)
+        if step is not None and not self._due(step, force):
+            return False
+        step = _step_of(state, step)
+        if not self._due(step, force):
+            return False
+        self._set_aside(step)
+        there = self.steps()
+        if step in (*there, self._begun):
+            return False
+        if there and there[-1] > step:
+            raise CheckpointError(f"{self.directory} has step {there[-1]}, and is to get step {step}: the newest would be of the "
+                                  "run that was left. Move the later steps away to go on here, or give another directory.")
+        self._write(step, state, data_state, metrics)
+        return True
+
+    def _due(self, step, force) -> bool:
+        return force or step % self.every == 0
+
+    def _write(self, step, state, data_state, metrics):
+        leaves = manifest.flat(state)
+        _check_arrays(leaves)
+        note = _note(step, state, leaves, self.zero, data_state, metrics).to_json()
+        arrays = {path: _stored(x) for path, x in leaves.items() if np.size(x)}  # Orbax refuses arrays of no size
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), manifest=ocp.args.JsonSave(note))
+        self._raise_failed(lambda: self._manager.save(step, args=args, force=True))
+        self._begun = step
+        if not self._async:
+            self.wait()
+
+    def _set_aside(self, step):
+        """Steps that did not load and that a run from before them is about to reach: renamed, not removed."""
+        for bad in {s for s in self._passed_over if s >= step}:
+            (self.directory / str(bad)).rename(self.directory / f"{bad}.unreadable-{uuid.uuid4().hex[:8]}")
+            self._passed_over.remove(bad)
+            self._manager.reload()
+
+    def _raise_failed(self, act):
+        try:
+            act()
+        except Exception as error:
+            self._begun = None
+            self._clean()
+            self._manager.reload()
+            raise CheckpointError(f"a save into {self.directory} failed: {store.brief(error)}. Steps {self.steps()} are whole, "
+                                  "what the failed save left is removed; make room for it, and save again.") from error
+
+    def _clean(self):
+        """What interrupted saves left. Orbax cleans up as well, but for what this process itself left."""
+        for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            path.rmtree()
+
+    def wait(self) -> None:
+        """Until the save under way is on disk.
+
+        Raises:
+          CheckpointError: it failed.
+        """
+        self._raise_failed(self._manager.wait_until_finished)
+
+    def steps(self) -> list[int]:
+        """The steps on disk, lowest first; that of a save under way is not among them."""
+        return store.steps(self.directory)
+
+    def restore(self, step: int, target: Any, *, only: str | None = None, params_only: bool = False,
+                cast: bool = False) -> Restored:
+        """A state of one step, where the target's shardings say; the mesh, stage and number of devices that saved it may differ.
+
+        Args:
+          step: one of `steps()`.
+          target: `zero.abstract(init_fn, tx, ...)` or a state; its shapes must be those saved.
+          only: regex for whole paths, as "params/.*": other leaves are the target's own, and the checkpoint may have more.
+          params_only: parameters and model state, as with another optimizer. The target is a state, not shapes.
+          cast: floating leaves may be of another dtype.
+
+        Raises:
+          CheckpointError: no such step, or one that does not fit the target; each leaf is named.
+          CorruptCheckpointError: a leaf that can't be read, or is not what was saved.
+        """
+        self.wait()
+        return restore(self._path(step), target, only=only, params_only=params_only, cast=cast)
+
+    def restore_latest(self, target: Any, *, if_none: Literal["raise", "init"] = "raise", only: str | None = None,
+                       params_only: bool = False, cast: bool = False) -> Restored | None:
+        """The newest state that loads, by step. Each newer one that is damaged is passed over with a warning.
+
+        Args:
+          target, only, params_only, cast: as for `restore`.
+          if_none: "init" returns None from a directory that holds no checkpoint, for you to start afresh.
+
+        Raises:
+          CheckpointError: there is none, or it does not fit the target.
+          CorruptCheckpointError: there are some, and none loads.
+        """
+        if if_none not in ("raise", "init"):
+            raise CheckpointError(f'restore_latest(if_none={if_none!r}): write "raise" or "init".')
+        self.wait()
+        failed = []
+        for step in reversed(self.steps()):
+            try:
+                return restore(self._path(step), target, only=only, params_only=params_only, cast=cast)
+            except CorruptCheckpointError as error:
+                failed.append(step)
+                self._passed_over.add(step)
+                warnings.warn(f"passed over step {step}: {error}", RuntimeWarning, stacklevel=2)
+        if failed:
+            raise CorruptCheckpointError(f"{self.directory} has steps {sorted(failed)}, and none of them loads (see the warnings); "
+                                         "to start afresh, move them away or give another directory.")
+        if if_none == "raise":
+            raise CheckpointError(f'{self.directory} holds no checkpoint; in a first run write if_none="init": it returns None.')
+        return None
+
+    def verify(self, step: int) -> Manifest:
+        """Reads every leaf and compares its digest; returns what the step says of itself. Needs the memory of its largest leaves.
+
+        Raises:
+          CorruptCheckpointError: naming the leaves that are not what was saved.
+        """
+        self.wait()
+        return store.verify(self._path(step))
+
+    def _path(self, step: int) -> epath.Path:
+        return store.step_path(self.directory, step)
+
+    def close(self) -> None:
+        """Waits for the save under way.
+
+        Raises:
+          CheckpointError: it failed.
+        """
+        self.wait()
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.close()
+
+
+def _check_writable(directory: epath.Path):
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".zerojax-{uuid.uuid4().hex}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(f"{directory} can't be written: {error}; give a directory that can.") from error
+
+
+def _step_of(state, step) -> int:
+    own: Any = state.get("step") if isinstance(state, Mapping) else getattr(state, "step", None)
+    if step is None and own is None:
+        raise CheckpointError(f"save was given a state ({type(state).__name__}) without a `step`; write save(state, step=...).")
+    if isinstance(own, jax.ShapeDtypeStruct):
+        raise CheckpointError("save was given shapes, not arrays; give the state that a step returned.")
+    step = int(own) if step is None else step
+    if own is not None and int(own) != step:
+        raise CheckpointError(f"save was given step={step} and a state of step {int(own)}; give the state's own.")
+    return step
+
+
+def _check_arrays(leaves):
+    odd = [p for p, x in leaves.items() if not isinstance(x, jax.Array) and np.asarray(x).dtype.kind in "OUS"]
+    if odd:
+        raise CheckpointError(f"save was given a state whose leaves {odd[:manifest.MOST]} are neither arrays nor numbers.")
+
+
+def _stored(x):
+    """As it is on disk: of typed keys, their data."""
+    return jax.random.key_data(x) if manifest.key_of(x) else x if isinstance(x, jax.Array) else np.asarray(x)
+
+
+def _note(step, state, leaves, zero, data_state, metrics) -> Manifest:
+    digests = digest.of(list(leaves.values()))
+    entries = {path: manifest.entry_of(x, d) for (path, x), d in zip(leaves.items(), digests, strict=True)}
+    meshes = [x.sharding.mesh for x in leaves.values() if isinstance(getattr(x, "sharding", None), NamedSharding)]
+    precision = None if zero is None else vars(zero.precision)
+    data_state = data_state.get_state() if hasattr(data_state, "get_state") else data_state
+    return Manifest(step, entries, manifest.optimizer_of(state), dict(meshes[0].shape) if meshes else {},
+                    zero.stage if zero else None, precision, data_state, jax.device_get(metrics))
+
+
+def restore(path: epath.Path, target: Any, *, only: str | None = None, params_only: bool = False, cast: bool = False) -> Restored:
+    """See `Checkpointer.restore`; of a step's directory."""
+    note = store.read_manifest(path)
+    aim = Target(target, r"(params|model_state)/.*" if params_only else only)
+    aim.check(note, f"step {note.step} in {path.parent}", cast)
+    return Restored(aim.filled(store.checked(path, note, aim.sources(note))), note.step, note.data_state, note.metrics)

@@ -1,0 +1,222 @@
+"""What a checkpoint says of itself: JSON beside the arrays, with a digest of every leaf and one of its own."""
+
+import base64
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from zerojax import layout
+from zerojax.errors import CheckpointError
+from zerojax.tables import Sheet, size
+
+FORMAT = 1
+MOST = 10  # paths in an error
+_PACKAGES = ("zerojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A leaf as it is on disk: its logical shape and dtype, digest, and where it lay when it was saved; of a typed key, its
+    data and the name of its generator."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    digest: str = ""
+    spec: str = ""
+    key: str = ""
+
+    @property
+    def text(self) -> str:
+        return f"{self.key + ' key ' if self.key else ''}{self.dtype}{list(self.shape)}"
+
+    @property
+    def bytes(self) -> int:
+        return jax.numpy.dtype(self.dtype).itemsize * math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Manifest:
+    """Of one step. Prints as a table of its leaves.
+
+    Attributes:
+      step: of the state.
+      leaves: path, as "params/blocks/kernel", to `Entry`.
+      optimizer: the kinds of state that the optax transform keeps.
+      mesh: axis names to sizes; stage, precision: those of the `Zero` that the checkpointer was given, or None.
+      data_state, metrics: as given to `save`.
+      versions: of packages and Python.
+    """
+
+    step: int
+    leaves: Mapping[str, Entry]
+    optimizer: tuple[str, ...] = ()
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    stage: int | None = None
+    precision: Mapping[str, Any] | None = None
+    data_state: Any = None
+    metrics: Any = None
+    versions: Mapping[str, str] = dataclasses.field(default_factory=lambda: versions())
+
+    def to_json(self) -> dict:
+        """As JSON values, with `digest`, the SHA-256 of the rest.
+
+        Raises:
+          CheckpointError: a data state or metric that JSON can't say.
+        """
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"format": FORMAT}
+        fields["leaves"] = {path: dataclasses.asdict(entry) for path, entry in self.leaves.items()}
+        try:
+            values = json.loads(json.dumps(fields, default=_plain))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"save was given a data_state or metrics that JSON can't hold ({error}); give numbers, text, "
+                                  "bytes, lists and dicts with text as keys.") from None
+        return values | {"digest": _sha(values)}
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Manifest":
+        """Raises `ValueError` for anything that `to_json` did not write."""
+        values = dict(values)
+        if values.pop("digest", None) != _sha(values):
+            raise ValueError("the manifest's own digest does not match")
+        if values.pop("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}: another version of zerojax wrote it")
+        leaves = {path: _entry(**entry) for path, entry in values.pop("leaves").items()}
+        values |= {"optimizer": tuple(values["optimizer"]), "data_state": _restored(values["data_state"])}
+        return cls(leaves=leaves, **values)
+
+    @property
+    def bytes(self) -> int:
+        """Of all leaves."""
+        return sum(entry.bytes for entry in self.leaves.values())
+
+    def sheets(self) -> tuple[Sheet, Sheet]:
+        """What is said of the whole, and of each leaf."""
+        mesh = " x ".join(f"{axis} {n}" for axis, n in self.mesh.items())
+        precision = ", ".join(f"{k} {v}" for k, v in (self.precision or {}).items() if v)
+        about = [("saved from", f"mesh {mesh}" + ("" if self.stage is None else f", stage {self.stage}, {precision}")),
+                 ("optimizer", ", ".join(self.optimizer)), ("data", json.dumps(self.data_state, default=_plain)),
+                 ("metrics", json.dumps(self.metrics)), ("versions", ", ".join(f"{k} {v}" for k, v in self.versions.items()))]
+        rows = [(path, str(list(e.shape)), e.dtype, e.spec, f"{e.bytes:,}", e.digest) for path, e in self.leaves.items()]
+        title = f"step {self.step}: {len(self.leaves)} leaves, {size(self.bytes)}"
+        return Sheet(title, ("", ""), tuple(about)), Sheet("", ("leaf", "shape", "dtype", "spec", "bytes", "digest"), tuple(rows))
+
+    def __str__(self) -> str:
+        return "\n\n".join(str(sheet) for sheet in self.sheets())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return "".join(sheet._repr_html_() for sheet in self.sheets())
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+
+
+def _entry(shape, dtype, **rest) -> Entry:
+    if any(type(n) is not int or n < 0 for n in shape):
+        raise ValueError(f"it has a leaf of shape {shape}")
+    return Entry(tuple(shape), str(jax.numpy.dtype(dtype)), **rest)
+
+
+def _sha(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value):
+    """Of what JSON has no word for: bytes, and scalars of numpy and jax."""
+    if isinstance(value, bytes):
+        return {"bytes": base64.b64encode(value).decode()}
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"a {type(value).__name__}: {value!r:.60}")
+
+
+def _restored(value):
+    if isinstance(value, dict):
+        if value.keys() == {"bytes"}:
+            return base64.b64decode(value["bytes"], validate=True)
+        return {k: _restored(v) for k, v in value.items()}
+    return [_restored(v) for v in value] if isinstance(value, list) else value
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """The leaves of a state by path.
+
+    Raises:
+      CheckpointError: two leaves of one path.
+    """
+    leaves = [(layout.path_of(path), x) for path, x in jax.tree.leaves_with_path(tree)]
+    paths = [path for path, _ in leaves]
+    twice = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
+    if twice:
+        raise CheckpointError(f"the state has two leaves at each of {twice[:MOST]}; rename a key that holds a '/'.")
+    return dict(leaves)
+
+
+def entry_of(x: Any, digest: str = "") -> Entry:
+    """Of an array, a shape, or a Python number."""
+    spec = getattr(getattr(x, "sharding", None), "spec", None)
+    key = key_of(x)
+    x = jax.eval_shape(jax.random.key_data, x) if key else x if hasattr(x, "dtype") else np.asarray(x)
+    return Entry(tuple(x.shape), str(x.dtype), digest, "" if spec is None else f"P({', '.join(map(repr, spec))})", key)
+
+
+def key_of(x: Any) -> str:
+    """The name of a typed key's generator, also of one that is a shape; "" for anything else."""
+    if not (hasattr(x, "dtype") and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)):
+        return ""
+    found = []
+    jax.eval_shape(lambda key: found.append(str(jax.random.key_impl(key))), x)
+    return found[0]
+
+
+def optimizer_of(state: Any) -> tuple[str, ...]:
+    """The kinds of state that an optax transform keeps, in order, from the named tuples within `state.opt_state`.
+
+    >>> import optax
+    >>> optimizer_of({"opt_state": optax.adam(1e-3).init({"w": np.zeros(2)})})
+    ('ScaleByAdamState',)
+    """
+    opt = state.get("opt_state") if isinstance(state, Mapping) else getattr(state, "opt_state", None)
+    return tuple(name for name in _named(opt) if name != "EmptyState")
+
+
+def _named(tree):
+    if hasattr(tree, "_fields"):
+        yield type(tree).__name__
+    children = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, tuple | list) else ()
+    for child in children:
+        yield from _named(child)
+
+
+def differences(manifest: Manifest, wanted: Mapping[str, Entry], *, all_of_it: bool, cast: bool) -> list[str]:
+    """A line for each leaf that the checkpoint and the target do not have alike; where `cast`, floating dtypes may differ."""
+    lines = [_line(path, manifest.leaves.get(path), entry, cast) for path, entry in wanted.items()]
+    extra = [f"{path}: {entry.text} in the checkpoint, not in the target"
+             for path, entry in manifest.leaves.items() if all_of_it and path not in wanted]
+    return [line for line in lines if line] + extra
+
+
+def _line(path: str, theirs: Entry | None, ours: Entry, cast: bool) -> str:
+    if theirs is None:
+        return f"{path}: not in the checkpoint, {ours.text} in the target"
+    fits = (theirs.shape, theirs.key) == (ours.shape, ours.key)
+    if fits and (theirs.dtype == ours.dtype or (cast and castable(theirs, ours))):
+        return ""
+    return f"{path}: {theirs.text} in the checkpoint, {ours.text} in the target"
+
+
+def castable(a: Entry, b: Entry) -> bool:
+    """Floating to floating; anything else would be another number."""
+    return all(jax.numpy.issubdtype(jax.numpy.dtype(entry.dtype), jax.numpy.floating) for entry in (a, b))

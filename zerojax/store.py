@@ -1,0 +1,180 @@
+"""A step on disk: its manifest and its arrays, read through Orbax and compared with their digests."""
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from zerojax import digest, manifest
+from zerojax.errors import CheckpointError, CorruptCheckpointError
+from zerojax.manifest import Manifest
+
+_LARGEST_MANIFEST = 100 * 2**20  # bytes; safetensors allows its header as many
+_BATCH = 2**28  # bytes read at once where nothing but the host's memory is wanted
+_NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+
+
+def located(directory) -> epath.Path:
+    path = epath.Path(directory).expanduser()
+    return path if "://" in str(directory) else epath.Path(os.path.abspath(path))
+
+
+def steps(directory: str | os.PathLike) -> list[int]:
+    """The steps in a directory of checkpoints, lowest first."""
+    path = located(directory)
+    return sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal() and p.is_dir()) if path.exists() else []
+
+
+def step_path(directory: str | os.PathLike, step: int | None = None) -> epath.Path:
+    """Of one step, or the newest.
+
+    Raises:
+      CheckpointError: no such step.
+    """
+    there = steps(directory)
+    if not there or (step is not None and step not in there):
+        raise CheckpointError(f"{directory} has no step{'' if step is None else f' {step}'}; it has {there or 'none'}.")
+    return located(directory) / str(there[-1] if step is None else step)
+
+
+def read_manifest(path: epath.Path) -> Manifest:
+    """Of a step's directory.
+
+    Raises:
+      CorruptCheckpointError: it is not there, can't be read or is not what was saved; a link where none belongs.
+    """
+    file = path / "manifest" / "metadata"
+    try:
+        _check_links(path)
+        if (length := file.stat().length) > _LARGEST_MANIFEST:
+            raise ValueError(f"it has {length:,} bytes, more than {_LARGEST_MANIFEST:,}")
+        values = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "manifest", args=ocp.args.JsonRestore())
+        found = Manifest.from_json(values)
+        if str(found.step) != path.name:
+            raise ValueError(f"it is that of step {found.step}")
+        return found
+    except _NOT_DAMAGE:
+        raise
+    except Exception as error:
+        raise CorruptCheckpointError(f"step {path.name} in {path.parent}: its manifest can't be used ({brief(error)}); "
+                                     f"{_instead(path)}.") from error
+
+
+def _check_links(path):
+    links = [os.path.join(folder, name) for folder, folders, files in os.walk(path) for name in folders + files
+             if os.path.islink(os.path.join(folder, name))]
+    if links:
+        raise ValueError(f"{links[0]} is a link, and checkpoints have none")
+
+
+def checked(path, note: Manifest, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """The arrays, each with the digest it was saved with."""
+    read, bad = _examined(path, note, wanted)
+    _raise_damaged(path, note, bad)
+    return read
+
+
+def _raise_damaged(path, note, bad: Mapping[str, str]):
+    if bad:
+        some = "".join(f"\n  {p}: {why}" for p, why in list(bad.items())[:manifest.MOST])
+        raise CorruptCheckpointError(f"step {note.step} in {path.parent}: {len(bad)} or more of {len(note.leaves)} leaves are "
+                                     f"not what was saved; {_instead(path)}.{some}")
+
+
+def _instead(path) -> str:
+    others = [s for s in steps(path.parent) if str(s) != path.name]
+    return f"use another step ({', '.join(map(str, others))}) or a copy" if others else "there is no other step; use a copy"
+
+
+def _examined(path, note, wanted) -> tuple[dict[str, Any], dict[str, str]]:
+    """(arrays, what is wrong with each that can't be read or has another digest)."""
+    try:
+        read = _read(path, wanted)
+    except _NOT_DAMAGE:
+        raise
+    except Exception as error:
+        return ({}, {p: brief(error) for p in wanted}) if len(wanted) == 1 else _examined_singly(path, note, wanted)
+    digests = dict(zip(read, digest.of(list(read.values())), strict=True))
+    bad = {p: f"its digest is {d}, saved was {note.leaves[p].digest}" for p, d in digests.items() if d != note.leaves[p].digest}
+    return read, bad
+
+
+def _examined_singly(path, note, wanted):
+    read, bad = {}, {}
+    for p, x in wanted.items():
+        if len(bad) < manifest.MOST:
+            one, wrong = _examined(path, note, {p: x})
+            read, bad = read | one, bad | wrong
+    return read, bad
+
+
+def _read(path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    empty = {p: _zeros(x) for p, x in wanted.items() if not math.prod(x.shape)}
+    item = {p: x for p, x in wanted.items() if p not in empty}
+    args = ocp.args.PyTreeRestore(item, {p: _restore_args(x) for p, x in item.items()}, partial_restore=True)
+    read = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(path / "state", args=args) if item else {}
+    for p, x in item.items():
+        if not isinstance(read[p], np.ndarray | jax.Array):  # Orbax returns what it was given for a name that it does not find
+            raise ValueError("it is in the manifest and not among the arrays")
+        if read[p].shape != x.shape:
+            raise ValueError(f"its shape is {read[p].shape} on disk and {x.shape} in the manifest")
+    return {p: empty[p] if p in empty else read[p] for p in wanted}
+
+
+def _zeros(x):
+    return np.zeros(x.shape, x.dtype) if x.sharding is None else jax.numpy.zeros(x.shape, x.dtype, device=x.sharding)
+
+
+def _restore_args(x):
+    if x.sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
+
+
+def arrays(path: epath.Path, note: Manifest, paths: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Leaves of a step in the host's memory, a few at a time, each with the digest it was saved with.
+
+    Raises:
+      CorruptCheckpointError: at the first that has another.
+    """
+    for group in _groups(note, paths):
+        yield from checked(path, note, _host(note, group)).items()
+
+
+def verify(path: epath.Path) -> Manifest:
+    """See `Checkpointer.verify`; of a step's directory."""
+    note, bad = read_manifest(path), {}
+    for group in _groups(note, list(note.leaves)):
+        bad |= _examined(path, note, _host(note, group))[1]
+    _raise_damaged(path, note, bad)
+    return note
+
+
+def _host(note, paths):
+    """What to read into the host's memory."""
+    return {p: jax.ShapeDtypeStruct(note.leaves[p].shape, note.leaves[p].dtype) for p in paths}
+
+
+def _groups(note, paths) -> Iterator[list[str]]:
+    """Together at most as large as the largest leaf, or `_BATCH`."""
+    most, group, total = max([_BATCH, *(note.leaves[p].bytes for p in paths)]), [], 0
+    for p in paths:
+        if group and total + note.leaves[p].bytes > most:
+            yield group
+            group, total = [], 0
+        group.append(p)
+        total += note.leaves[p].bytes
+    if group:
+        yield group
+
+
+def brief(error: BaseException) -> str:
+    """Its first line, without tensorstore's description of every driver and option."""
+    text = re.sub(r"\W*(See full TensorStore details|\[tensorstore_spec).*", "", str(error).split("\n")[0])
+    return re.sub(r'Error opening "\w+" driver: ', "", text)[:300] or type(error).__name__

@@ -1,0 +1,107 @@
+"""What a checkpoint is restored into: whether it fits, what to read for each leaf, and how that lands."""
+
+import dataclasses
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, NamedSharding
+
+from zerojax import manifest, specs
+from zerojax.errors import CheckpointError
+from zerojax.manifest import Entry, Manifest
+from zerojax.specs import Leaf
+
+_SPREAD = 2**16  # elements; of a smaller leaf, every copy is read
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A state, or its shapes with shardings; of its leaves, those whose path `only` matches are restored."""
+
+    tree: Any
+    only: str | None = None
+
+    @functools.cached_property
+    def leaves(self) -> dict[str, Any]:
+        return manifest.flat(self.tree)
+
+    @functools.cached_property
+    def wanted(self) -> dict[str, Any]:
+        try:
+            return {p: x for p, x in self.leaves.items() if self.only is None or re.fullmatch(self.only, p)}
+        except re.error as error:
+            raise CheckpointError(f"only={self.only!r} is no regular expression: {error}.") from None
+
+    @functools.cached_property
+    def entries(self) -> dict[str, Entry]:
+        return {p: manifest.entry_of(x) for p, x in self.wanted.items()}
+
+    def check(self, note: Manifest, where: str, cast: bool) -> None:
+        """Raises `CheckpointError` unless what `note` describes can be restored, naming each leaf that differs."""
+        self._check_asked(where)
+        lines = manifest.differences(note, self.entries, all_of_it=self.only is None, cast=cast)
+        if lines:
+            some = lines[:manifest.MOST] + ["..."] * (len(lines) > manifest.MOST)
+            raise CheckpointError(f"{where} does not fit the target: {len(lines)} leaves differ.{self._advice(note, lines)}\n  "
+                                  + "\n  ".join(some))
+
+    def _check_asked(self, where):
+        if not self.wanted:
+            raise CheckpointError(f"only={self.only!r} matches none of the target's {len(self.leaves)} leaves, as "
+                                  f"{', '.join(list(self.leaves)[:3])}.")
+        shapes = {p: x for p, x in self.leaves.items() if isinstance(x, jax.ShapeDtypeStruct)}
+        left = [p for p in shapes if p not in self.wanted]
+        if left:
+            raise CheckpointError(f"{where}: {len(left)} leaves that are not restored, as {left[0]}, would stay shapes; give a "
+                                  "live state to restore into: zero.init(init_fn, tx, ...).")
+        adrift = [p for p, x in shapes.items() if not _on_devices(x.sharding)]
+        if adrift:
+            raise CheckpointError(f"{where}: the target names no devices for {len(adrift)} leaves, as {adrift[0]}; give what "
+                                  "zero.abstract(init_fn, tx, ...) makes over a mesh of devices, or a live state.")
+
+    def _advice(self, note, lines) -> str:
+        ours, theirs = manifest.optimizer_of(self.tree), note.optimizer
+        if ours != theirs and all(line.startswith("opt_state") for line in lines):
+            return (f" It was saved with another optimizer: that one keeps {', '.join(theirs) or 'nothing'}, the target's "
+                    f"{', '.join(ours) or 'nothing'}. For the parameters alone, restore into a live state with params_only=True.")
+        cast = [p for p, e in self.entries.items() if p in note.leaves and manifest.castable(note.leaves[p], e)
+                and note.leaves[p].shape == e.shape and note.leaves[p].dtype != e.dtype]
+        return " For another floating dtype write cast=True." if cast else ""
+
+    def sources(self, note: Manifest) -> dict[str, jax.ShapeDtypeStruct]:
+        """What to read for each wanted leaf, in the dtype that it was saved in; without a sharding, into the host's memory."""
+        return {p: jax.ShapeDtypeStruct(self.entries[p].shape, note.leaves[p].dtype,
+                                        sharding=_spread(getattr(x, "sharding", None), self.entries[p].shape))
+                for p, x in self.wanted.items()}
+
+    def filled(self, read: dict[str, Any]) -> Any:
+        """The target's tree with what was read; `read` is emptied on the way."""
+        landed = {p: _land(read.pop(p), x) for p, x in self.wanted.items()}
+        return jax.tree.structure(self.tree).unflatten([landed.get(p, x) for p, x in self.leaves.items()])
+
+
+def _on_devices(sharding) -> bool:
+    return sharding is not None and not isinstance(getattr(sharding, "mesh", None), AbstractMesh)
+
+
+def _spread(sharding, shape):
+    """Where copies are wanted, each device reads a part: to read copies takes as many times as long."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    base = specs.full(sharding.spec, len(shape))
+    copies = tuple(axis for axis in sharding.mesh.axis_names if axis not in specs.axes_of(base))
+    n = math.prod(sharding.mesh.shape[axis] for axis in copies)
+    return specs.sharding(sharding.mesh, specs.shard(Leaf("", shape, "", base), copies, n, _SPREAD).spec)
+
+
+def _land(read, x):
+    """What was read, as the target's leaf: its kind, dtype and sharding."""
+    if key := manifest.key_of(x):
+        return jax.jit(lambda data: jax.random.wrap_key_data(data, impl=key), out_shardings=x.sharding)(read)
+    if isinstance(x, jax.Array | jax.ShapeDtypeStruct):
+        return jax.device_put(read.astype(x.dtype), x.sharding)
+    return read.astype(x.dtype) if isinstance(x, np.ndarray | np.generic) else type(x)(read.item())
