@@ -14,7 +14,7 @@ STAIRS = ["errors", "tables", "policy", "specs", "layout", "theory", "hlo", "col
           "audit", "memory", "notes", "plan",  # foresight
           "gather", "box", "census", "linen", "nnx", "tree",  # mechanism
           "loss", "scale", "data", "source", "gradients", "state", "step", "loop",  # training
-          "digest", "manifest", "store", "target", "checkpoint",  # what is kept
+          "digest", "manifest", "store", "target", "checkpoint", "weights", "preemption",  # what is kept
           "policies", "zero", "recipe", "advice", "viz", "cli", "__main__", "__init__"]  # edges
 FILES = sorted(PACKAGE.glob("*.py"))
 

@@ -28,12 +28,15 @@ if TYPE_CHECKING:
     from zerojax.mesh import make_mesh as make_mesh
     from zerojax.plan import Plan as Plan
     from zerojax.policy import Precision as Precision
+    from zerojax.preemption import Preemption as Preemption
     from zerojax.recipe import Recipe as Recipe
     from zerojax.source import Indexed as Indexed
     from zerojax.source import feed as feed
     from zerojax.state import TrainState as TrainState
     from zerojax.topology import Gpu as Gpu
     from zerojax.topology import Topology as Topology
+    from zerojax.weights import export_safetensors as export_safetensors
+    from zerojax.weights import load_safetensors as load_safetensors
     from zerojax.zero import Zero as Zero
 
 __version__ = "0.1.0"
@@ -50,10 +53,12 @@ _WHERE = {
     "mesh": ["make_mesh"],
     "plan": ["Plan"],
     "policy": ["Precision"],
+    "preemption": ["Preemption"],
     "recipe": ["Recipe"],
     "source": ["Indexed", "feed"],
     "state": ["TrainState"],
     "topology": ["Gpu", "Topology"],
+    "weights": ["export_safetensors", "load_safetensors"],
     "zero": ["Zero"],
 }
 _MODULES = ["policies", "viz"]

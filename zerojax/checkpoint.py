@@ -84,7 +84,8 @@ class Checkpointer:
         Raises:
           CheckpointError: this save, or one before it, failed; the directory has later steps; `step` is not the state's.
         """
-        self._raise_failed(self._manager.check_for_errors)
+        if not self._manager.is_saving_in_progress():  # Orbax's check_for_errors stays silent of what its last thread met
+            self.wait()
         if step is not None and not self._due(step, force):
             return False
         step = _step_of(state, step)

@@ -1,11 +1,14 @@
-"""The `zerojax` command: what a training run needs, before it is paid for.
+"""The `zerojax` command: what a training run needs, before it is paid for; and what it left.
 
-Exit status 1 says that a plan does not fit or is not ZeRO's; 2, that something went wrong.
+Exit status 1 says that a plan does not fit or is not ZeRO's, or that a checkpoint is damaged; 2, that something went wrong.
 
     zerojax plan train.py --topology h200:8x8 --stage 3      # one layout, in full; exit status 1 if it is not ZeRO or does not fit
     zerojax advise train.py --topology h200:8x8              # many, the fastest that fits
     zerojax show train.py --topology h200:8x8                # who holds which leaf
     zerojax theory --params 7.5e9 --devices 64               # the paper's table
+    zerojax inspect checkpoints                              # what a checkpoint says of itself
+    zerojax verify checkpoints                               # whether its arrays are those saved
+    zerojax export checkpoints --to model.safetensors        # the model, for others
 """
 
 import argparse
@@ -22,7 +25,7 @@ GB = 1e9
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; its exit status is 0, 1 for a plan that is not ZeRO's or does not fit, 2 for an error."""
+    """Runs a command; its exit status is 0, 1 for what it was to find out not being so, 2 for an error."""
     args = parser().parse_args(argv)
     if args.run is not run_theory:
         # this process plans: no GPU is taken, and a CUDA compiler without a GPU is no error
@@ -65,7 +68,12 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument("--params", type=float, required=True, help="number of parameters, as 7.5e9")
     table.add_argument("--devices", type=int, required=True)
     table.add_argument("--accumulate", type=int, default=1, help="microbatches (default: %(default)s)")
-    for command in (plan, advise, table):
+    inspect = _command(commands, "inspect", run_inspect, "what a checkpoint says of itself: leaves, bytes, digests, versions")
+    _checkpoint(inspect)
+    verify = _command(commands, "verify", run_verify, "reads every array of every step and compares its digest")
+    _checkpoint(verify)
+    _export(_command(commands, "export", run_export, "the model as safetensors, streamed"))
+    for command in (plan, advise, table, inspect):
         command.add_argument("--json", action="store_true", help="JSON on standard output")
     return top
 
@@ -83,6 +91,21 @@ def _recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("--reduce", help="dtype of the reductions (default: as --compute)")
     command.add_argument("--min-shard", type=int, default=2**16, help="leaves of fewer elements stay whole (default: %(default)s)")
     command.add_argument("--no-cache", action="store_true", help="compile even if the answer is on disk")
+
+
+def _checkpoint(command: argparse.ArgumentParser) -> None:
+    command.add_argument("checkpoint", metavar="DIRECTORY", help="of checkpoints, or of one step")
+    command.add_argument("--step", type=int, help="one step alone")
+
+
+def _export(command: argparse.ArgumentParser) -> None:
+    _checkpoint(command)
+    command.add_argument("--to", required=True, metavar="FILE", help="as model.safetensors")
+    command.add_argument("--dtype", help="of floating arrays, as bfloat16 (default: as saved)")
+    command.add_argument("--rename", action="append", default=[], metavar="REGEX=TEXT",
+                         help="on names as blocks.mlp.kernel; may be given several times, and is done in order")
+    command.add_argument("--only", metavar="REGEX", help="paths to export (default: parameters and model state)")
+    command.add_argument("--shard-gb", type=float, default=5.0, help="files of at most so many GB (default: %(default)s)")
 
 
 def _precision(args):
@@ -152,6 +175,47 @@ def run_theory(args) -> int:
         print(Sheet(f"{psi:,.4g} parameters, {n} devices, {args.accumulate} microbatch(es): per device",
                     ("stage", "in a step, by the paper (2+2+12 bytes)", "zerojax between steps (4+8 bytes)",
                      "elements sent, a parameter", "sent a step, 16 bit"), tuple(rows)))
+    return 0
+
+
+def run_inspect(args) -> int:
+    from zerojax import store
+
+    note = store.read_manifest(store.step_path(args.checkpoint, args.step))
+    print(json.dumps(note.to_json(), indent=1) if args.json else note)
+    return 0
+
+
+def run_verify(args) -> int:
+    from zerojax import store
+    from zerojax.errors import CorruptCheckpointError
+    from zerojax.tables import size
+
+    newest, damaged = store.step_path(args.checkpoint, args.step), False
+    single = args.step is not None or newest == store.located(args.checkpoint)
+    for one in [newest] if single else [newest.parent / str(step) for step in store.steps(newest.parent)]:
+        try:
+            note = store.verify(one)
+            print(f"step {note.step}: {len(note.leaves)} leaves, {size(note.bytes)}, as saved", flush=True)
+        except CorruptCheckpointError as error:
+            damaged = True
+            print(f"zerojax verify: {error}", file=sys.stderr)
+    return 1 if damaged else 0
+
+
+def run_export(args) -> int:
+    from zerojax import weights
+    from zerojax.tables import size
+
+    odd = [text for text in args.rename if "=" not in text]
+    if odd:
+        print(f"zerojax export: --rename {odd[0]!r} has no '='; write REGEX=TEXT.", file=sys.stderr)
+        return 2
+    rename = dict(text.split("=", 1) for text in args.rename)
+    files = weights.export_safetensors(args.checkpoint, args.to, step=args.step, dtype=args.dtype, only=args.only or weights.MODEL,
+                                       rename=rename, shard_bytes=int(args.shard_gb * 1e9))
+    for file in files:
+        print(f"{file}  {size(file.stat().st_size)}")
     return 0
 
 

@@ -32,15 +32,18 @@ def steps(directory: str | os.PathLike) -> list[int]:
 
 
 def step_path(directory: str | os.PathLike, step: int | None = None) -> epath.Path:
-    """Of one step, or the newest.
+    """Of one step, or the newest; `directory` may be a step's itself.
 
     Raises:
       CheckpointError: no such step.
     """
+    path = located(directory)
+    if step is None and path.name.isdecimal() and (path / "manifest").exists():
+        return path
     there = steps(directory)
     if not there or (step is not None and step not in there):
         raise CheckpointError(f"{directory} has no step{'' if step is None else f' {step}'}; it has {there or 'none'}.")
-    return located(directory) / str(there[-1] if step is None else step)
+    return path / str(there[-1] if step is None else step)
 
 
 def read_manifest(path: epath.Path) -> Manifest:
@@ -99,7 +102,10 @@ def _examined(path, note, wanted) -> tuple[dict[str, Any], dict[str, str]]:
     except _NOT_DAMAGE:
         raise
     except Exception as error:
-        return ({}, {p: brief(error) for p in wanted}) if len(wanted) == 1 else _examined_singly(path, note, wanted)
+        named = [p for p in wanted if re.search(f"[\"']{re.escape(p)}/", str(error))]
+        if named or len(wanted) == 1:
+            return {}, {p: brief(error) for p in named or wanted}
+        return _examined_singly(path, note, wanted)
     digests = dict(zip(read, digest.of(list(read.values())), strict=True))
     bad = {p: f"its digest is {d}, saved was {note.leaves[p].digest}" for p, d in digests.items() if d != note.leaves[p].digest}
     return read, bad
@@ -177,4 +183,5 @@ def _groups(note, paths) -> Iterator[list[str]]:
 def brief(error: BaseException) -> str:
     """Its first line, without tensorstore's description of every driver and option."""
     text = re.sub(r"\W*(See full TensorStore details|\[tensorstore_spec).*", "", str(error).split("\n")[0])
-    return re.sub(r'Error opening "\w+" driver: ', "", text)[:300] or type(error).__name__
+    text = re.sub(r'Error opening "\w+" driver: ', "", text) or type(error).__name__
+    return text if len(text) < 400 else f"{text[:150]} ... {text[-250:]}"

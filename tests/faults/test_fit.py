@@ -1,0 +1,133 @@
+"""A checkpoint and a target that differ (faults 10, 11, 12), and layouts that do not divide (23)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import states
+
+import zerojax as zj
+
+X = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("fit")
+    states.saved(directory, [1])
+    with zj.Checkpointer(directory) as opened:
+        yield opened
+
+
+def test_other_shapes_and_another_tree(checkpoints):
+    def other(key):
+        made = states.init(key)
+        return {"w": jnp.ones((64, 33)), "odd": made["odd"], "more": jnp.ones(2), "none": made["none"]}
+
+    with pytest.raises(zj.CheckpointError) as error:
+        checkpoints.restore(1, states.zero().abstract(other, states.tx, X))
+    text = str(error.value)
+    assert "does not fit the target: 9 leaves differ" in text
+    assert "params/w: float32[64, 32] in the checkpoint, float32[64, 33] in the target" in text
+    assert "params/more: not in the checkpoint, float32[2] in the target" in text
+    assert "params/half: float32[24] in the checkpoint, not in the target" in text
+
+
+def test_ten_paths_at_most(checkpoints):
+    other = lambda key: {f"layer_{i:02}": jnp.ones(3) for i in range(20)}
+    with pytest.raises(zj.CheckpointError) as error:
+        checkpoints.restore(1, states.zero().abstract(other, optax.sgd(0.1), X))
+    lines = str(error.value).split("\n")
+    assert len(lines) == 12 and lines[-1] == "  ..." and lines[1].startswith("  params/layer_00: not in the checkpoint")
+
+
+def test_a_mismatch_is_no_reason_to_go_back(tmp_path, recwarn):
+    states.saved(tmp_path, [1, 2])
+    target = states.zero().abstract(lambda key: {"w": jnp.ones(3)}, states.tx, X)
+    with zj.Checkpointer(tmp_path) as checkpoints, pytest.raises(zj.CheckpointError, match=r"step 2 in .* does not fit") as error:
+        checkpoints.restore_latest(target)
+    assert not isinstance(error.value, zj.CorruptCheckpointError)
+    assert not [w for w in recwarn if "passed over" in str(w.message)]
+
+
+def test_another_optimizer(checkpoints):
+    with pytest.raises(zj.CheckpointError) as error:
+        checkpoints.restore(1, states.target(tx=optax.adafactor(1e-3)))
+    assert "another optimizer: that one keeps ScaleByAdamState, the target's FactoredState" in str(error.value)
+    assert "params_only=True" in str(error.value)
+    live = states.state(seed=4, tx=optax.adafactor(1e-3))
+    found = checkpoints.restore(1, live, params_only=True).state
+    assert states.bits(found.params) == states.bits(states.state(seed=1).params)
+    with pytest.raises(zj.CheckpointError, match="leaves that are not restored, as step, would stay shapes; give a live state"):
+        checkpoints.restore(1, states.target(tx=optax.adafactor(1e-3)), params_only=True)
+
+
+def test_another_dtype(checkpoints):
+    target = states.target(states.zero(precision=zj.Precision(params="bfloat16")))
+    with pytest.raises(zj.CheckpointError, match=r"write cast=True(.|\n)*params/w: float32\[64, 32\] in the checkpoint, bfloat16"):
+        checkpoints.restore(1, target)
+    found, want = checkpoints.restore(1, target, cast=True).state, states.state(seed=1, step=1)
+    assert states.bits(found.params) == states.bits(jax.tree.map(lambda x: x.astype(jnp.bfloat16), want.params))
+    assert jax.tree.all(jax.tree.map(lambda x, t: (x.dtype, x.sharding) == (t.dtype, t.sharding), found, target))
+
+
+@pytest.mark.parametrize("other", [jnp.int32, bool, jnp.uint32])
+def test_floats_never_become_integers(checkpoints, other):
+    target = states.target()
+    target = target.replace(params=target.params | {"w": target.params["w"].update(dtype=other)})
+    with pytest.raises(zj.CheckpointError, match=r"params/w: float32\[64, 32\] in the checkpoint, (int32|bool|uint32)"):
+        checkpoints.restore(1, target, cast=True)
+
+
+def test_keys_of_another_generator(checkpoints):
+    target = states.state(seed=0).replace(rng=jax.device_put(jax.random.key(0, impl="rbg"), states.state().step.sharding))
+    with pytest.raises(zj.CheckpointError, match=r"rng: threefry2x32 key uint32\[2\] in the checkpoint, rbg key uint32\[4\]"):
+        checkpoints.restore(1, target)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: jax.eval_shape(lambda: states.state()),
+    lambda: states.target(zj.Zero(zj.make_mesh(topology="h100:1x8"))),
+], ids=["no shardings", "absent devices"])
+def test_targets_without_devices(checkpoints, make):
+    with pytest.raises(zj.CheckpointError, match=r"the target names no devices for 16 leaves, as step; give what zero\.abstract"):
+        checkpoints.restore(1, make())
+
+
+@pytest.mark.parametrize("only, text", [("(", "no regular expression"), ("w", "only='w' matches none of the target's 16 leaves")])
+def test_patterns_that_match_nothing(checkpoints, only, text):
+    with pytest.raises(zj.CheckpointError, match=text):
+        checkpoints.restore(1, states.target(), only=only)
+
+
+def test_leaves_that_do_not_divide():
+    """(23) Another dimension, else whole and reported; bytes on each device are the layout's."""
+    policy = states.zero()
+    init = lambda key: {"second": jnp.ones((30, 64)), "neither": jnp.ones((30, 63)), "w": jnp.ones((64, 32))}
+    state = policy.init(init, optax.sgd(0.1), X)
+    layout = policy.layout(state)
+    rows = {row.path: row for row in layout.rows}
+    assert rows["params/second"].spec[1] == "data" and rows["params/second"].bytes == 4 * 30 * 64 // 8
+    assert "no free dimension of (30, 63) divides by 8" in rows["params/neither"].reason
+    held = lambda device: sum(shard.data.nbytes for x in map(states.data_of, jax.tree.leaves(state))
+                              for shard in x.addressable_shards if shard.device == device)
+    assert {held(device) for device in policy.mesh.devices.flat} == {layout.bytes}
+
+
+def test_nan_in_one_devices_part():
+    """(13) The step is skipped on every device, the state is as it was, and after `max_skipped` in a row it raises."""
+    policy = states.zero()
+    step = policy.train_step(lambda params, x: zj.Loss(states.loss_fn(params, x) * len(x), len(x)), states.tx, max_skipped=2)
+    bad = np.ones((8, 64), np.float32)
+    bad[5] = np.nan
+    before = states.state()
+    want = states.bits((before.params, before.opt_state))
+    state, metrics = step(before, bad)
+    assert int(metrics["skipped"]) == 1 and states.bits((state.params, state.opt_state)) == want
+    for x in jax.tree.leaves(state.params):
+        whole = np.asarray(x)
+        assert all(np.array_equal(shard.data, whole[shard.index]) for shard in x.addressable_shards)
+    with pytest.raises(zj.NonFiniteError, match="2 steps in a row"):
+        for _ in range(4):
+            state, _ = step(state, bad)

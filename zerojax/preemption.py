@@ -1,0 +1,65 @@
+"""Being told to stop: a signal is noticed between steps, so that a run can save and end with a status of its own."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
+
+from zerojax.errors import CheckpointError
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Preemption:
+    """Within it, SIGTERM and SIGINT (Ctrl-C) end nothing; they make `requested` true. A second Ctrl-C is a KeyboardInterrupt.
+
+    Training and evaluation ask between steps, as by `until`; what was saved is then what the run goes on from.
+
+    Attributes:
+      requested: whether a signal came.
+      status: of the process after `exit()`: 75, "try again" in sysexits.h. An error gives 1, a signal that ends it 128 and more.
+
+    Raises:
+      CheckpointError: entered outside of the main thread, to which alone Python gives signals.
+
+    >>> with Preemption() as preemption:
+    ...     for number in preemption.until(range(5)):
+    ...         if number == 2:
+    ...             signal.raise_signal(signal.SIGTERM)
+    >>> number, preemption.requested
+    (2, True)
+    """
+
+    status = 75
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self) -> "Preemption":
+        if threading.current_thread() is not threading.main_thread():
+            raise CheckpointError(f"Preemption was entered in thread {threading.current_thread().name!r}; Python gives signals "
+                                  "to the main thread only: enter it there, and hand it over.")
+        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, kind, error, trace):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        # print may not be called while it is at work already
+        os.write(2, f"\n{signal.Signals(number).name}: stops after this step\n".encode())
+
+    def until(self, items: Iterable[Any]) -> Iterator[Any]:
+        """The items, up to the signal; none is taken and not handed out."""
+        source, end = iter(items), object()
+        while not self.requested and (item := next(source, end)) is not end:
+            yield item
+
+    def exit(self) -> NoReturn:
+        """Ends the process with `status`; to be called when the state is on disk."""
+        raise SystemExit(self.status)
