@@ -2,13 +2,14 @@
 
     python examples/train_gpt.py                                  # two minutes on two cores
     python examples/train_gpt.py --stage 1 --devices 4 --accumulate 4 --compute bfloat16
+    python examples/train_gpt.py --checkpoint runs/gpt            # kill it, and run it again: it goes on
     zerojax plan examples/train_gpt.py --topology h200:8x8        # what it would need on 64 GPUs
 
 The text is `pydoc_data.topics`, which every CPython has (0.5 MB). What makes it ZeRO is marked with <--.
 """
 
 import argparse
-import itertools
+import contextlib
 import math
 import pydoc_data.topics
 import time
@@ -76,17 +77,19 @@ def read_text():
     return join([t for t in topics if t not in held_out]), join(held_out)
 
 
-def windows(text, rows, seed):
-    """Endless int32[rows, SEQ + 1] at random places of the text."""
-    rng = np.random.default_rng(seed)
-    while True:
-        starts = rng.integers(0, len(text) - SEQ, (rows, 1))
-        yield text[starts + np.arange(SEQ + 1)].astype(np.int32)
+def windows(text, rows, seed, stop):
+    """int32[rows, SEQ + 1] at random places of the text, which are a function of the batch's number."""
+    def window(i):
+        starts = np.random.default_rng((seed, i)).integers(0, len(text) - SEQ, (rows, 1))
+        return text[starts + np.arange(SEQ + 1)].astype(np.int32)
+
+    return zj.Indexed(window, stop)
 
 
-def bits_per_byte(evaluate, zero, state, text, rows, batches=8):
-    fed = zj.feed(itertools.islice(windows(text, rows, seed=1), batches), zero)
-    return float(np.mean([evaluate(state, tokens)["loss"] for tokens in fed])) / math.log(2)
+def bits_per_byte(evaluate, zero, state, text, rows, preemption, batches=8):
+    fed = preemption.until(zj.feed(windows(text, rows, 1, batches), zero))
+    losses = [evaluate(state, tokens)["loss"] for tokens in fed]
+    return float(np.mean(losses)) / math.log(2) if losses else math.nan
 
 
 def sampler(zero, length, temperature=0.7):
@@ -119,7 +122,17 @@ def arguments():
     parser.add_argument("--compute", default="float32", help="dtype of the model, and of what moves between devices")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=32, help="sequences a step, over all devices and microbatches")
+    parser.add_argument("--checkpoint", metavar="DIR", help="save there, and go on from what is there")
+    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--resume", action="store_true", help="it is an error if there is nothing to go on from")
     return parser.parse_args()
+
+
+def resumed(checkpoints, zero, tx, resume):
+    """What the checkpoint says, or a new state at the start of the data."""
+    target, if_none = zero.abstract(init, tx), "raise" if resume else "init"
+    found = checkpoints and checkpoints.restore_latest(target, if_none=if_none)  # <-- of any stage and number of devices
+    return (found.state, found.data_state) if found else (zero.init(init, tx), {"next": 0})  # <-- born sharded
 
 
 def main():
@@ -127,26 +140,40 @@ def main():
     jax.config.update("jax_num_cpu_devices", args.devices)
     mesh = zj.make_mesh(devices=jax.devices()[:args.devices])
     zero = zj.Zero(mesh, args.stage, precision=zj.Precision(compute=args.compute), min_shard=2**10)  # <-- the policy
-    tx = optimizer(args.steps)
+    open_checkpoints = lambda: zj.Checkpointer(args.checkpoint, every=args.every, zero=zero)
+    with zj.Preemption() as preemption, open_checkpoints() if args.checkpoint else contextlib.nullcontext() as checkpoints:
+        train(args, zero, checkpoints, preemption)
 
-    state = zero.init(init, tx)  # <-- born sharded
+
+def train(args, zero, checkpoints, preemption):
+    tx = optimizer(args.steps)
     step, evaluate = zero.train_step(loss_fn, tx, accumulate=args.accumulate, clip_norm=1.0), zero.eval_step(loss_fn)  # <--
+    state, position = resumed(checkpoints, zero, tx, args.resume)
     print(zero.layout(state))
 
-    train, held_out = read_text()
-    before = bits_per_byte(evaluate, zero, state, held_out, args.batch)
-    batches = zj.feed(itertools.islice(windows(train, args.batch, seed=0), args.steps), zero)  # <-- each part to its device
-    progress = tqdm(batches, total=args.steps, unit="step", desc=f"stage {args.stage}, {args.devices} devices")
-    last, started = None, None
-    for i, tokens in enumerate(progress):
+    text, held_out = read_text()
+    batches = zj.feed(windows(text, args.batch, 0, args.steps), zero)  # <-- each part to its device
+    batches.set_state(position)
+    before = bits_per_byte(evaluate, zero, state, held_out, args.batch, preemption)
+    first, last, started = int(state.step), None, None
+    progress = tqdm(preemption.until(batches), initial=first, total=args.steps, unit="step",
+                    desc=f"stage {args.stage}, {zero.parts} devices")
+    for i, tokens in enumerate(progress, first + 1):
         state, metrics = step(state, tokens)
+        if checkpoints:
+            checkpoints.save(state, step=i, data_state=batches)  # <-- every so many steps, in the background
         if last is not None:  # the step before has run by now: reading its loss keeps no device waiting
             loss = float(last["loss"])
             started = started or (time.perf_counter(), i)
             rate = (i - started[1]) * args.batch * SEQ / max(time.perf_counter() - started[0], 1e-9)
             progress.set_postfix(loss=f"{loss:.3f}", bits_per_byte=f"{loss / math.log(2):.3f}", tokens_per_s=f"{rate:,.0f}")
         last = metrics
-    after = bits_per_byte(evaluate, zero, state, held_out, args.batch)
+    after = bits_per_byte(evaluate, zero, state, held_out, args.batch, preemption)
+    if checkpoints:
+        checkpoints.save(state, data_state=batches, force=True)
+        checkpoints.wait()
+    if preemption.requested:
+        preemption.exit()  # <-- its status is 75
     print(f"held-out text: {before:.3f} bits per byte before, {after:.3f} after {args.steps} steps")
 
     prompt = 'The "try" statement\n*******************\n\nThe "try" statement '

@@ -1,0 +1,147 @@
+"""Processes that are ended: by SIGKILL at random moments of a save (fault 1), by SIGTERM and SIGINT (21, one process)."""
+
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import zerojax as zj
+from zerojax import store
+
+HERE = pathlib.Path(__file__).parent
+EXAMPLES = HERE.parent.parent / "examples"
+STEPS = 60
+
+
+def start(*arguments):
+    return subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"PYTHONPATH": str(HERE)})
+
+
+def digests(directory, step):
+    return {path: entry.digest for path, entry in store.verify(store.step_path(directory, step)).leaves.items()}
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole")
+    out, error = start(HERE / "trainer.py", directory, STEPS).communicate(timeout=120)
+    assert out.split("\n")[-2] == "done", error[-2000:]
+    return digests(directory, STEPS)
+
+
+def killed(directory, rng):
+    """Ends a run in the middle of a save; returns (where it went on from, the newest step that it saw whole)."""
+    process = start(HERE / "trainer.py", directory, STEPS)
+    first, whole, saves = None, 0, rng.randrange(3, 9)
+    for line in process.stdout:
+        word, *numbers = line.split()
+        first = int(numbers[0]) if word == "from" else first
+        whole = max([whole, *map(int, numbers)]) if word == "whole" else whole
+        saves -= word == "saving"
+        if not saves:
+            time.sleep(rng.uniform(0, 0.06))
+            break
+    process.kill()
+    process.communicate(timeout=60)
+    return first, whole
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(25, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments_of_a_save(tmp_path, never_killed, kills):
+    rng, at = random.Random(kills), 0
+    for _ in range(kills):
+        first, whole = killed(tmp_path, rng)
+        assert first is not None and first >= at  # it went on from what was whole, or later
+        newest = (store.steps(tmp_path) or [0])[-1]
+        assert newest >= whole
+        for step in store.steps(tmp_path):
+            store.verify(store.step_path(tmp_path, step))
+        at = newest
+    out, error = start(HERE / "trainer.py", tmp_path, STEPS).communicate(timeout=120)
+    assert out.split("\n")[-2] == "done", error[-2000:]
+    assert digests(tmp_path, STEPS) == never_killed
+    assert sorted(p.name for p in tmp_path.iterdir()) == [str(STEPS - 1), str(STEPS)]  # nothing is left of the killed ones
+
+
+@pytest.mark.slow
+def test_the_example_killed_twenty_times(tmp_path):
+    command = [EXAMPLES / "train_gpt.py", "--steps", "120", "--every", "5", "--checkpoint"]
+    for line in start(*command, tmp_path / "whole").communicate(timeout=300):
+        assert "Traceback" not in line
+    rng = random.Random(0)
+    for _ in range(20):
+        process = start(*command, tmp_path / "killed")
+        time.sleep(rng.uniform(5, 14))
+        process.kill()
+        process.communicate(timeout=60)
+    out, error = start(*command, tmp_path / "killed").communicate(timeout=300)
+    assert "after 120 steps" in out, error[-2000:]
+    assert digests(tmp_path / "killed", 120) == digests(tmp_path / "whole", 120)
+
+
+@pytest.mark.parametrize("number, when", [(signal.SIGTERM, "saving"), (signal.SIGINT, "saving"), (signal.SIGTERM, "evaluating")])
+def test_a_signal_ends_a_run_after_a_save(tmp_path, never_killed, number, when):
+    """The step under way is finished and saved, also when the signal comes in an evaluation; the status says why it ended."""
+    steps = STEPS if when == "saving" else 3
+    process = start(HERE / "trainer.py", tmp_path, steps, 0.02)
+    seen = 0
+    for line in process.stdout:
+        if line.startswith(when):
+            seen = int(line.split()[-1]) if when == "saving" else steps
+            if seen >= 3:
+                break
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == zj.Preemption.status == 75 and "done" not in out
+    assert f"{number.name}: stops after this step" in error
+    newest = store.steps(tmp_path)[-1]
+    assert seen <= newest <= seen + 1
+    store.verify(store.step_path(tmp_path, newest))
+    if when == "saving":
+        start(HERE / "trainer.py", tmp_path, STEPS).communicate(timeout=120)
+        assert digests(tmp_path, STEPS) == never_killed
+
+
+def test_a_second_ctrl_c_interrupts():
+    with pytest.raises(KeyboardInterrupt), zj.Preemption() as preemption:
+        signal.raise_signal(signal.SIGINT)
+        assert preemption.requested
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_until_takes_no_item_that_it_does_not_hand_out():
+    source = iter(range(10))
+    with zj.Preemption() as preemption:
+        for item in preemption.until(source):
+            if item == 3:
+                signal.raise_signal(signal.SIGTERM)
+        assert list(preemption.until(source)) == []
+    assert next(source) == 4
+    with pytest.raises(SystemExit) as left:
+        preemption.exit()
+    assert left.value.code == 75
+
+
+def test_threads_get_no_signals():
+    import threading
+
+    met = []
+
+    def enter():
+        try:
+            with zj.Preemption():
+                pass
+        except zj.CheckpointError as error:
+            met.append(str(error))
+
+    thread = threading.Thread(target=enter, name="worker")
+    thread.start()
+    thread.join()
+    assert "entered in thread 'worker'" in met[0]
