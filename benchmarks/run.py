@@ -1,7 +1,7 @@
 """Every table, as Markdown on standard output: `make bench` writes it to benchmarks/results.md.
 
     python benchmarks/run.py             # some fifteen minutes on two cores
-    python benchmarks/run.py overhead    # overhead, stages, compile, collectives, plans: those named
+    python benchmarks/run.py overhead    # one of them: see TABLES
 """
 
 import os
@@ -10,6 +10,7 @@ import sys
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the GPU compiler without a GPU
 
+import checkpoints
 import machine
 import overhead
 import plans
@@ -20,6 +21,7 @@ TABLES = {
     "stages": ("The stages: 534 M parameters, 8 H200s, 4 microbatches of one sequence of 2048 a GPU", programs.stage_table),
     "compile": ("Compile time for 8 H200s, with the GPU compiler", programs.compile_table),
     "plans": ("What a plan costs: 7 B parameters in 24 scanned layers, stage 3, without a GPU", plans.plans_table),
+    "checkpoints": ("Checkpoints beside Orbax alone", checkpoints.markdown),
     "collectives": ("MiB each GPU sends in a step, and keeps: H200s that are not there", programs.collectives_table),
 }
 

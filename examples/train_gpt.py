@@ -77,7 +77,7 @@ def read_text():
     return join([t for t in topics if t not in held_out]), join(held_out)
 
 
-def windows(text, rows, seed, stop):
+def windows(text, rows, seed, stop=None):
     """int32[rows, SEQ + 1] at random places of the text, which are a function of the batch's number."""
     def window(i):
         starts = np.random.default_rng((seed, i)).integers(0, len(text) - SEQ, (rows, 1))
