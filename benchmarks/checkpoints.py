@@ -117,8 +117,8 @@ def times(directory) -> str:
     others = max(b / same[1] for name, _, b, _ in rows[2:])
     return (f"{GB:.2f} GB in {len(jax.tree.leaves(state))} leaves.\n\n"
             + table(["", "Orbax alone, s", "zerojax, s", "ratio", "aim"], lines)
-            + f"\nThe digest of all leaves: {marks:.3f} s, {marks / same[1]:.1%} of a restore (aim 3 %). Restoring onto another mesh "
-              f"or stage takes at most {others:.2f} times what the same does (aim 2).\n")
+            + f"\nThe digest of all leaves: {marks:.3f} s, {marks / same[1]:.1%} of a restore (aim 3 %). Restoring onto another "
+              f"mesh or stage takes at most {others:.2f} times what the same does (aim 2).\n")
 
 
 def restored_plain(directory):

@@ -21,7 +21,7 @@ def directory(tmp_path_factory):
 def test_inspect(directory, capsys):
     assert cli.main(["inspect", str(directory)]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("step 10: 16 leaves, 24.4 KiB") and "mesh data 8, stage 2, params float32" in out
+    assert out.startswith("step 10: 16 leaves, 24.5 KiB") and "mesh data 8, stage 2, params float32" in out
     assert "ScaleByAdamState" in out and '{"next": 10}' in out and "orbax-checkpoint" in out
     assert cli.main(["inspect", str(directory / "2"), "--json"]) == 0
     note = json.loads(capsys.readouterr().out)
@@ -45,7 +45,7 @@ def test_verify(directory, tmp_path, capsys):
 def test_export(directory, tmp_path, capsys):
     arguments = ["export", str(directory), "--to", str(tmp_path / "m.safetensors"), "--dtype", "float16"]
     assert cli.main([*arguments, "--rename", "^w$=h.weight", "--rename", "odd=even", "--step", "1"]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'm.safetensors'}  4.5 KiB\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'm.safetensors'}  4.4 KiB\n"
     loaded = load_file(tmp_path / "m.safetensors")
     assert set(loaded) == {"h.weight", "even", "half", "none"} and {x.dtype.name for x in loaded.values()} == {"float16"}
     assert cli.main(["export", str(directory), "--to", str(tmp_path / "n.safetensors"), "--shard-gb", "1e-6"]) == 0
