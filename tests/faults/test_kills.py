@@ -71,18 +71,19 @@ def test_kill_9_at_random_moments_of_a_save(tmp_path, never_killed, kills):
 
 @pytest.mark.slow
 def test_the_example_killed_twenty_times(tmp_path):
-    command = [EXAMPLES / "train_gpt.py", "--steps", "120", "--every", "5", "--checkpoint"]
-    for line in start(*command, tmp_path / "whole").communicate(timeout=300):
-        assert "Traceback" not in line
-    rng = random.Random(0)
+    command = [EXAMPLES / "train_gpt.py", "--every", "5", "--checkpoint"]
+    assert "after 1000 steps" in start(*command, tmp_path / "whole").communicate(timeout=600)[0]
+    rng, reached = random.Random(0), []
     for _ in range(20):
         process = start(*command, tmp_path / "killed")
-        time.sleep(rng.uniform(5, 14))
+        time.sleep(rng.uniform(6, 11))
         process.kill()
         process.communicate(timeout=60)
-    out, error = start(*command, tmp_path / "killed").communicate(timeout=300)
-    assert "after 120 steps" in out, error[-2000:]
-    assert digests(tmp_path / "killed", 120) == digests(tmp_path / "whole", 120)
+        reached.append((store.steps(tmp_path / "killed") or [0])[-1])
+    assert reached == sorted(reached) and len(set(reached)) > 10 and reached[-1] < 1000, reached  # most of them in the middle
+    out, error = start(*command, tmp_path / "killed").communicate(timeout=600)
+    assert "after 1000 steps" in out, error[-2000:]
+    assert digests(tmp_path / "killed", 1000) == digests(tmp_path / "whole", 1000)
 
 
 @pytest.mark.parametrize("number, when", [(signal.SIGTERM, "saving"), (signal.SIGINT, "saving"), (signal.SIGTERM, "evaluating")])
