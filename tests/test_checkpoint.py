@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import math
+import shutil
 
 import flax.linen as nn
 import grain.python as grain
@@ -12,6 +14,8 @@ import optax
 import pytest
 import states
 from flax.training import train_state
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import zerojax as zj
 
@@ -118,14 +122,21 @@ def test_a_state_may_be_donated_while_it_is_saved(tmp_path):
 
 def test_what_is_saved_beside_the_state(tmp_path):
     with zj.Checkpointer(tmp_path) as checkpoints:
-        checkpoints.save(states.state(), data_state={"at": b"\x00\xff", "n": np.int64(3), 2: (1, 2), 10: None},
-                         metrics={"loss": jnp.float32(1.5), "aux": {"n": np.float32(2)}})
+        checkpoints.save(states.state(), data_state={"at": b"\x00\xff", "n": np.int64(3), "bytes": (1, 2), "x": {"bytes": 1024}},
+                         metrics={"loss": jnp.float32(1.5), "aux": {"n": np.float32(2), "nan": float("nan")}})
         found = checkpoints.restore_latest(states.target())
-        assert found.data_state == {"at": b"\x00\xff", "n": 3, "2": [1, 2], "10": None}
-        assert found.metrics == {"loss": 1.5, "aux": {"n": 2.0}} and found.step == 0
-        with pytest.raises(zj.CheckpointError, match=r"data_state or metrics that JSON can't hold .*ndarray"):
-            checkpoints.save(states.state(step=1), data_state=np.zeros(3))
-        assert checkpoints.steps() == [0]
+        assert found.data_state == {"at": b"\x00\xff", "n": 3, "bytes": [1, 2], "x": {"bytes": 1024}} and found.step == 0
+        assert found.metrics["loss"] == 1.5 and found.metrics["aux"]["n"] == 2 and math.isnan(found.metrics["aux"]["nan"])
+
+
+@pytest.mark.parametrize("value, text", [
+    (np.zeros(3), r"data_state that JSON can't hold, a ndarray: array"), ({"a": [0, {1}]}, r"data_state\['a'\]\[1\] that"),
+    ({3: 1}, "data_state with the key 3; keys are text"), ({"__bytes__": 1}, "with the key '__bytes__'")], ids=str)
+def test_what_can_not_be_saved_beside_it(tmp_path, value, text):
+    with zj.Checkpointer(tmp_path) as checkpoints:
+        with pytest.raises(zj.CheckpointError, match=text):
+            checkpoints.save(states.state(step=1), data_state=value)
+        assert checkpoints.steps() == []
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx", "flax"])
@@ -209,6 +220,11 @@ WRONG = {
     "text in a state": (lambda c: c.save({"step": 1, "name": "x"}), r"\['name'\] are neither arrays nor numbers"),
     "shapes": (lambda c: c.save(states.target(), step=3), "given shapes, not arrays"),
     "an earlier step": (lambda c: [c.save(states.state(step=n)) for n in (5, 4)], "has step 5, and is to get step 4"),
+    "a step that is no number": (lambda c: c.save({"w": jnp.ones(3)}, step=3.0), "step=3.0; write a whole number, 0 or more"),
+    "a truth": (lambda c: c.save({"w": jnp.ones(3)}, step=True), "step=True; write a whole number"),
+    "a step below 0": (lambda c: c.save({"w": jnp.ones(3)}, step=-1), "step=-1; write a whole number"),
+    "nothing": (lambda c: c.save(None, step=1), "a state that holds no array"),
+    "functions": (lambda c: c.save({"step": 1, "f": jnp.sin}), r"\['f'\] are neither .* eqx.filter"),
     "two leaves of one path": (lambda c: c.save({"step": 1, "a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}), "two leaves at each of"),
 }
 
@@ -219,6 +235,74 @@ def test_what_save_refuses(tmp_path, name):
     with zj.Checkpointer(tmp_path) as checkpoints, pytest.raises(zj.CheckpointError, match=text):
         act(checkpoints)
     assert zj.Checkpointer(tmp_path).steps() in ([], [5])
+
+
+def test_a_step_that_was_moved_away_is_saved_again(tmp_path):
+    with zj.Checkpointer(tmp_path / "c") as checkpoints:
+        for step in (5, 10):
+            checkpoints.save(states.state(step=step))
+        checkpoints.wait()
+        shutil.move(tmp_path / "c/10", tmp_path / "10")
+        assert checkpoints.save(states.state(step=10))
+        assert not checkpoints.save(states.state(step=10))  # it is under way
+    assert checkpoints.steps() == [5, 10]
+
+
+def test_others_may_restore_while_one_saves(tmp_path):
+    with zj.Checkpointer(tmp_path) as checkpoints:
+        for step in range(1, 6):
+            checkpoints.save(states.state(step=step))
+            with zj.Checkpointer(tmp_path) as reader:
+                reader.restore_latest(states.target(), if_none="init")
+    assert checkpoints.steps() == [3, 4, 5]
+
+
+def test_closing_twice_and_going_on(tmp_path):
+    checkpoints = zj.Checkpointer(tmp_path)
+    checkpoints.save(states.state(step=1))
+    checkpoints.close()
+    checkpoints.close()
+    assert checkpoints.save(states.state(step=2)) and checkpoints.restore_latest(states.target()).step == 2
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_where_another_mesh_is_set(tmp_path):
+    state, targets = states.state(), [states.target(policy) for policy in (states.zero(8), states.zero(2), states.zero(4, 0))]
+    with jax.set_mesh(states.zero(4).mesh), zj.Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        for target in targets:
+            assert states.bits(checkpoints.restore_latest(target).state) == states.bits(state)
+        assert checkpoints.verify(0).step == 0
+
+
+def test_a_flax_loop_goes_on_from_what_create_returns(tmp_path):
+    """Its step is a Python number until a step was jitted."""
+    make = lambda: train_state.TrainState.create(apply_fn=Net().apply, params=states.init(jax.random.key(0)), tx=states.tx)
+    jitted = jax.jit(lambda state: state.replace(step=state.step + 7))(make())
+    with zj.Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(make())
+        checkpoints.save(jitted)
+        assert checkpoints.restore_latest(make()).state.step == 7
+        assert checkpoints.restore(0, jitted).state.step == 0
+
+
+def test_tensor_parallel_axes_come_back_after_a_move():
+    """A mesh without the model's axis does not make a state forget it."""
+    class Partitioned(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(64, kernel_init=nn.with_partitioning(nn.initializers.normal(), (None, "model")))(x)
+
+    wide = zj.Zero(jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2), min_shard=1)
+    narrow = states.zero()
+    state = wide.init(Partitioned().init, states.tx, jax.random.key(0), jnp.ones((1, 32)))
+    moved = wide.move(state, narrow)
+    back = narrow.move(moved, wide)
+    assert jax.tree.structure(back) == jax.tree.structure(moved) == jax.tree.structure(state)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, back, state))
+    assert back.params["Dense_0"]["kernel"].sharding.spec == P("data", "model")
+    assert moved.params["Dense_0"]["kernel"].sharding.spec == P(None, "data") and states.bits(back) == states.bits(state)
 
 
 @pytest.mark.parametrize("options", [{"keep": 0}, {"every": 0}, {"every": 1.5}])
@@ -244,6 +328,26 @@ def test_feed_knows_where_it_is():
     assert [int(x[0, 0]) for x in again] == [int(x[0, 0]) for x in fed] == list(range(2, 9))
     fed.set_state({"next": 8})
     assert [int(x[0, 0]) for x in fed] == [8] and fed.get_state() == {"next": 9}
+
+
+def test_a_source_that_goes_on_with_the_position_it_gave():
+    class Live:
+        def __init__(self):
+            self.state = {"n": 0}
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            self.state["n"] += 1
+            return np.ones((8, 1))
+
+        def get_state(self):
+            return self.state
+
+    fed = zj.feed(Live(), states.zero(), prefetch=3)
+    next(fed)
+    assert fed.get_state() == {"n": 1}
 
 
 def test_feed_of_what_has_no_position():

@@ -1,6 +1,7 @@
 """Safetensors: what is exported is what was saved, and each device reads its part of what is imported."""
 
 import json
+import os
 import pathlib
 import struct
 
@@ -96,13 +97,24 @@ def test_model_state_goes_along(tmp_path):
     equal((found.params, found.model_state), (state.params, state.model_state))
 
 
+def _large(directory):
+    with zj.Checkpointer(directory / "large") as checkpoints:
+        checkpoints.save({"step": 0, "params": {"w": jnp.full(3, 1e5)}})
+    return directory / "large"
+
+
 EXPORTS = {
     "a file that is there": (lambda c, d: [zj.export_safetensors(c, d / "m.safetensors") for _ in range(2)], "is there already"),
     "another suffix": (lambda c, d: zj.export_safetensors(c, d / "m.bin"), "name a file that ends in .safetensors"),
     "a directory that is not there": (lambda c, d: zj.export_safetensors(c, d / "x/m.safetensors"), "in a directory that is there"),
-    "a dtype that is none": (lambda c, d: zj.export_safetensors(c, d / "m.safetensors", dtype="f8"), "safetensors has no f8"),
+    "a dtype that is none": (lambda c, d: zj.export_safetensors(c, d / "m.safetensors", dtype="f8"), "'f8' is no floating dtype"),
     "two of one name": (lambda c, d: zj.export_safetensors(c, d / "m.safetensors", rename={".*": "x"}), "would both be named"),
     "no regex": (lambda c, d: zj.export_safetensors(c, d / "m.safetensors", rename={"(": "x"}), "no regular expression"),
+    "integers": (lambda c, d: zj.export_safetensors(c, d / "m.safetensors", dtype="int8"), "'int8' is no floating dtype"),
+    "what float16 can't hold": (lambda c, d: zj.export_safetensors(_large(c.parent), d / "m.safetensors", dtype="float16"),
+                                "params/w has values that float16 can't hold, as 100000"),
+    "the header's own": (lambda c, d: zj.export_safetensors(c, d / "m.safetensors", rename={"w": "__metadata__"}), "no tensor"),
+    "no regex for leaves": (lambda c, d: zj.export_safetensors(c, d / "m.safetensors", only="("), "no regular expression"),
     "no leaf": (lambda c, d: zj.export_safetensors(c, d / "m.safetensors", only="x"), "only='x' matches none of the 16 leaves"),
     "no step": (lambda c, d: zj.export_safetensors(c, d / "m.safetensors", step=5), r"has no step 5; it has \[1, 2\]"),
 }
@@ -129,6 +141,24 @@ def test_what_does_not_fit(tmp_path, name):
     save_file(given, tmp_path / "m.safetensors")
     with pytest.raises(zj.CheckpointError, match=text):
         zj.load_safetensors(tmp_path, target)
+
+
+def test_targets_that_nothing_can_be_read_into(tmp_path):
+    save_file({"w": np.ones(3, np.float32)}, tmp_path / "m.safetensors")
+    with pytest.raises(zj.CheckpointError, match="would stay shapes; give a live state"):
+        zj.load_safetensors(tmp_path, states.target())
+    with pytest.raises(zj.CheckpointError, match="names no devices"):
+        zj.load_safetensors(tmp_path, {"w": jax.ShapeDtypeStruct((3,), jnp.float32)})
+
+
+def test_a_flax_state_keeps_its_optimizer(tmp_path):
+    from flax.training import train_state
+
+    save_file({"w": np.full(3, 2, np.float32)}, tmp_path / "m.safetensors")
+    state = train_state.TrainState.create(apply_fn=None, params={"w": jnp.ones(3)}, tx=states.tx)
+    found = zj.load_safetensors(tmp_path, state)
+    assert float(found.params["w"].sum()) == 6 and found.step == 0
+    equal(found.opt_state, state.opt_state)
 
 
 def test_tensors_that_are_not_wanted_are_named(tmp_path):
@@ -187,6 +217,7 @@ INDEXES = {
     "a list": ["m.safetensors"],
     "a tensor that is not in its file": {"w": "m.safetensors", "other": "m.safetensors"},
     "a file that is not there": {"w": "n.safetensors"},
+    "a pipe": {"w": "pipe.safetensors"},
     "a link": {"w": "link.safetensors"},
 }
 
@@ -197,6 +228,7 @@ def test_hostile_indexes(tmp_path, name):
     for file in (tmp_path / "outside.safetensors", tmp_path / "in/m.safetensors"):
         save_file({"w": np.ones(4, np.float32)}, file)
     (tmp_path / "in/link.safetensors").symlink_to(tmp_path / "outside.safetensors")
+    os.mkfifo(tmp_path / "in/pipe.safetensors")  # to open it would wait for ever
     index = tmp_path / "in/model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": INDEXES[name]}))
     with pytest.raises(zj.CorruptCheckpointError):

@@ -3,7 +3,9 @@
 On disk are logical arrays, one for each leaf of the state by its path, and a `Manifest`. Orbax is called here and in `store`.
 """
 
+import contextlib
 import os
+import re
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -19,7 +21,7 @@ from zerojax import digest, manifest, store
 from zerojax.errors import CheckpointError, CorruptCheckpointError
 from zerojax.manifest import Manifest
 from zerojax.policy import Policy
-from zerojax.target import Target
+from zerojax.target import MODEL, Target
 
 
 class Restored(NamedTuple):
@@ -34,9 +36,11 @@ class Restored(NamedTuple):
 class Checkpointer:
     """Saves and restores training states, of zerojax or your own, in one directory.
 
+    The first save removes what interrupted saves left there: one process at a time may save into a directory, and while it does
+    others may restore from it.
+
     Args:
-      directory: made if it is not there. What an interrupted save left there is removed, so of several processes that
-        write, each wants its own.
+      directory: made if it is not there.
       keep: so many of the newest stay; None keeps all. An old one goes when the new one is whole.
       every: `save` does nothing for steps that this does not divide.
       async_: `save` returns when the arrays are copied, and files are written in the background.
@@ -58,14 +62,15 @@ class Checkpointer:
     def __init__(self, directory: str | os.PathLike, *, keep: int | None = 3, every: int = 1, async_: bool = True,
                  zero: Policy | None = None):
         for name, n in (("keep", keep), ("every", every)):
-            if n is not None and (not isinstance(n, int) or n < 1):
+            if n is not None and (type(n) is not int or n < 1):
                 raise CheckpointError(f"Checkpointer({name}={n!r}): write a whole number, 1 or more.")
-        self.directory, self.every, self.zero, self._async = store.located(directory), every, zero, async_
-        self._passed_over, self._begun = set(), None
+        if jax.process_count() > 1:
+            raise CheckpointError(f"Checkpointer in one of {jax.process_count()} processes: several can't save one state yet.")
+        self.directory, self.every, self.zero = store.located(directory), every, zero
+        self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=async_,
+                                                     cleanup_tmp_directories=True)
+        self._manager, self._begun, self._passed_over = None, None, set()
         _check_writable(self.directory)
-        self._clean()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=async_, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, state: Any, *, step: int | None = None, data_state: Any = None, metrics: Any = None,
              force: bool = False) -> bool:
@@ -84,7 +89,7 @@ class Checkpointer:
         Raises:
           CheckpointError: this save, or one before it, failed; the directory has later steps; `step` is not the state's.
         """
-        if not self._manager.is_saving_in_progress():  # Orbax's check_for_errors stays silent of what its last thread met
+        if self._manager and not self._manager.is_saving_in_progress():  # of its last thread, Orbax's check_for_errors says nothing
             self.wait()
         if step is not None and not self._due(step, force):
             return False
@@ -92,11 +97,11 @@ class Checkpointer:
         if not self._due(step, force):
             return False
         self._set_aside(step)
-        there = self.steps()
-        if step in (*there, self._begun):
+        there = [*self.steps(), *([] if self._begun is None else [self._begun])]
+        if step in there:
             return False
-        if there and there[-1] > step:
-            raise CheckpointError(f"{self.directory} has step {there[-1]}, and is to get step {step}: the newest would be of the "
+        if there and max(there) > step:
+            raise CheckpointError(f"{self.directory} has step {max(there)}, and is to get step {step}: the newest would be of the "
                                   "run that was left. Move the later steps away to go on here, or give another directory.")
         self._write(step, state, data_state, metrics)
         return True
@@ -110,32 +115,49 @@ class Checkpointer:
         note = _note(step, state, leaves, self.zero, data_state, metrics).to_json()
         arrays = {path: _stored(x) for path, x in leaves.items() if np.size(x)}  # Orbax refuses arrays of no size
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), manifest=ocp.args.JsonSave(note))
-        self._raise_failed(lambda: self._manager.save(step, args=args, force=True))
+        self.wait()
+        self._raise_failed(lambda: self._opened().save(step, args=args, force=True))
         self._begun = step
-        if not self._async:
+        if not self._options.enable_async_checkpointing:
             self.wait()
 
+    def _opened(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            self._clean()
+            self._manager = ocp.CheckpointManager(self.directory, options=self._options)
+        self._manager.reload()  # steps may have been moved away
+        return self._manager
+
     def _set_aside(self, step):
-        """Steps that did not load and that a run from before them is about to reach: renamed, not removed."""
+        """Steps that did not load, do not still, and that a run from before them is about to reach: renamed, not removed."""
         for bad in {s for s in self._passed_over if s >= step}:
-            (self.directory / str(bad)).rename(self.directory / f"{bad}.unreadable-{uuid.uuid4().hex[:8]}")
             self._passed_over.remove(bad)
-            self._manager.reload()
+            try:
+                store.verify(self._path(bad))
+            except CorruptCheckpointError:
+                name = f"{bad}.unreadable-{uuid.uuid4().hex[:8]}"
+                (self.directory / str(bad)).rename(self.directory / name)
 
     def _raise_failed(self, act):
         try:
             act()
         except Exception as error:
             self._begun = None
+            if self._manager:
+                with contextlib.suppress(Exception):  # threads of it may still write
+                    self._manager.wait_until_finished()
             self._clean()
-            self._manager.reload()
+            if self._manager:
+                self._manager.reload()
+            full = "; make room for it, and save again" if re.search("No space left|quota", str(error)) else ""
             raise CheckpointError(f"a save into {self.directory} failed: {store.brief(error)}. Steps {self.steps()} are whole, "
-                                  "what the failed save left is removed; make room for it, and save again.") from error
+                                  f"what the failed save left is removed{full}.") from error
 
     def _clean(self):
         """What interrupted saves left. Orbax cleans up as well, but for what this process itself left."""
         for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
-            path.rmtree()
+            with contextlib.suppress(OSError):
+                path.rmtree()
 
     def wait(self) -> None:
         """Until the save under way is on disk.
@@ -143,7 +165,9 @@ class Checkpointer:
         Raises:
           CheckpointError: it failed.
         """
-        self._raise_failed(self._manager.wait_until_finished)
+        if self._manager:
+            self._raise_failed(self._manager.wait_until_finished)
+        self._begun = None
 
     def steps(self) -> list[int]:
         """The steps on disk, lowest first; that of a save under way is not among them."""
@@ -215,8 +239,12 @@ class Checkpointer:
         Raises:
           CheckpointError: it failed.
         """
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            if self._manager:
+                self._manager.close()
+            self._manager = None
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -242,24 +270,32 @@ def _step_of(state, step) -> int:
     if isinstance(own, jax.ShapeDtypeStruct):
         raise CheckpointError("save was given shapes, not arrays; give the state that a step returned.")
     step = int(own) if step is None else step
+    if type(step) is not int or step < 0:
+        raise CheckpointError(f"save was given step={step!r}; write a whole number, 0 or more.")
     if own is not None and int(own) != step:
         raise CheckpointError(f"save was given step={step} and a state of step {int(own)}; give the state's own.")
     return step
 
 
 def _check_arrays(leaves):
-    odd = [p for p, x in leaves.items() if not isinstance(x, jax.Array) and np.asarray(x).dtype.kind in "OUS"]
+    if not leaves:
+        raise CheckpointError("save was given a state that holds no array.")
+    odd = [p for p, x in leaves.items() if not isinstance(x, jax.Array) and np.asarray(x).dtype.kind in "OUSMm"]
     if odd:
-        raise CheckpointError(f"save was given a state whose leaves {odd[:manifest.MOST]} are neither arrays nor numbers.")
+        raise CheckpointError(f"save was given a state whose leaves {odd[:manifest.MOST]} are neither arrays nor numbers; keep "
+                              "functions and text out of it, as eqx.filter(model, eqx.is_array) does.")
 
 
 def _stored(x):
     """As it is on disk: of typed keys, their data."""
-    return jax.random.key_data(x) if manifest.key_of(x) else x if isinstance(x, jax.Array) else np.asarray(x)
+    if isinstance(x, jax.Array):
+        return jax.random.key_data(x) if manifest.key_of(x) else x
+    x = x if hasattr(x, "dtype") else manifest.number(x)
+    return np.asarray(x, x.dtype.newbyteorder("="))
 
 
 def _note(step, state, leaves, zero, data_state, metrics) -> Manifest:
-    digests = digest.of(list(leaves.values()))
+    digests = digest.of([x if hasattr(x, "dtype") else manifest.number(x) for x in leaves.values()])
     entries = {path: manifest.entry_of(x, d) for (path, x), d in zip(leaves.items(), digests, strict=True)}
     meshes = [x.sharding.mesh for x in leaves.values() if isinstance(getattr(x, "sharding", None), NamedSharding)]
     precision = None if zero is None else vars(zero.precision)
@@ -271,6 +307,6 @@ def _note(step, state, leaves, zero, data_state, metrics) -> Manifest:
 def restore(path: epath.Path, target: Any, *, only: str | None = None, params_only: bool = False, cast: bool = False) -> Restored:
     """See `Checkpointer.restore`; of a step's directory."""
     note = store.read_manifest(path)
-    aim = Target(target, r"(params|model_state)/.*" if params_only else only)
+    aim = Target(target, MODEL if params_only else only)
     aim.check(note, f"step {note.step} in {path.parent}", cast)
     return Restored(aim.filled(store.checked(path, note, aim.sources(note))), note.step, note.data_state, note.metrics)

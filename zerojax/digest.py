@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zerojax import specs
@@ -28,27 +28,40 @@ def of(arrays: Sequence[Any]) -> list[str]:
     >>> of([np.arange(6.0, dtype=np.float32).reshape(2, 3), np.arange(6.0, dtype=np.float32)])
     ['db2f183b', 'db2f183b']
     """
-    sums = [_sums(x, mesh, specs.full(spec, x.ndim)) for x, mesh, spec in map(_placed, arrays)]
+    sums = [_sums_over(*_placed(x)) for x in arrays]
     return [f"{int(np.sum(x, dtype=np.uint32)):08x}" for x in jax.device_get(sums)]
 
 
-def _placed(x) -> tuple[jax.Array, Mesh | AbstractMesh, P]:
+def _placed(x) -> tuple[jax.Array, Mesh, P]:
     """An array over a mesh; of numpy's, 64-bit words in halves, which jax would cut short."""
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
-    if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding):
+    if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding) and isinstance(x.sharding.mesh, Mesh):
         return x, x.sharding.mesh, x.sharding.spec
-    x = np.asarray(x)
-    x = np.ascontiguousarray(x)[..., None].view(np.uint32) if x.dtype.itemsize >= 8 else x
-    alone = Mesh(np.array(jax.local_devices()[:1]), ("device",))
+    x = np.ascontiguousarray(x, np.asarray(x).dtype.newbyteorder("=")).reshape(np.shape(x))
+    x = x[..., None].view(np.uint32) if x.dtype.itemsize >= 8 else x
+    alone = Mesh(np.array([_host()]), ("device",))
     return jax.device_put(x, NamedSharding(alone, P())), alone, P()
 
 
+def _host():
+    """The host's processor as a device, if jax was told of it: the others have no memory to spare."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
+
+
+def _sums_over(x: jax.Array, mesh: Mesh, spec: P) -> jax.Array:
+    with jax.set_mesh(mesh):  # another one may be set
+        return _sums(x, mesh, specs.full(spec, x.ndim))
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _sums(x: jax.Array, mesh: Mesh | AbstractMesh, spec: P) -> jax.Array:
+def _sums(x: jax.Array, mesh: Mesh, spec: P) -> jax.Array:
     """uint32[devices]: what each device adds; of copies, one does."""
     copies = tuple(axis for axis in mesh.axis_names if axis not in specs.axes_of(spec))
-    strides = [math.prod(x.shape[d + 1:]) for d in range(x.ndim)]
+    strides = [math.prod(x.shape[d + 1:]) % 2**32 for d in range(x.ndim)]
 
     def local(part):
         starts = [jax.lax.axis_index(entry) * n if entry else 0 for entry, n in zip(spec, part.shape, strict=True)]
@@ -68,14 +81,16 @@ def _sum_in_chunks(strides, part, first):
     """As `_sum`. The CPU compiler would make a copy of all words first, at ten times the time."""
     if not part.size or not part.ndim:
         return _sum(strides, part, first)
-    axis = max(range(part.ndim), key=lambda d: math.gcd(part.shape[d], _CHUNKS))
-    chunks = math.gcd(part.shape[axis], _CHUNKS)
-    rows = part.shape[axis] // chunks
+    axis = int(np.argmax(part.shape))
+    rows = max(1, part.shape[axis] // _CHUNKS)
+    chunks, rest = divmod(part.shape[axis], rows)
     chunk = lambda i: jax.lax.dynamic_slice_in_dim(part, i * rows, rows, axis)
     start = _positions(strides, jax.eval_shape(chunk, 0).shape, first)
-    add = lambda i, total: total + _mixed(chunk(i), start + jnp.uint32(i * rows) * np.uint32(strides[axis]))
-    zero = jnp.zeros_like(_mixed(chunk(0), start))
-    return jnp.sum(jax.lax.fori_loop(0, chunks, add, zero), dtype=jnp.uint32)
+    at = lambda i: first + jnp.uint32(i * rows) * np.uint32(strides[axis])
+    add = lambda i, total: total + _mixed(chunk(i), start + (at(i) - first))
+    total = jax.lax.fori_loop(0, chunks, add, jnp.zeros_like(_mixed(chunk(0), start)))
+    tail = jax.lax.slice_in_dim(part, chunks * rows, chunks * rows + rest, axis=axis)
+    return jnp.sum(total, dtype=jnp.uint32) + _sum(strides, tail, at(chunks))
 
 
 def _positions(strides, shape, first):
@@ -95,10 +110,11 @@ def _mixed(part, positions):
 
 
 def _words(x):
+    """uint32[..., words]: the bits of each element."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return jnp.concatenate([_words(x.real), _words(x.imag)], -1)
-    bits = jnp.iinfo(x.dtype).bits if jnp.issubdtype(x.dtype, jnp.integer) else x.dtype.itemsize * 8
-    if x.dtype == bool or bits < 8:
-        x = x.astype(jnp.int8)
-    words = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")
+    if x.dtype == bool:
+        return x.astype(jnp.uint32)[..., None]
+    info = jnp.finfo if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo
+    words = jax.lax.bitcast_convert_type(x, f"uint{min(info(x.dtype).bits, 32)}")
     return words.astype(jnp.uint32) if words.ndim > x.ndim else words.astype(jnp.uint32)[..., None]

@@ -37,7 +37,7 @@ def describe(tree: Tree, bases: Sequence[P] | None = None, scanned: Sequence[int
 
 
 def place(policy: Policy, leaf: Leaf) -> Placement:
-    """Where a parameter lies at rest under a policy, and once gathered."""
+    """Where a parameter lies at rest under a policy, and once gathered. Axes of the model that the mesh lacks do not count."""
     rule = specs.find_rule(leaf.path, policy.rules)
     if rule is None:
         return place_other(policy, leaf)
@@ -47,7 +47,8 @@ def place(policy: Policy, leaf: Leaf) -> Placement:
 
 def place_other(policy: Policy, leaf: Leaf) -> Placement:
     """Where a leaf lies that no rule is about."""
-    placed = specs.shard(leaf, policy.axes, policy.shards, policy.min_shard)
+    known = specs.keep(leaf.base, lambda axis: axis in policy.mesh.axis_names)
+    placed = specs.shard(dataclasses.replace(leaf, base=known), policy.axes, policy.shards, policy.min_shard)
     return placed if policy.stage else _whole(placed)
 
 

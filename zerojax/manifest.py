@@ -18,6 +18,7 @@ from zerojax.errors import CheckpointError
 from zerojax.tables import Sheet, size
 
 FORMAT = 1
+BYTES = "__bytes__"
 MOST = 10  # paths in an error
 _PACKAGES = ("zerojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -72,12 +73,9 @@ class Manifest:
           CheckpointError: a data state or metric that JSON can't say.
         """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"format": FORMAT}
-        fields["leaves"] = {path: dataclasses.asdict(entry) for path, entry in self.leaves.items()}
-        try:
-            values = json.loads(json.dumps(fields, default=_plain))
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"save was given a data_state or metrics that JSON can't hold ({error}); give numbers, text, "
-                                  "bytes, lists and dicts with text as keys.") from None
+        fields |= {"leaves": {path: dataclasses.asdict(entry) for path, entry in self.leaves.items()},
+                   "data_state": _plain("data_state", self.data_state), "metrics": _plain("metrics", self.metrics)}
+        values = json.loads(json.dumps(fields, default=dict))
         return values | {"digest": _sha(values)}
 
     @classmethod
@@ -89,7 +87,8 @@ class Manifest:
         if values.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}: another version of zerojax wrote it")
         leaves = {path: _entry(**entry) for path, entry in values.pop("leaves").items()}
-        values |= {"optimizer": tuple(values["optimizer"]), "data_state": _restored(values["data_state"])}
+        values |= {"optimizer": tuple(values["optimizer"]), "data_state": _restored(values["data_state"]),
+                   "metrics": _restored(values["metrics"])}
         return cls(leaves=leaves, **values)
 
     @property
@@ -101,9 +100,10 @@ class Manifest:
         """What is said of the whole, and of each leaf."""
         mesh = " x ".join(f"{axis} {n}" for axis, n in self.mesh.items())
         precision = ", ".join(f"{k} {v}" for k, v in (self.precision or {}).items() if v)
+        say = lambda value: json.dumps(_plain("", value))
         about = [("saved from", f"mesh {mesh}" + ("" if self.stage is None else f", stage {self.stage}, {precision}")),
-                 ("optimizer", ", ".join(self.optimizer)), ("data", json.dumps(self.data_state, default=_plain)),
-                 ("metrics", json.dumps(self.metrics)), ("versions", ", ".join(f"{k} {v}" for k, v in self.versions.items()))]
+                 ("optimizer", ", ".join(self.optimizer)), ("data", say(self.data_state)), ("metrics", say(self.metrics)),
+                 ("versions", ", ".join(f"{k} {v}" for k, v in self.versions.items()))]
         rows = [(path, str(list(e.shape)), e.dtype, e.spec, f"{e.bytes:,}", e.digest) for path, e in self.leaves.items()]
         title = f"step {self.step}: {len(self.leaves)} leaves, {size(self.bytes)}"
         return Sheet(title, ("", ""), tuple(about)), Sheet("", ("leaf", "shape", "dtype", "spec", "bytes", "digest"), tuple(rows))
@@ -131,21 +131,29 @@ def _sha(values: dict) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _plain(value):
-    """Of what JSON has no word for: bytes, and scalars of numpy and jax."""
+def _plain(where: str, value: Any) -> Any:
+    """As JSON values: of bytes, their base64 under a key that no other dict may have."""
     if isinstance(value, bytes):
-        return {"bytes": base64.b64encode(value).decode()}
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        return value.item()
+        return {BYTES: base64.b64encode(value).decode()}
     if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"a {type(value).__name__}: {value!r:.60}")
+        odd = [key for key in value if not isinstance(key, str) or key == BYTES]
+        if odd:
+            raise CheckpointError(f"save was given a {where} with the key {odd[0]!r}; keys are text, and not {BYTES!r}.")
+        return {key: _plain(f"{where}[{key!r}]", item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(f"{where}[{i}]", item) for i, item in enumerate(value)]
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise CheckpointError(f"save was given a {where} that JSON can't hold, a {type(value).__name__}: {value!r:.60}; give numbers, "
+                          "text, bytes, lists and dicts of these.")
 
 
 def _restored(value):
     if isinstance(value, dict):
-        if value.keys() == {"bytes"}:
-            return base64.b64decode(value["bytes"], validate=True)
+        if value.keys() == {BYTES}:
+            return base64.b64decode(value[BYTES], validate=True)
         return {k: _restored(v) for k, v in value.items()}
     return [_restored(v) for v in value] if isinstance(value, list) else value
 
@@ -168,8 +176,14 @@ def entry_of(x: Any, digest: str = "") -> Entry:
     """Of an array, a shape, or a Python number."""
     spec = getattr(getattr(x, "sharding", None), "spec", None)
     key = key_of(x)
-    x = jax.eval_shape(jax.random.key_data, x) if key else x if hasattr(x, "dtype") else np.asarray(x)
+    x = jax.eval_shape(jax.random.key_data, x) if key else x if hasattr(x, "dtype") else number(x)
     return Entry(tuple(x.shape), str(x.dtype), digest, "" if spec is None else f"P({', '.join(map(repr, spec))})", key)
+
+
+def number(x: Any) -> np.ndarray:
+    """Of a Python number; whole ones in 32 bits if they fit, as jax keeps them."""
+    small = type(x) is int and abs(x) < 2**31
+    return np.asarray(x, np.int32 if small else None)
 
 
 def key_of(x: Any) -> str:
@@ -219,4 +233,4 @@ def _line(path: str, theirs: Entry | None, ours: Entry, cast: bool) -> str:
 
 def castable(a: Entry, b: Entry) -> bool:
     """Floating to floating; anything else would be another number."""
-    return all(jax.numpy.issubdtype(jax.numpy.dtype(entry.dtype), jax.numpy.floating) for entry in (a, b))
+    return all("float" in entry.dtype for entry in (a, b))

@@ -12,7 +12,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Preemption:
-    """Within it, SIGTERM and SIGINT (Ctrl-C) end nothing; they make `requested` true. A second Ctrl-C is a KeyboardInterrupt.
+    """Within it, SIGTERM and SIGINT (Ctrl-C) end nothing; they make `requested` true. A Ctrl-C after that is a KeyboardInterrupt.
 
     Training and evaluation ask between steps, as by `until`; what was saved is then what the run goes on from.
 

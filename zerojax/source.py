@@ -1,6 +1,7 @@
 """Where batches come from: sources that know their position, so that a resumed run reads what the other would have read."""
 
 import collections
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -55,7 +56,11 @@ class Feed(Iterator):
     def _restart(self):
         self.queue: collections.deque = collections.deque()
         self.ended: Exception | None = None
-        self.position = self.source.get_state() if self.known else None
+        self.position = self._now()
+
+    def _now(self):
+        """The source's position; a copy, since some sources give the dict that they go on with."""
+        return copy.deepcopy(self.source.get_state()) if self.known else None
 
     def __next__(self):
         while self.ended is None and len(self.queue) <= self.prefetch:
@@ -70,7 +75,7 @@ class Feed(Iterator):
             batch = next(self.source)
             data.check(self.policy, batch)
             put = jax.device_put(batch, data.sharding(self.policy))
-            self.queue.append((put, self.source.get_state() if self.known else None))
+            self.queue.append((put, self._now()))
         except Exception as error:  # the end, or a failure: the good batches before it come first
             self.ended = error
 

@@ -89,8 +89,7 @@ def survey(policy: Policy, init_fn, args) -> tuple[Model, list]:
         kind = type(found["kind"]).__name__
         raise ModelError(f"init_fn returned a model ({kind}) without a floating array: there is nothing to train. "
                          "Return the parameters, as model.init(key, x) or a module.")
-    bases = [known_axes(policy, base) for base in found["bases"]]
-    leaves = layout.describe(params, bases, census.stacked(jaxpr))
+    leaves = layout.describe(params, found["bases"], census.stacked(jaxpr))
     specs.check_rules([leaf.path for leaf in leaves], policy.rules)
     _check_static(found["kind"])
     return Model(found["kind"], leaves), found["treedefs"]
@@ -103,11 +102,6 @@ def _check_static(kind):
         raise ModelError(f"the model keeps something beside its parameters that can't be compared ({error}): an array, list or "
                          "dict as a plain attribute or static field. Make it an nnx.Variable, a leaf or a tuple, or build it "
                          "where it is used.") from None
-
-
-def known_axes(policy: Policy, base: P) -> P:
-    """A model's own axis names, without those that this mesh lacks (logical names that no rule maps)."""
-    return specs.keep(base, lambda axis: axis in policy.mesh.axis_names)
 
 
 def builder(policy: Policy, model: Model, treedefs: list, init_fn, tx, rng):
@@ -146,13 +140,10 @@ def lying(policy: Policy, state: TrainState) -> TrainState:
     return jax.tree.map(put, placements(policy, state), state, is_leaf=lambda x: isinstance(x, Placement))
 
 
-def rebased(policy: Policy, state: TrainState) -> TrainState:
-    """A state as `policy` takes it: without mesh axes that its mesh lacks, and with the loss scale that its dtype needs."""
-    leaves = tuple(dataclasses.replace(leaf, base=specs.full(known_axes(policy, leaf.base), len(leaf.shape)))
-                   for leaf in state.model.leaves)
+def scaled(policy: Policy, state: TrainState) -> TrainState:
+    """A state with a loss scale if `policy` needs one, a new one if it had none."""
     ours = scale.for_dtype(policy.precision.computes)
-    return state.replace(model=dataclasses.replace(state.model, leaves=leaves),
-                         scale=state.scale if type(ours) is type(state.scale) else ours)
+    return state if type(ours) is type(state.scale) else state.replace(scale=ours)
 
 
 def report(policy: Policy, state: TrainState) -> layout.Layout:

@@ -17,7 +17,10 @@ from zerojax.manifest import Manifest
 
 _LARGEST_MANIFEST = 100 * 2**20  # bytes; safetensors allows its header as many
 _BATCH = 2**28  # bytes read at once where nothing but the host's memory is wanted
-_NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+# of the machine or the moment, not of the files
+_PASSING = (MemoryError, PermissionError, TimeoutError, ConnectionError, jax.errors.JaxRuntimeError)
+_PASSING_TEXT = re.compile("PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|Too many open files|Stale file handle|"
+                           "Cannot allocate memory")
 
 
 def located(directory) -> epath.Path:
@@ -28,7 +31,9 @@ def located(directory) -> epath.Path:
 def steps(directory: str | os.PathLike) -> list[int]:
     """The steps in a directory of checkpoints, lowest first."""
     path = located(directory)
-    return sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal() and p.is_dir()) if path.exists() else []
+    if not path.exists():
+        return []
+    return sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal() and str(int(p.name)) == p.name and p.is_dir())
 
 
 def step_path(directory: str | os.PathLike, step: int | None = None) -> epath.Path:
@@ -62,9 +67,9 @@ def read_manifest(path: epath.Path) -> Manifest:
         if str(found.step) != path.name:
             raise ValueError(f"it is that of step {found.step}")
         return found
-    except _NOT_DAMAGE:
-        raise
     except Exception as error:
+        if _passing(error):
+            raise
         raise CorruptCheckpointError(f"step {path.name} in {path.parent}: its manifest can't be used ({brief(error)}); "
                                      f"{_instead(path)}.") from error
 
@@ -90,6 +95,10 @@ def _raise_damaged(path, note, bad: Mapping[str, str]):
                                      f"not what was saved; {_instead(path)}.{some}")
 
 
+def _passing(error: Exception) -> bool:
+    return isinstance(error, _PASSING) or _PASSING_TEXT.search(str(error)) is not None
+
+
 def _instead(path) -> str:
     others = [s for s in steps(path.parent) if str(s) != path.name]
     return f"use another step ({', '.join(map(str, others))}) or a copy" if others else "there is no other step; use a copy"
@@ -99,9 +108,9 @@ def _examined(path, note, wanted) -> tuple[dict[str, Any], dict[str, str]]:
     """(arrays, what is wrong with each that can't be read or has another digest)."""
     try:
         read = _read(path, wanted)
-    except _NOT_DAMAGE:
-        raise
     except Exception as error:
+        if _passing(error):
+            raise
         named = [p for p in wanted if re.search(f"[\"']{re.escape(p)}/", str(error))]
         if named or len(wanted) == 1:
             return {}, {p: brief(error) for p in named or wanted}

@@ -1,5 +1,6 @@
 """What a checkpoint is restored into: whether it fits, what to read for each leaf, and how that lands."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -8,13 +9,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from zerojax import manifest, specs
 from zerojax.errors import CheckpointError
 from zerojax.manifest import Entry, Manifest
 from zerojax.specs import Leaf
 
+MODEL = r"(params|model_state|batch_stats)/.*"  # what of a state is the model
 _SPREAD = 2**16  # elements; of a smaller leaf, every copy is read
 
 
@@ -42,14 +44,15 @@ class Target:
 
     def check(self, note: Manifest, where: str, cast: bool) -> None:
         """Raises `CheckpointError` unless what `note` describes can be restored, naming each leaf that differs."""
-        self._check_asked(where)
+        self.check_asked(where)
         lines = manifest.differences(note, self.entries, all_of_it=self.only is None, cast=cast)
         if lines:
             some = lines[:manifest.MOST] + ["..."] * (len(lines) > manifest.MOST)
             raise CheckpointError(f"{where} does not fit the target: {len(lines)} leaves differ.{self._advice(note, lines)}\n  "
                                   + "\n  ".join(some))
 
-    def _check_asked(self, where):
+    def check_asked(self, where: str) -> None:
+        """Raises `CheckpointError` for a target that nothing can be restored into."""
         if not self.wanted:
             raise CheckpointError(f"only={self.only!r} matches none of the target's {len(self.leaves)} leaves, as "
                                   f"{', '.join(list(self.leaves)[:3])}.")
@@ -58,6 +61,8 @@ class Target:
         if left:
             raise CheckpointError(f"{where}: {len(left)} leaves that are not restored, as {left[0]}, would stay shapes; give a "
                                   "live state to restore into: zero.init(init_fn, tx, ...).")
+        for p, x in self.wanted.items():
+            _check_divides(where, p, x)
         adrift = [p for p, x in shapes.items() if not _on_devices(x.sharding)]
         if adrift:
             raise CheckpointError(f"{where}: the target names no devices for {len(adrift)} leaves, as {adrift[0]}; give what "
@@ -74,9 +79,7 @@ class Target:
 
     def sources(self, note: Manifest) -> dict[str, jax.ShapeDtypeStruct]:
         """What to read for each wanted leaf, in the dtype that it was saved in; without a sharding, into the host's memory."""
-        return {p: jax.ShapeDtypeStruct(self.entries[p].shape, note.leaves[p].dtype,
-                                        sharding=_spread(getattr(x, "sharding", None), self.entries[p].shape))
-                for p, x in self.wanted.items()}
+        return {p: _source(note.leaves[p], getattr(x, "sharding", None)) for p, x in self.wanted.items()}
 
     def filled(self, read: dict[str, Any]) -> Any:
         """The target's tree with what was read; `read` is emptied on the way."""
@@ -84,8 +87,23 @@ class Target:
         return jax.tree.structure(self.tree).unflatten([landed.get(p, x) for p, x in self.leaves.items()])
 
 
+def _check_divides(where, path, x):
+    try:
+        if getattr(x, "sharding", None) is not None:
+            x.sharding.shard_shape(tuple(x.shape))
+    except ValueError as error:
+        raise CheckpointError(f"{where}: the target's {path} of shape {tuple(x.shape)} does not divide as its sharding says: "
+                              f"{error}.") from None
+
+
 def _on_devices(sharding) -> bool:
     return sharding is not None and not isinstance(getattr(sharding, "mesh", None), AbstractMesh)
+
+
+def _source(entry: Entry, sharding) -> jax.ShapeDtypeStruct:
+    short = jax.dtypes.canonicalize_dtype(entry.dtype) != jax.numpy.dtype(entry.dtype)  # jax would cut its 64 bits in half
+    place = None if short else _spread(sharding, entry.shape)
+    return jax.ShapeDtypeStruct(entry.shape, np.dtype(entry.dtype) if short else entry.dtype, sharding=place)
 
 
 def _spread(sharding, shape):
@@ -100,8 +118,13 @@ def _spread(sharding, shape):
 
 def _land(read, x):
     """What was read, as the target's leaf: its kind, dtype and sharding."""
-    if key := manifest.key_of(x):
-        return jax.jit(lambda data: jax.random.wrap_key_data(data, impl=key), out_shardings=x.sharding)(read)
-    if isinstance(x, jax.Array | jax.ShapeDtypeStruct):
-        return jax.device_put(read.astype(x.dtype), x.sharding)
-    return read.astype(x.dtype) if isinstance(x, np.ndarray | np.generic) else type(x)(read.item())
+    sharding = getattr(x, "sharding", None)
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext():  # another one may be set
+        if key := manifest.key_of(x):
+            return jax.jit(lambda data: jax.random.wrap_key_data(data, impl=key), out_shardings=sharding)(read)
+        if sharding is not None:
+            return jax.device_put(read.astype(x.dtype), sharding)
+    if not hasattr(x, "dtype"):
+        return type(x)(read.item())
+    return read.astype(x.dtype)[()] if isinstance(x, np.generic) else read.astype(x.dtype)

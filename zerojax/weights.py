@@ -22,11 +22,11 @@ import numpy as np
 from zerojax import manifest, store
 from zerojax.errors import CheckpointError, CorruptCheckpointError, MissingExtraError
 from zerojax.manifest import Entry, Manifest
+from zerojax.target import MODEL, Target
 
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "float8_e4m3fn": "F8_E4M3",
           "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
           "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL"}
-MODEL = r"(params|model_state)/.*"
 _LARGEST_INDEX = 100 * 2**20  # bytes
 _PIECE = 2**24  # elements converted and written at once
 
@@ -49,6 +49,8 @@ def _names(paths: Sequence[str], rename: Mapping[str, str]) -> dict[str, str]:
         names = {path: name_of(path, rename) for path in paths}
     except re.error as error:
         raise CheckpointError(f"rename={dict(rename)!r}: no regular expression or replacement: {error}.") from None
+    if "__metadata__" in names.values():
+        raise CheckpointError(f"rename={dict(rename)!r} names a leaf '__metadata__', which is no tensor's name.")
     owners = {name: path for path, name in names.items()}
     twice = [(path, owners[name], name) for path, name in names.items() if owners[name] != path]
     if twice:
@@ -82,10 +84,11 @@ def export_safetensors(checkpoint: str | os.PathLike, to: str | os.PathLike, *, 
     to = _destination(to)
     path = store.step_path(checkpoint, step)
     note = store.read_manifest(path)
-    leaves = {p: _as(entry, dtype) for p, entry in note.leaves.items() if re.fullmatch(only, p) and not entry.key}
-    if not leaves:
+    chosen = Target(note.leaves, only).wanted
+    if not chosen:
         raise CheckpointError(f"only={only!r} matches none of the {len(note.leaves)} leaves of step {note.step}, as "
                               f"{', '.join(list(note.leaves)[:3])}.")
+    leaves = {p: _as(entry, dtype) for p, entry in chosen.items() if not entry.key}
     names = _names(list(leaves), rename or {})
     parts = _parts(leaves, shard_bytes)
     files, index = _file_names(to, len(parts))
@@ -124,6 +127,8 @@ def _check_free(files):
 
 def _as(entry: Entry, dtype: str | None) -> Entry:
     """What is written for a leaf."""
+    if dtype and not (dtype in DTYPES and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)):
+        raise CheckpointError(f"dtype={dtype!r} is no floating dtype of safetensors; write float32, bfloat16, float16, or None.")
     floating = jnp.issubdtype(jnp.dtype(entry.dtype), jnp.floating)
     name = dtype if dtype and floating else entry.dtype
     if name not in DTYPES:
@@ -152,6 +157,8 @@ def _whole_or_nothing(files: Sequence[pathlib.Path]) -> Iterator[list[pathlib.Pa
         for name, file in zip(temporary, files, strict=True):
             os.replace(name, file)
     except OSError as error:
+        for file in files:  # none was there before
+            file.unlink(missing_ok=True)
         raise CheckpointError(f"the export to {files[0].parent} failed, and left nothing: {error}.") from error
     finally:
         for name in temporary:
@@ -170,9 +177,18 @@ def _write(out: BinaryIO, path, note: Manifest, leaves: Mapping[str, Entry], nam
     for p, array in store.arrays(path, note, list(leaves)):
         flat = np.ascontiguousarray(array).reshape(-1)
         for start in range(0, flat.size, _PIECE):
-            out.write(flat[start:start + _PIECE].astype(leaves[p].dtype).view(np.uint8).data)
+            out.write(_cast(p, flat[start:start + _PIECE], leaves[p].dtype).view(np.uint8).data)
     out.flush()
     os.fsync(out.fileno())
+
+
+def _cast(path, x, dtype):
+    with np.errstate(over="ignore"):
+        y = x.astype(dtype)
+    if x.dtype != y.dtype and bool(np.any(np.isinf(y) & np.isfinite(x))):
+        largest = np.abs(x[np.isfinite(x)]).max()
+        raise CheckpointError(f"{path} has values that {dtype} can't hold, as {largest}; export as bfloat16.")
+    return y
 
 
 def load_safetensors(path: str | os.PathLike, target: Any, *, rename: Mapping[str, str] | None = None, cast: bool = False,
@@ -192,13 +208,14 @@ def load_safetensors(path: str | os.PathLike, target: Any, *, rename: Mapping[st
       CorruptCheckpointError: a file that is damaged, or an index that names files elsewhere.
       MissingExtraError: safetensors is not installed.
     """
-    leaves = manifest.flat(target)
-    paths = [p for p in leaves if re.fullmatch(MODEL, p)] if hasattr(target, "model_state") else list(leaves)
-    names = _names([p for p in paths if not manifest.key_of(leaves[p])], rename or {})
-    with _opened(_files(pathlib.Path(path), follow_links)) as tensors:
-        _check_fit(pathlib.Path(path), tensors, {p: (names[p], manifest.entry_of(leaves[p])) for p in names}, cast)
-        read = {p: _placed(tensors[name], leaves[p]) for p, name in names.items()}
-    return jax.tree.structure(target).unflatten([read.get(p, x) for p, x in leaves.items()])
+    path, state = pathlib.Path(path), hasattr(target, "params") and hasattr(target, "opt_state")
+    aim = Target(target, MODEL if state else None)
+    aim.check_asked(str(path))
+    names = _names([p for p, x in aim.wanted.items() if not manifest.key_of(x)], rename or {})
+    with _opened(_files(path, follow_links)) as tensors:
+        _check_fit(path, tensors, {p: (name, aim.entries[p]) for p, name in names.items()}, cast)
+        read = {p: _placed(tensors[name], aim.leaves[p]) for p, name in names.items()}
+    return jax.tree.structure(target).unflatten([read.get(p, x) for p, x in aim.leaves.items()])
 
 
 def _files(path: pathlib.Path, follow_links: bool) -> dict[pathlib.Path, list[str] | None]:
@@ -233,6 +250,8 @@ def _beside(index, file, follow_links) -> pathlib.Path:
     path = index.parent / file
     if path.is_symlink() and not follow_links:
         raise ValueError(f"{file} is a link to {os.readlink(path)}; if that is meant, write follow_links=True")
+    if not path.is_file():
+        raise ValueError(f"it names {file}, and there is no such file beside it")
     return path
 
 
@@ -256,7 +275,7 @@ def _opened(files) -> Iterator[dict[str, Any]]:
 
 def _check_fit(path, tensors, wanted: Mapping[str, tuple[str, Entry]], cast):
     known = {code: dtype for dtype, code in DTYPES.items()}
-    there = {p: Entry(tuple(t.get_shape()), known.get(t.get_dtype(), t.get_dtype()))
+    there = {p: Entry(tuple(t.get_shape()), str(known.get(t.get_dtype(), t.get_dtype())))
              for p, (name, _) in wanted.items() if (t := tensors.get(name)) is not None}
     lines = manifest.differences(Manifest(0, there), {p: entry for p, (_, entry) in wanted.items()}, all_of_it=False, cast=cast)
     if lines:
@@ -273,10 +292,10 @@ def _check_fit(path, tensors, wanted: Mapping[str, tuple[str, Entry]], cast):
 
 def _placed(tensor, x):
     """A leaf from a tensor: each part of it is read once, whether one device or several hold it."""
-    x = x if hasattr(x, "dtype") else np.asarray(x)
     sharding, kept = getattr(x, "sharding", None), {}
     if sharding is None:
-        return _slice(tensor, (), x)
+        whole = _slice(tensor, (), np.asarray(x))
+        return whole if isinstance(x, np.ndarray) else type(x)(whole.item())
     once = lambda index: kept[str(index)] if str(index) in kept else kept.setdefault(str(index), _slice(tensor, index, x))
     return jax.make_array_from_callback(tuple(x.shape), sharding, once)
 
@@ -284,4 +303,7 @@ def _placed(tensor, x):
 def _slice(tensor, index, x):
     if not math.prod(x.shape):  # safetensors slices nothing of no size
         return np.zeros(x.shape, x.dtype)
-    return np.asarray(tensor[index or ...]).astype(x.dtype)
+    try:
+        return np.asarray(tensor[index or ...]).astype(x.dtype)
+    except AttributeError as error:
+        raise CheckpointError(f"safetensors makes no numpy arrays of {tensor.get_dtype()} ({error}); write bfloat16.") from None

@@ -113,7 +113,7 @@ class Zero(Policy):
 
     def _ruled(self, state, scanned=None) -> tuple[list[Leaf], list[Placement]]:
         """Of an abstract state of the user's own: its parameters, and where the policy wants each leaf."""
-        bases = [states.known_axes(self, spec or P()) for spec in _specs(state)]
+        bases = [spec or P() for spec in _specs(state)]
         state = meta.unbox(state)  # of `nn.with_partitioning`'s boxes: their names are read, their arrays are the leaves
         ours = {f"params/{leaf.path}" for leaf in layout.describe(loop.params_of(state))}
         leaves = [leaf for leaf in layout.describe(state, bases, scanned) if leaf.path in ours]
@@ -199,7 +199,7 @@ class Zero(Policy):
                               "same Precision(params=...), or save and restore with cast=True.")
         if isinstance(other.mesh, AbstractMesh):
             raise PolicyError("move to GPUs that are not there; take a mesh of devices: zj.make_mesh().")
-        state = states.rebased(other, state) if isinstance(state, TrainState) else state
+        state = states.scaled(other, state) if isinstance(state, TrainState) else state
         return jax.device_put(state, other._shardings(state))
 
     def _shardings(self, state) -> Any:

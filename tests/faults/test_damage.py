@@ -163,6 +163,32 @@ def test_going_on_from_before_a_bad_step(damaged):
     assert latest(directory)[0] == 2
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "no"), MemoryError(), TimeoutError(), ValueError("UNAVAILABLE: x"),
+                                   OSError(24, "Too many open files")], ids=repr)
+def test_what_is_no_damage_is_no_reason_to_go_back(damaged, monkeypatch, error):
+    from zerojax import store
+
+    def fails(path, wanted):
+        raise error
+
+    monkeypatch.setattr(store, "_read", fails)
+    with zj.Checkpointer(damaged[0]) as checkpoints, pytest.raises(type(error)):
+        checkpoints.restore_latest(states.target())
+
+
+def test_a_step_that_loads_again_is_not_set_aside(damaged):
+    """The files were whole, and it was something else."""
+    directory, _ = damaged
+    path, = [p for p in data_files(directory) if p.parent.parent.name == "state"]
+    content = path.read_bytes()
+    path.write_bytes(b"")
+    with zj.Checkpointer(directory) as checkpoints, pytest.warns(RuntimeWarning, match="passed over step 2"):
+        state = checkpoints.restore_latest(states.target()).state
+        path.write_bytes(content)
+        assert not checkpoints.save(state.replace(step=state.step + 1), force=True)  # step 2 is there
+    assert latest(directory)[0] == 2 and len(list(directory.iterdir())) == 2
+
+
 def test_verify(damaged):
     directory, _ = damaged
     with zj.Checkpointer(directory) as checkpoints:
@@ -199,7 +225,7 @@ HOSTILE = {
     "shape of text": lambda note: note["leaves"]["params/w"].update(shape=["../..", 1]),
     "a field too many": lambda note: note["leaves"]["params/w"].update(file="/etc/passwd"),
     "step of another": lambda note: note.update(step=3),
-    "bytes that are none": lambda note: note.update(data_state={"bytes": "?"}),
+    "bytes that are none": lambda note: note.update(data_state={"__bytes__": "?"}),
 }
 
 

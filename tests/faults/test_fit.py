@@ -86,6 +86,25 @@ def test_keys_of_another_generator(checkpoints):
         checkpoints.restore(1, target)
 
 
+def test_a_sharding_that_does_not_divide(checkpoints):
+    target = states.target()
+    odd = target.params["odd"].update(sharding=target.params["w"].sharding)
+    with pytest.raises(zj.CheckpointError, match=r"params/odd of shape \(3, 5\) does not divide as its sharding says") as error:
+        checkpoints.restore(1, target.replace(params=target.params | {"odd": odd}))
+    assert not isinstance(error.value, zj.CorruptCheckpointError)
+
+
+def test_sixty_four_bits_where_jax_has_thirty_two(tmp_path):
+    x = np.random.default_rng(0).standard_normal((16, 4))
+    with zj.Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save({"step": 1, "w": x})
+        target = {"step": 0, "w": jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=states.state().params["w"].sharding)}
+        with pytest.raises(zj.CheckpointError, match=r"write cast=True"):
+            checkpoints.restore(1, target)
+        found = checkpoints.restore(1, target, cast=True).state["w"]
+    assert found.sharding == target["w"].sharding and states.bits(found) == states.bits(x.astype(np.float32))
+
+
 @pytest.mark.parametrize("make", [
     lambda: jax.eval_shape(lambda: states.state()),
     lambda: states.target(zj.Zero(zj.make_mesh(topology="h100:1x8"))),
