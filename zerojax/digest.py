@@ -59,16 +59,23 @@ def _sums_over(x: jax.Array, mesh: Mesh, spec: P) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _sums(x: jax.Array, mesh: Mesh, spec: P) -> jax.Array:
-    """uint32[devices]: what each device adds; of copies, one does."""
+    """uint32[devices]: what each device adds; copies share the work, or one does it."""
     copies = tuple(axis for axis in mesh.axis_names if axis not in specs.axes_of(spec))
+    n = math.prod(mesh.shape[axis] for axis in copies)
     strides = [math.prod(x.shape[d + 1:]) % 2**32 for d in range(x.ndim)]
 
     def local(part):
         starts = [jax.lax.axis_index(entry) * n if entry else 0 for entry, n in zip(spec, part.shape, strict=True)]
         first = sum(np.uint32(stride) * jnp.uint32(start) for stride, start in zip(strides, starts, strict=True))
+        copy = jax.lax.axis_index(copies) if n > 1 else jnp.int32(0)
+        shared = next((d for d, size in enumerate(part.shape) if size and size % n == 0), None)
+        if shared is not None and n > 1:
+            rows = part.shape[shared] // n
+            part = jax.lax.dynamic_slice_in_dim(part, copy * rows, rows, shared)
+            first = first + jnp.uint32(copy * rows) * np.uint32(strides[shared])
         total = jax.lax.platform_dependent(part, jnp.uint32(first), default=functools.partial(_sum, strides),
                                            cpu=functools.partial(_sum_in_chunks, strides))
-        return jnp.where(jax.lax.axis_index(copies) == 0 if copies else True, total, 0)[None]
+        return jnp.where((shared is not None) | (copy == 0), total, 0)[None]
 
     return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=P(mesh.axis_names), check_vma=False)(x)
 

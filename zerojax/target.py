@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import re
 from typing import Any
 
@@ -11,13 +10,11 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from zerojax import manifest, specs
+from zerojax import manifest
 from zerojax.errors import CheckpointError
 from zerojax.manifest import Entry, Manifest
-from zerojax.specs import Leaf
 
 MODEL = r"(params|model_state|batch_stats)/.*"  # what of a state is the model
-_SPREAD = 2**16  # elements; of a smaller leaf, every copy is read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,18 +99,7 @@ def _on_devices(sharding) -> bool:
 
 def _source(entry: Entry, sharding) -> jax.ShapeDtypeStruct:
     short = jax.dtypes.canonicalize_dtype(entry.dtype) != jax.numpy.dtype(entry.dtype)  # jax would cut its 64 bits in half
-    place = None if short else _spread(sharding, entry.shape)
-    return jax.ShapeDtypeStruct(entry.shape, np.dtype(entry.dtype) if short else entry.dtype, sharding=place)
-
-
-def _spread(sharding, shape):
-    """Where copies are wanted, each device reads a part: to read copies takes as many times as long."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    base = specs.full(sharding.spec, len(shape))
-    copies = tuple(axis for axis in sharding.mesh.axis_names if axis not in specs.axes_of(base))
-    n = math.prod(sharding.mesh.shape[axis] for axis in copies)
-    return specs.sharding(sharding.mesh, specs.shard(Leaf("", shape, "", base), copies, n, _SPREAD).spec)
+    return jax.ShapeDtypeStruct(entry.shape, np.dtype(entry.dtype) if short else entry.dtype, sharding=None if short else sharding)
 
 
 def _land(read, x):
