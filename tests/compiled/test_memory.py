@@ -40,7 +40,7 @@ def _stacked_weights(text):
     return [s for s in hlo.shapes(text) if s.dtype == "bf16" and sorted(s.dims) == wanted]
 
 
-@pytest.mark.parametrize("way", ["global", "per_device"])
+@pytest.mark.parametrize("way", ["global", pytest.param("per_device", marks=pytest.mark.slow)])
 def test_regather_keeps_gathered_weights_out_of_the_residuals(way):
     model = models.Transformer(policy=zj.policies.regather())
     compiled = _compile(_lowered(model, way)[3])

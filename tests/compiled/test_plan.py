@@ -124,7 +124,8 @@ def test_check_names_a_model_that_contracts_over_the_batch(zero):
         plan.check()
 
 
-INDEPENDENT = [Spec("scanned", 3, "per_device"), Spec("resnet", 3, "global"), Spec("nnx", 3, "per_device")]
+SLOW = [Spec("resnet", 3, "global"), Spec("nnx", 3, "per_device")]
+INDEPENDENT = [Spec("scanned", 3, "per_device"), *(pytest.param(spec, marks=pytest.mark.slow) for spec in SLOW)]
 
 
 @pytest.mark.parametrize("spec", INDEPENDENT, ids=str)
@@ -145,7 +146,7 @@ def test_bytes_agree_with_an_independent_count(spec):
 PSI = 12 * 4480**2 * 31 + 2 * 8192 * 4480  # a transformer of 7.5 B parameters
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_papers_table(stage):
     """7.5 B parameters on 64 GPUs. The paper keeps 16-bit parameters (and, before stage 2, gradients) whole between steps;
     zerojax keeps only fp32 shards and makes both anew in a step, so at rest stages 1 to 3 are alike: 12 bytes / 64 a parameter."""

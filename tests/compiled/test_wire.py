@@ -19,9 +19,7 @@ DEFAULT = [
     Spec("scanned", 1, "per_device", 4),
     Spec("scanned", 3, "per_device", topology="h200:8x8"),
     Spec("scanned", 3, "per_device", replicas=2, reduce="float32", topology="h200:2x8"),
-    Spec("scanned", 3, "global", replicas=2, topology="h200:2x8", rows=8),
     Spec("unrolled", 3, "global", 4),
-    Spec("unrolled", 1, "per_device", reduce="float32"),
     Spec("tied", 3, "global", 4),
     Spec("tied", 3, "per_device"),
     Spec("rnn", 3, "global"),
@@ -33,6 +31,8 @@ DEFAULT = [
     Spec("rnn", 2, "own"),
 ]
 MORE = [
+    Spec("scanned", 3, "global", replicas=2, topology="h200:2x8", rows=8),
+    Spec("unrolled", 1, "per_device", reduce="float32"),
     Spec("rnn", 1, "per_device", 4, replicas=2, topology="h200:2x8"),
     Spec("tied", 3, "own"),
     Spec("scanned", 1, "own"),

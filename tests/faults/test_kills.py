@@ -15,7 +15,7 @@ from zerojax import store
 
 HERE = pathlib.Path(__file__).parent
 EXAMPLES = HERE.parent.parent / "examples"
-STEPS = 60
+STEPS = 30
 
 
 def start(*arguments):
@@ -27,21 +27,20 @@ def digests(directory, step):
     return {path: entry.digest for path, entry in store.verify(store.step_path(directory, step)).leaves.items()}
 
 
-@pytest.fixture(scope="module")
-def never_killed(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("whole")
-    out, error = start(HERE / "trainer.py", directory, STEPS).communicate(timeout=120)
+def never_killed(directory, steps):
+    """What the run that nobody ends comes to."""
+    out, error = start(HERE / "trainer.py", directory, steps).communicate(timeout=200)
     assert out.split("\n")[-2] == "done", error[-2000:]
-    return digests(directory, STEPS)
+    return digests(directory, steps)
 
 
 def newest(directory):
     return (store.steps(directory) or [0])[-1]
 
 
-def killed(directory, rng):
+def killed(directory, steps, rng):
     """Ends a run in the middle of a save; returns (where it went on from, the newest step that it saw whole)."""
-    process = start(HERE / "trainer.py", directory, STEPS)
+    process = start(HERE / "trainer.py", directory, steps)
     first, whole, saves = None, 0, rng.randrange(3, 9)
     for line in process.stdout:
         word, *numbers = line.split()
@@ -57,19 +56,18 @@ def killed(directory, rng):
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(25, marks=pytest.mark.slow)])
-def test_kill_9_at_random_moments_of_a_save(tmp_path, never_killed, kills):
-    rng, at = random.Random(kills), 0
+def test_kill_9_at_random_moments_of_a_save(tmp_path, kills):
+    rng, at, steps, directory = random.Random(kills), 0, 9 * kills, tmp_path / "killed"
     for _ in range(kills):
-        first, whole = killed(tmp_path, rng)
+        first, whole = killed(directory, steps, rng)
         assert first is not None and first >= at  # it went on from what was whole, or later
-        assert newest(tmp_path) >= whole
-        for step in store.steps(tmp_path):
-            store.verify(store.step_path(tmp_path, step))
-        at = newest(tmp_path)
-    out, error = start(HERE / "trainer.py", tmp_path, STEPS).communicate(timeout=120)
-    assert out.split("\n")[-2] == "done", error[-2000:]
-    assert digests(tmp_path, STEPS) == never_killed
-    assert sorted(p.name for p in tmp_path.iterdir()) == [str(STEPS - 1), str(STEPS)]  # nothing is left of the killed ones
+        assert newest(directory) >= whole
+        for step in store.steps(directory):
+            store.verify(store.step_path(directory, step))
+        at = newest(directory)
+    assert at < steps
+    assert never_killed(directory, steps) == never_killed(tmp_path / "whole", steps)
+    assert sorted(p.name for p in directory.iterdir()) == [str(steps - 1), str(steps)]  # nothing is left of the killed ones
 
 
 @pytest.mark.slow
@@ -92,10 +90,10 @@ def test_the_example_killed_twenty_times(tmp_path):
 
 
 @pytest.mark.parametrize("number, when", [(signal.SIGTERM, "saving"), (signal.SIGINT, "saving"), (signal.SIGTERM, "evaluating")])
-def test_a_signal_ends_a_run_after_a_save(tmp_path, never_killed, number, when):
+def test_a_signal_ends_a_run_after_a_save(tmp_path, number, when):
     """The step under way is finished and saved, also when the signal comes in an evaluation; the status says why it ended."""
-    steps = STEPS if when == "saving" else 3
-    process = start(HERE / "trainer.py", tmp_path, steps, 0.02)
+    steps, directory = STEPS if when == "saving" else 3, tmp_path / "ended"
+    process = start(HERE / "trainer.py", directory, steps, 0.02)
     seen = 0
     for line in process.stdout:
         if line.startswith(when):
@@ -106,11 +104,10 @@ def test_a_signal_ends_a_run_after_a_save(tmp_path, never_killed, number, when):
     out, error = process.communicate(timeout=60)
     assert process.returncode == zj.Preemption.status == 75 and "done" not in out
     assert f"{number.name}: stops after this step" in error
-    assert seen <= newest(tmp_path) <= seen + 1
-    store.verify(store.step_path(tmp_path, newest(tmp_path)))
-    if when == "saving":
-        start(HERE / "trainer.py", tmp_path, STEPS).communicate(timeout=120)
-        assert digests(tmp_path, STEPS) == never_killed
+    assert seen <= newest(directory) <= seen + 1
+    store.verify(store.step_path(directory, newest(directory)))
+    if (number, when) == (signal.SIGTERM, "saving"):
+        assert never_killed(directory, STEPS) == never_killed(tmp_path / "whole", STEPS)
 
 
 def test_a_second_ctrl_c_interrupts():
