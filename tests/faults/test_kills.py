@@ -19,8 +19,9 @@ STEPS = 30
 
 
 def start(*arguments):
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"PYTHONPATH": str(HERE)})
+                            env=os.environ | {"PYTHONPATH": path})
 
 
 def digests(directory, step):
