@@ -123,7 +123,6 @@ class Checkpointer:
 
     def _opened(self) -> ocp.CheckpointManager:
         if self._manager is None:
-            self._clean()
             self._manager = ocp.CheckpointManager(self.directory, options=self._options)
         self._manager.reload()  # steps may have been moved away
         return self._manager
@@ -154,7 +153,7 @@ class Checkpointer:
                                   f"what the failed save left is removed{full}.") from error
 
     def _clean(self):
-        """What interrupted saves left. Orbax cleans up as well, but for what this process itself left."""
+        """What a failed save of this process left; the manager cleans up after others when it is opened."""
         for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
             with contextlib.suppress(OSError):
                 path.rmtree()
