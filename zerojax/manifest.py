@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -117,7 +118,9 @@ class Manifest:
         return "".join(sheet._repr_html_() for sheet in self.sheets())
 
 
+@functools.cache
 def versions() -> dict[str, str]:
+    """Of packages and Python."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
 
 

@@ -16,7 +16,7 @@ from zerojax.errors import CheckpointError, CorruptCheckpointError
 from zerojax.manifest import Manifest
 
 _LARGEST_MANIFEST = 100 * 2**20  # bytes; safetensors allows its header as many
-_BATCH = 2**28  # bytes read at once where nothing but the host's memory is wanted
+_BATCH = 2**26  # bytes read at once where nothing but the host's memory is wanted
 # of the machine or the moment, not of the files
 _PASSING = (MemoryError, PermissionError, TimeoutError, ConnectionError, jax.errors.JaxRuntimeError)
 _PASSING_TEXT = re.compile("PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|Too many open files|Stale file handle|"
