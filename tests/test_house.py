@@ -8,12 +8,12 @@ import sys
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "zerojax"
-STAIRS = ["errors", "tables", "policy", "specs", "layout", "theory", "hlo", "collectives", "cost", "schedule", "liveness",
-          # vocabulary, arithmetic
-          "identity", "topology", "mesh", "compiler",  # placement
+STAIRS = ["errors", "tables", "cluster", "rendezvous", "launch",  # the command, and processes that meet
+          "policy", "specs", "layout", "theory", "hlo", "collectives", "cost", "schedule", "liveness",  # vocabulary, arithmetic
+          "identity", "topology", "mesh", "compiler", "exchange", "fingerprint", "agreement", "distributed",  # placement
           "audit", "memory", "notes", "plan",  # foresight
           "gather", "box", "census", "linen", "nnx", "tree",  # mechanism
-          "loss", "scale", "data", "source", "gradients", "state", "step", "loop",  # training
+          "loss", "scale", "data", "parts", "reader", "source", "gradients", "state", "step", "loop",  # training
           "digest", "manifest", "store", "target", "checkpoint", "weights", "preemption",  # what is kept
           "policies", "zero", "recipe", "advice", "viz", "cli", "__main__", "__init__"]  # edges
 FILES = sorted(PACKAGE.glob("*.py"))
@@ -65,7 +65,8 @@ def _needs(name, seen):
     return seen
 
 
-@pytest.mark.parametrize("name", ["theory", "hlo", "collectives", "cost", "schedule", "liveness", "cli", "__init__"])
+@pytest.mark.parametrize("name", ["theory", "hlo", "collectives", "cost", "schedule", "liveness", "cluster", "rendezvous", "launch",
+                                  "cli", "__init__"])
 def test_arithmetic_and_the_command_need_no_jax(name):
     assert not {"jax", "flax", "optax"} & _needs(name, set())
 

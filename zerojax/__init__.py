@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from zerojax.box import whole as whole
     from zerojax.checkpoint import Checkpointer as Checkpointer
     from zerojax.checkpoint import Restored as Restored
+    from zerojax.distributed import initialize as initialize
     from zerojax.errors import BatchError as BatchError
     from zerojax.errors import CheckpointError as CheckpointError
+    from zerojax.errors import ClusterError as ClusterError
     from zerojax.errors import CompileError as CompileError
     from zerojax.errors import CorruptCheckpointError as CorruptCheckpointError
     from zerojax.errors import LayoutError as LayoutError
@@ -46,8 +48,10 @@ _WHERE = {
     "advice": ["advise"],
     "box": ["whole"],
     "checkpoint": ["Checkpointer", "Restored"],
-    "errors": ["BatchError", "CheckpointError", "CompileError", "CorruptCheckpointError", "LayoutError", "LossError",
-               "MissingExtraError", "ModelError", "NonFiniteError", "PlanError", "PolicyError", "RecipeError", "ZeroError"],
+    "distributed": ["initialize"],
+    "errors": ["BatchError", "CheckpointError", "ClusterError", "CompileError", "CorruptCheckpointError", "LayoutError",
+               "LossError", "MissingExtraError", "ModelError",
+               "NonFiniteError", "PlanError", "PolicyError", "RecipeError", "ZeroError"],
     "layout": ["Layout"],
     "loss": ["Loss"],
     "mesh": ["make_mesh"],

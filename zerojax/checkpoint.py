@@ -17,11 +17,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding
 
-from zerojax import digest, manifest, store
+from zerojax import agreement, digest, exchange, manifest, store
 from zerojax.errors import CheckpointError, CorruptCheckpointError
 from zerojax.manifest import Manifest
 from zerojax.policy import Policy
 from zerojax.target import MODEL, Target
+
+_KINDS = (CorruptCheckpointError, CheckpointError)
 
 
 class Restored(NamedTuple):
@@ -64,13 +66,12 @@ class Checkpointer:
         for name, n in (("keep", keep), ("every", every)):
             if n is not None and (type(n) is not int or n < 1):
                 raise CheckpointError(f"Checkpointer({name}={n!r}): write a whole number, 1 or more.")
-        if jax.process_count() > 1:
-            raise CheckpointError(f"Checkpointer in one of {jax.process_count()} processes: several can't save one state yet.")
         self.directory, self.every, self.zero = store.located(directory), every, zero
         self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=async_,
                                                      cleanup_tmp_directories=True)
         self._manager, self._begun, self._passed_over = None, None, set()
-        _check_writable(self.directory)
+        self._devices = exchange.everyone()
+        agreement.everywhere(self._devices, lambda: _check_writable(self.directory), _KINDS)
 
     def save(self, state: Any, *, step: int | None = None, data_state: Any = None, metrics: Any = None,
              force: bool = False) -> bool:
@@ -97,7 +98,7 @@ class Checkpointer:
         if not self._due(step, force):
             return False
         self._set_aside(step)
-        there = [*self.steps(), *([] if self._begun is None else [self._begun])]
+        there = self._first_says([*self.steps(), *([] if self._begun is None else [self._begun])])
         if step in there:
             return False
         if there and max(there) > step:
@@ -127,15 +128,23 @@ class Checkpointer:
         self._manager.reload()  # steps may have been moved away
         return self._manager
 
+    def _first_says(self, value: Any) -> Any:
+        """JSON values of process 0, on every process: hosts may see a directory in different states."""
+        return exchange.shared(self._devices, value)[0] if self._devices else value
+
     def _set_aside(self, step):
         """Steps that did not load, do not still, and that a run from before them is about to reach: renamed, not removed."""
-        for bad in {s for s in self._passed_over if s >= step}:
+        for bad in sorted(s for s in self._passed_over if s >= step):
             self._passed_over.remove(bad)
-            try:
-                store.verify(self._path(bad))
-            except CorruptCheckpointError:
-                name = f"{bad}.unreadable-{uuid.uuid4().hex[:8]}"
-                (self.directory / str(bad)).rename(self.directory / name)
+            agreement.everywhere(self._devices, lambda bad=bad: self._rename_if_bad(bad), _KINDS)
+
+    def _rename_if_bad(self, step):
+        if jax.process_index():
+            return
+        try:
+            store.verify(self._path(step))
+        except CorruptCheckpointError:
+            (self.directory / str(step)).rename(self.directory / f"{step}.unreadable-{uuid.uuid4().hex[:8]}")
 
     def _raise_failed(self, act):
         try:
@@ -169,7 +178,7 @@ class Checkpointer:
         self._begun = None
 
     def steps(self) -> list[int]:
-        """The steps on disk, lowest first; that of a save under way is not among them."""
+        """The steps on disk, as this process sees them, lowest first; that of a save under way is not among them."""
         return store.steps(self.directory)
 
     def restore(self, step: int, target: Any, *, only: str | None = None, params_only: bool = False,
@@ -188,11 +197,13 @@ class Checkpointer:
           CorruptCheckpointError: a leaf that can't be read, or is not what was saved.
         """
         self.wait()
-        return restore(self._path(step), target, only=only, params_only=params_only, cast=cast)
+        return self._restore(step, target, only, params_only, cast)
 
     def restore_latest(self, target: Any, *, if_none: Literal["raise", "init"] = "raise", only: str | None = None,
                        params_only: bool = False, cast: bool = False) -> Restored | None:
         """The newest state that loads, by step. Each newer one that is damaged is passed over with a warning.
+
+        Of several processes, the first decides which steps there are; what does not load on one is passed over on all.
 
         Args:
           target, only, params_only, cast: as for `restore`.
@@ -206,9 +217,9 @@ class Checkpointer:
             raise CheckpointError(f'restore_latest(if_none={if_none!r}): write "raise" or "init".')
         self.wait()
         failed = []
-        for step in reversed(self.steps()):
+        for step in reversed(self._first_says(self.steps())):
             try:
-                return restore(self._path(step), target, only=only, params_only=params_only, cast=cast)
+                return self._restore(step, target, only, params_only, cast)
             except CorruptCheckpointError as error:
                 failed.append(step)
                 self._passed_over.add(step)
@@ -228,6 +239,14 @@ class Checkpointer:
         """
         self.wait()
         return store.verify(self._path(step))
+
+    def _restore(self, step, target, only, params_only, cast) -> Restored:
+        prepared = lambda: _prepared(self._path(step), target, MODEL if params_only else only, cast)
+        note, aim = agreement.everywhere(self._devices, prepared, _KINDS)
+        arrays = store.checked(self._path(step), note, aim.sources(note))
+        whole = aim.only is None or len(note.data_states) == 1
+        position = note.data_of(jax.process_index(), jax.process_count()) if whole else None
+        return Restored(aim.filled(arrays), note.step, position, note.metrics)
 
     def _path(self, step: int) -> epath.Path:
         return store.step_path(self.directory, step)
@@ -298,14 +317,22 @@ def _note(step, state, leaves, zero, data_state, metrics) -> Manifest:
     entries = {path: manifest.entry_of(x, d) for (path, x), d in zip(leaves.items(), digests, strict=True)}
     meshes = [x.sharding.mesh for x in leaves.values() if isinstance(getattr(x, "sharding", None), NamedSharding)]
     precision = None if zero is None else vars(zero.precision)
-    data_state = data_state.get_state() if hasattr(data_state, "get_state") else data_state
     return Manifest(step, entries, manifest.optimizer_of(state), dict(meshes[0].shape) if meshes else {},
-                    zero.stage if zero else None, precision, data_state, jax.device_get(metrics))
+                    zero.stage if zero else None, precision, _positions(data_state), jax.device_get(metrics))
 
 
-def restore(path: epath.Path, target: Any, *, only: str | None = None, params_only: bool = False, cast: bool = False) -> Restored:
-    """See `Checkpointer.restore`; of a step's directory."""
-    note = store.read_manifest(path)
-    aim = Target(target, MODEL if params_only else only)
+def _positions(data_state) -> tuple[Any, ...]:
+    """In their data, of every process; one if they are the same."""
+    data_state = data_state.get_state() if hasattr(data_state, "get_state") else data_state
+    if not (devices := exchange.everyone()):
+        return (data_state,)
+    all_of_them = [said for _, said in sorted(exchange.shared(devices, manifest.plain("data_state", data_state)).items())]
+    alike = all(said == all_of_them[0] for said in all_of_them)
+    return (data_state,) if alike else tuple(map(manifest.restored, all_of_them))
+
+
+def _prepared(path: epath.Path, target: Any, only: str | None, cast: bool) -> tuple[Manifest, Target]:
+    """What a step says of itself, and the target that it fits."""
+    note, aim = store.read_manifest(path), Target(target, only)
     aim.check(note, f"step {note.step} in {path.parent}", cast)
-    return Restored(aim.filled(store.checked(path, note, aim.sources(note))), note.step, note.data_state, note.metrics)
+    return note, aim

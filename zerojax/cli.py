@@ -1,4 +1,4 @@
-"""The `zerojax` command: what a training run needs, before it is paid for; and what it left.
+"""The `zerojax` command: what a training run needs, before it is paid for; starting one; and what it left.
 
 Exit status 1 says that a plan does not fit or is not ZeRO's, or that a checkpoint is damaged; 2, that something went wrong.
 
@@ -6,6 +6,7 @@ Exit status 1 says that a plan does not fit or is not ZeRO's, or that a checkpoi
     zerojax advise train.py --topology h200:8x8              # many, the fastest that fits
     zerojax show train.py --topology h200:8x8                # who holds which leaf
     zerojax theory --params 7.5e9 --devices 64               # the paper's table
+    zerojax launch -n 2 --devices 4 train.py --steps 100     # processes of one job on this machine; their status
     zerojax inspect checkpoints                              # what a checkpoint says of itself
     zerojax verify checkpoints                               # whether its arrays are those saved
     zerojax export checkpoints --to model.safetensors        # the model, for others
@@ -27,7 +28,7 @@ GB = 1e9
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; its exit status is 0, 1 for what it was to find out not being so, 2 for an error."""
     args = parser().parse_args(argv)
-    if args.run is not run_theory:
+    if args.run not in (run_theory, run_launch):
         # this process plans: no GPU is taken, and a CUDA compiler without a GPU is no error
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -68,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument("--params", type=float, required=True, help="number of parameters, as 7.5e9")
     table.add_argument("--devices", type=int, required=True)
     table.add_argument("--accumulate", type=int, default=1, help="microbatches (default: %(default)s)")
+    _launch(_command(commands, "launch", run_launch, "the processes of a job on this machine, one GPU (or some CPU devices) each"))
     inspect = _command(commands, "inspect", run_inspect, "what a checkpoint says of itself: leaves, bytes, digests, versions")
     _checkpoint(inspect)
     verify = _command(commands, "verify", run_verify, "reads every array of every step and compares its digest")
@@ -91,6 +93,17 @@ def _recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("--reduce", help="dtype of the reductions (default: as --compute)")
     command.add_argument("--min-shard", type=int, default=2**16, help="leaves of fewer elements stay whole (default: %(default)s)")
     command.add_argument("--no-cache", action="store_true", help="compile even if the answer is on disk")
+
+
+def _launch(command: argparse.ArgumentParser) -> None:
+    numbers = lambda text: [int(n) for n in text.split(",")]
+    command.add_argument("-n", dest="processes", type=numbers, required=True, metavar="N[,M...]",
+                         help="how many; after a failure M, where it starts again")
+    command.add_argument("--devices", type=int, help="CPU devices of each (default: one GPU each; none there, one CPU device)")
+    command.add_argument("--restarts", type=int, default=0, help="how often to start again after a failure (default: %(default)s)")
+    command.add_argument("-m", dest="module", action="store_true", help="the script is the name of a module")
+    command.add_argument("script", help="which calls zj.initialize() first; it runs under this Python")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
 
 
 def _checkpoint(command: argparse.ArgumentParser) -> None:
@@ -176,6 +189,13 @@ def run_theory(args) -> int:
                     ("stage", "in a step, by the paper (2+2+12 bytes)", "zerojax between steps (4+8 bytes)",
                      "elements sent, a parameter", "sent a step, 16 bit"), tuple(rows)))
     return 0
+
+
+def run_launch(args) -> int:
+    from zerojax import launch
+
+    command = [sys.executable, *["-m"] * args.module, args.script, *args.arguments]
+    return launch.launch(launch.Plan(command, args.processes, args.devices, args.restarts))
 
 
 def run_inspect(args) -> int:

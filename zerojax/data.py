@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -16,9 +17,25 @@ def sharding(policy: Policy) -> NamedSharding:
     return NamedSharding(policy.mesh, P(policy.batch_axes))
 
 
+def local_parts(policy: Policy) -> int:
+    """Of the parts of a batch, those that this process's devices hold."""
+    places = sharding(policy).addressable_devices_indices_map((policy.parts,))
+    return len({rows.start or 0 for (rows,) in places.values()})
+
+
 def check(policy: Policy, batch: Any, accumulate: int = 1) -> None:
     """Raises `BatchError` for a leaf whose first dimension does not divide by devices x accumulate."""
-    n = policy.parts * accumulate
+    _check(batch, policy.parts * accumulate, f"{policy.parts} devices x {accumulate} microbatches = {policy.parts * accumulate}")
+
+
+def check_part(policy: Policy, part: Any) -> None:
+    """Raises `BatchError` for a process's part of a batch that does not divide over its devices."""
+    n = local_parts(policy)
+    alone = n == policy.parts
+    _check(part, n, f"{n} devices" if alone else f"the {n} devices of process {jax.process_index()}, which brings its own part")
+
+
+def _check(batch, n, what):
     sizes = {}
     if not jax.tree.leaves(batch):
         raise BatchError(f"the batch {batch!r} holds no array; give arrays whose first dimension is that of the examples.")
@@ -28,11 +45,27 @@ def check(policy: Policy, batch: Any, accumulate: int = 1) -> None:
             raise BatchError(f"{where} has no dimension; every array of a batch starts with the dimension of its examples.")
         if x.shape[0] % n or x.shape[0] == 0:
             near = max(n, x.shape[0] // n * n)
-            raise BatchError(f"{where} has {x.shape[0]} examples (shape {tuple(x.shape)}), which do not divide by {policy.parts} "
-                             f"devices x {accumulate} microbatches = {n}; write batches of {near}, or drop the last one.")
+            raise BatchError(f"{where} has {x.shape[0]} examples (shape {tuple(x.shape)}), which do not divide by {what}; write "
+                             f"batches of {near}, drop the last one, or fill it up: zj.feed(..., pad=True).")
         sizes[where] = x.shape[0]
     if len(set(sizes.values())) > 1:
         raise BatchError(f"the arrays of a batch differ in their number of examples: {sizes}.")
+
+
+def check_shared(policy: Policy, batch: Any) -> None:
+    """Raises `BatchError` for arrays of this process alone where several train: each would take its own for the whole batch."""
+    if len(policy.processes) > 1:
+        for path, x in jax.tree.leaves_with_path(batch):
+            if getattr(x, "shape", ()) and getattr(x, "is_fully_addressable", isinstance(x, np.ndarray)):
+                raise BatchError(f"batch{jax.tree_util.keystr(path)} is an array of process {jax.process_index()} alone, but "
+                                 f"{len(policy.processes)} processes train together; give each's part to zj.feed(batches, zero).")
+
+
+def joined(policy: Policy, part: Any) -> Any:
+    """The batch of all processes, out of each one's part."""
+    times = policy.parts // local_parts(policy)
+    join = lambda x: jax.make_array_from_process_local_data(sharding(policy), np.asarray(x), (x.shape[0] * times, *x.shape[1:]))
+    return jax.tree.map(join, part) if times > 1 else jax.device_put(part, sharding(policy))
 
 
 def placed(policy: Policy, tree: Any) -> Any:

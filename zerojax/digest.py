@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import specs
+from zerojax import exchange, specs
 
 _GOLDEN = np.uint32(0x9E3779B9)
 _CHUNKS = 1024  # of a row or so: they stay in the nearest cache
@@ -29,7 +29,14 @@ def of(arrays: Sequence[Any]) -> list[str]:
     ['db2f183b', 'db2f183b']
     """
     sums = [_sums_over(*_placed(x)) for x in arrays]
-    return [f"{int(np.sum(x, dtype=np.uint32)):08x}" for x in jax.device_get(sums)]
+    held = jax.device_get([[part.data for part in x.addressable_shards] for x in sums])
+    own = np.array([np.sum(parts, dtype=np.uint32) for parts in held], np.uint32)
+    shared = [x for x in sums if not x.is_fully_addressable]  # with other processes, each of which has some of the sum
+    if shared:
+        said = exchange.words(exchange.devices_of(shared[0].sharding.mesh), own)
+        total = np.sum(list(said.values()), axis=0, dtype=np.uint32)
+        own = np.where([not x.is_fully_addressable for x in sums], total, own)
+    return [f"{n:08x}" for n in own]
 
 
 def _placed(x) -> tuple[jax.Array, Mesh, P]:

@@ -49,5 +49,9 @@ class CorruptCheckpointError(CheckpointError):
     """A checkpoint whose files are damaged: an array or the manifest can't be read, or is not what was saved."""
 
 
+class ClusterError(ZeroError, RuntimeError):
+    """Processes that can't come together, or that differ in what they are about to run."""
+
+
 class MissingExtraError(ZeroError, ImportError):
     """An optional package is not installed; the text names the extra to install."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from zerojax import census, data, gradients, layout
+from zerojax import agreement, census, data, fingerprint, gradients, layout
 from zerojax.box import Box
 from zerojax.census import Census
 from zerojax.errors import ModelError, PolicyError
@@ -95,8 +95,14 @@ class Jitted:
         self.policy, self.fn, self._options = policy, fn, options
         self._batch = next(iter([*inspect.signature(fn).parameters][1:]), None)
         self._jitted = {}  # by layout: jit traces for shapes alone
+        self._agreed = False
 
     def __call__(self, state, *args, **kwargs):
+        data.check_shared(self.policy, args[:1] or kwargs.get(self._batch))
+        if not self._agreed:
+            agreement.before(self.policy, getattr(self, "__name__", "zero.jit"), lambda: {
+                "fn": fingerprint.of_function(self.fn), "program": fingerprint.of_program(self.of(state), state, *args, **kwargs)})
+            self._agreed = True
         return self.of(state)(state, *args, **kwargs)
 
     def lower(self, state, *args, **kwargs):

@@ -2,12 +2,9 @@
 
 import base64
 import dataclasses
-import functools
 import hashlib
-import importlib.metadata
 import json
 import math
-import platform
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +13,12 @@ import numpy as np
 
 from zerojax import layout
 from zerojax.errors import CheckpointError
+from zerojax.fingerprint import versions
 from zerojax.tables import Sheet, size
 
 FORMAT = 1
 BYTES = "__bytes__"
 MOST = 10  # paths in an error
-_PACKAGES = ("zerojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +50,8 @@ class Manifest:
       leaves: path, as "params/blocks/kernel", to `Entry`.
       optimizer: the kinds of state that the optax transform keeps.
       mesh: axis names to sizes; stage, precision: those of the `Zero` that the checkpointer was given, or None.
-      data_state, metrics: as given to `save`.
+      data_states: as given to `save`: of every process, if they differ, else one.
+      metrics: as given to `save`.
       versions: of packages and Python.
     """
 
@@ -63,9 +61,9 @@ class Manifest:
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     stage: int | None = None
     precision: Mapping[str, Any] | None = None
-    data_state: Any = None
+    data_states: tuple[Any, ...] = (None,)
     metrics: Any = None
-    versions: Mapping[str, str] = dataclasses.field(default_factory=lambda: versions())
+    versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
 
     def to_json(self) -> dict:
         """As JSON values, with `digest`, the SHA-256 of the rest.
@@ -75,7 +73,7 @@ class Manifest:
         """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"format": FORMAT}
         fields |= {"leaves": {path: dataclasses.asdict(entry) for path, entry in self.leaves.items()},
-                   "data_state": _plain("data_state", self.data_state), "metrics": _plain("metrics", self.metrics)}
+                   "data_states": [plain("data_state", x) for x in self.data_states], "metrics": plain("metrics", self.metrics)}
         values = json.loads(json.dumps(fields, default=dict))
         return values | {"digest": _sha(values)}
 
@@ -88,9 +86,22 @@ class Manifest:
         if values.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}: another version of zerojax wrote it")
         leaves = {path: _entry(**entry) for path, entry in values.pop("leaves").items()}
-        values |= {"optimizer": tuple(values["optimizer"]), "data_state": _restored(values["data_state"]),
-                   "metrics": _restored(values["metrics"])}
+        values |= {"optimizer": tuple(values["optimizer"]), "data_states": tuple(map(restored, values["data_states"])),
+                   "metrics": restored(values["metrics"])}
         return cls(leaves=leaves, **values)
+
+    def data_of(self, process: int, processes: int) -> Any:
+        """What one of some processes goes on from.
+
+        Raises:
+          CheckpointError: the positions of more or fewer were saved, and they differ.
+        """
+        if len(self.data_states) not in (1, processes):
+            raise CheckpointError(f"step {self.step} was saved by {len(self.data_states)} processes, each at a place of its own in "
+                                  f"its data; none of them is that of process {process} of {processes}. Use sources whose position "
+                                  "is the same on every process, as zj.Indexed of the batch's number, or restore without it: "
+                                  'only=".*".')
+        return self.data_states[process % len(self.data_states)]
 
     @property
     def bytes(self) -> int:
@@ -101,9 +112,10 @@ class Manifest:
         """What is said of the whole, and of each leaf."""
         mesh = " x ".join(f"{axis} {n}" for axis, n in self.mesh.items())
         precision = ", ".join(f"{k} {v}" for k, v in (self.precision or {}).items() if v)
-        say = lambda value: json.dumps(_plain("", value))
+        say = lambda value: json.dumps(plain("", value))
+        data = ", ".join(map(say, self.data_states))
         about = [("saved from", f"mesh {mesh}" + ("" if self.stage is None else f", stage {self.stage}, {precision}")),
-                 ("optimizer", ", ".join(self.optimizer)), ("data", say(self.data_state)), ("metrics", say(self.metrics)),
+                 ("optimizer", ", ".join(self.optimizer)), ("data", data), ("metrics", say(self.metrics)),
                  ("versions", ", ".join(f"{k} {v}" for k, v in self.versions.items()))]
         rows = [(path, str(list(e.shape)), e.dtype, e.spec, f"{e.bytes:,}", e.digest) for path, e in self.leaves.items()]
         title = f"step {self.step}: {len(self.leaves)} leaves, {size(self.bytes)}"
@@ -118,12 +130,6 @@ class Manifest:
         return "".join(sheet._repr_html_() for sheet in self.sheets())
 
 
-@functools.cache
-def versions() -> dict[str, str]:
-    """Of packages and Python."""
-    return {name: importlib.metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
-
-
 def _entry(shape, dtype, **rest) -> Entry:
     if any(type(n) is not int or n < 0 for n in shape):
         raise ValueError(f"it has a leaf of shape {shape}")
@@ -134,7 +140,7 @@ def _sha(values: dict) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _plain(where: str, value: Any) -> Any:
+def plain(where: str, value: Any) -> Any:
     """As JSON values: of bytes, their base64 under a key that no other dict may have."""
     if isinstance(value, bytes):
         return {BYTES: base64.b64encode(value).decode()}
@@ -142,9 +148,9 @@ def _plain(where: str, value: Any) -> Any:
         odd = [key for key in value if not isinstance(key, str) or key == BYTES]
         if odd:
             raise CheckpointError(f"save was given a {where} with the key {odd[0]!r}; keys are text, and not {BYTES!r}.")
-        return {key: _plain(f"{where}[{key!r}]", item) for key, item in value.items()}
+        return {key: plain(f"{where}[{key!r}]", item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(f"{where}[{i}]", item) for i, item in enumerate(value)]
+        return [plain(f"{where}[{i}]", item) for i, item in enumerate(value)]
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()
     if value is None or isinstance(value, str | int | float):
@@ -153,12 +159,13 @@ def _plain(where: str, value: Any) -> Any:
                           "text, bytes, lists and dicts of these.")
 
 
-def _restored(value):
+def restored(value: Any) -> Any:
+    """Of JSON values, what `plain` was given."""
     if isinstance(value, dict):
         if value.keys() == {BYTES}:
             return base64.b64decode(value[BYTES], validate=True)
-        return {k: _restored(v) for k, v in value.items()}
-    return [_restored(v) for v in value] if isinstance(value, list) else value
+        return {k: restored(v) for k, v in value.items()}
+    return [restored(v) for v in value] if isinstance(value, list) else value
 
 
 def flat(tree: Any) -> dict[str, Any]:

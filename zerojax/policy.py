@@ -5,6 +5,7 @@ Needs no devices. `Zero` is a `Policy` with verbs.
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -162,3 +163,9 @@ class Policy:
     def parts(self) -> int:
         """Number of parts the batch is split into: replicas x shards."""
         return self.replicas * self.shards
+
+    @functools.cached_property
+    def processes(self) -> tuple[int, ...]:
+        """Those whose devices the mesh is made of; none of a mesh of devices that are not there."""
+        devices = () if isinstance(self.mesh, AbstractMesh) else self.mesh.devices.flat
+        return tuple(sorted({d.process_index for d in devices}))

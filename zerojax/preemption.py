@@ -1,4 +1,8 @@
-"""Being told to stop: a signal is noticed between steps, so that a run can save and end with a status of its own."""
+"""Being told to stop: a signal is noticed between steps, so that a run can save and end with a status of its own.
+
+Of several processes, whichever is told tells the others, one step before they stop together. (jax's own sync point can't be used
+beside Orbax, which sets its counter to another number with every save.)
+"""
 
 import os
 import signal
@@ -6,6 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
+from zerojax import exchange
 from zerojax.errors import CheckpointError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -16,8 +21,10 @@ class Preemption:
 
     Training and evaluation ask between steps, as by `until`; what was saved is then what the run goes on from.
 
+    Several processes, one of which gets a signal, stop after the same step: all call `until` alike.
+
     Attributes:
-      requested: whether a signal came.
+      requested: whether a signal came; of several processes, whether all know that one came to one of them.
       status: of the process after `exit()`: 75, "try again" in sysexits.h. An error gives 1, a signal that ends it 128 and more.
 
     Raises:
@@ -34,12 +41,15 @@ class Preemption:
     status = 75
 
     def __init__(self):
-        self.requested = False
+        self.requested = self._told = False
+        self._devices: exchange.Devices = ()
+        self._sent = None
 
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is not threading.main_thread():
             raise CheckpointError(f"Preemption was entered in thread {threading.current_thread().name!r}; Python gives signals "
                                   "to the main thread only: enter it there, and hand it over.")
+        self._devices = exchange.everyone()
         self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
 
@@ -48,17 +58,24 @@ class Preemption:
             signal.signal(number, handler)
 
     def _note(self, number, frame):
-        if self.requested and number == signal.SIGINT:
+        if self._told and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self._told, self.requested = True, self.requested or not self._devices
         # print may not be called while it is at work already
         os.write(2, f"\n{signal.Signals(number).name}: stops after this step\n".encode())
 
     def until(self, items: Iterable[Any]) -> Iterator[Any]:
         """The items, up to the signal; none is taken and not handed out."""
         source, end = iter(items), object()
-        while not self.requested and (item := next(source, end)) is not end:
+        while not self._agreed() and (item := next(source, end)) is not end:
             yield item
+
+    def _agreed(self) -> bool:
+        """What was sent a step ago has arrived: reading it keeps no device waiting."""
+        if self._devices and not self.requested:
+            before, self._sent = self._sent, exchange.send(self._devices, [self._told])
+            self.requested = before is not None and any(told[0] for told in exchange.received(self._devices, before).values())
+        return self.requested
 
     def exit(self) -> NoReturn:
         """Ends the process with `status`; to be called when the state is on disk."""

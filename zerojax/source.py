@@ -1,15 +1,15 @@
 """Where batches come from: sources that know their position, so that a resumed run reads what the other would have read."""
 
-import collections
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 
-from zerojax import data
-from zerojax.errors import BatchError
+from zerojax import agreement, exchange
+from zerojax.errors import BatchError, ClusterError
+from zerojax.parts import Part, Parts, Status
 from zerojax.policy import Policy
+from zerojax.reader import Reader
 
 
 class Indexed(Iterator):
@@ -45,39 +45,70 @@ class Indexed(Iterator):
 
 
 class Feed(Iterator):
-    """What `feed` returns: an iterator of sharded batches, with the source's position if the source has one."""
+    """What `feed` returns: an iterator of sharded batches, with the source's position if the source has one.
 
-    def __init__(self, batches: Iterable, policy: Policy, prefetch: int):
+    With several processes, each tells the others what it has one batch ahead, so that nobody waits for the news.
+    """
+
+    def __init__(self, batches: Iterable, policy: Policy, prefetch: int, pad: bool):
         self.source: Any = iter(batches)
-        self.policy, self.prefetch = policy, prefetch
+        self.policy, self.prefetch, self.pad = policy, prefetch, pad
         self.known = hasattr(self.source, "get_state")
+        self._devices = exchange.devices_of(policy.mesh)
         self._restart()
 
     def _restart(self):
-        self.queue: collections.deque = collections.deque()
-        self.ended: Exception | None = None
-        self.position = self._now()
-
-    def _now(self):
-        """The source's position; a copy, since some sources give the dict that they go on with."""
-        return copy.deepcopy(self.source.get_state()) if self.known else None
+        parts = Parts(self.source, self.policy, self.pad)
+        self.position, self.number, self._next, self._over = parts.position(), 0, None, None
+        self._reader = Reader(parts, self.prefetch)
 
     def __next__(self):
-        while self.ended is None and len(self.queue) <= self.prefetch:
-            self._fetch()
-        if self.queue:
-            batch, self.position = self.queue.popleft()
-            return batch
-        raise self.ended or StopIteration
+        if self._over is not None:
+            raise self._over
+        part, told = self._next or self._told(self._reader.take())
+        ahead = self._devices and self.prefetch and part.status is not Status.FAILED
+        self._next = self._told(self._reader.take()) if ahead else None
+        self._check(part, told)
+        self.position, self.number = part.position, self.number + 1
+        return part.batch
 
-    def _fetch(self):
+    def _told(self, part: Part):
+        """A part, and what is under way to the other processes of it."""
+        return part, exchange.send(self._devices, part.words()) if self._devices else None
+
+    def _check(self, part: Part, told):
+        """Raises what ends the batches, on all processes alike."""
+        said = exchange.received(self._devices, told) if self._devices else {jax.process_index(): part.words()}
         try:
-            batch = next(self.source)
-            data.check(self.policy, batch)
-            put = jax.device_put(batch, data.sharding(self.policy))
-            self.queue.append((put, self._now()))
-        except Exception as error:  # the end, or a failure: the good batches before it come first
-            self.ended = error
+            self._check_failed(part, said)
+            self._check_ended(said)
+            self._check_alike(part, said)
+        except (Exception, StopIteration) as over:
+            self._over = over
+            raise
+
+    def _check_failed(self, part, said):
+        if part.error is not None:
+            raise part.error
+        failed = [process for process, (status, _) in said.items() if status == Status.FAILED]
+        if failed:
+            raise ClusterError(f"batch {self.number} could not be made on process {agreement.ranges(failed)}, whose log says why; "
+                               "all processes end.")
+
+    def _check_ended(self, said):
+        ended = [process for process, (status, _) in said.items() if status != Status.READY]
+        empty = [process for process, (status, _) in said.items() if status == Status.EMPTY]
+        if len(ended) == len(said) or (ended and not self.pad):
+            raise StopIteration
+        if empty:
+            raise BatchError(f"process {agreement.ranges(empty)} has no batch at all, of which pad=True could make others of "
+                             "weight 0; give every process one example or more.")
+
+    def _check_alike(self, part, said):
+        if len({mark for _, mark in said.values()}) > 1:
+            shapes = exchange.shared(self._devices, part.shapes)
+            raise BatchError(f"batch {self.number}: {agreement.difference(shapes)}\nEvery process brings as many examples, of the "
+                             "same shapes; for a last batch that is shorter write zj.feed(..., pad=True), or drop it.")
 
     def get_state(self) -> Any:
         """The source's position after the batch handed out last; those fetched ahead do not count.
@@ -85,7 +116,7 @@ class Feed(Iterator):
         Raises:
           BatchError: the source has no `get_state`.
         """
-        self._check()
+        self._check_known()
         return self.position
 
     def set_state(self, state: Any) -> None:
@@ -94,32 +125,43 @@ class Feed(Iterator):
         Raises:
           BatchError: the source has no `get_state`.
         """
-        self._check()
+        self._check_known()
+        self._reader.close()
         self.source.set_state(state)
         self._restart()
 
-    def _check(self):
+    def _check_known(self):
         if not self.known:
             raise BatchError(f"feed was given a {type(self.source).__name__}, which has no get_state and set_state: where it is "
                              "can't be saved. Give zj.Indexed(make_batch), a grain iterator, or another that has both.")
 
 
-def feed(batches: Iterable, zero: Policy, *, prefetch: int = 2) -> Feed:
-    """Batches of numpy arrays as sharded device arrays, `prefetch` of them under way while one is in use.
+def feed(batches: Iterable, zero: Policy, *, prefetch: int = 2, pad: bool = False) -> Feed:
+    """Batches of numpy arrays as sharded device arrays, made on a thread while others are in use.
+
+    Of several processes, each gives its own part of every batch, and they end together: where the first has no more, or, if
+    `pad`, the last. All call `next` alike, from their main thread.
 
     If the source has `get_state` and `set_state` (`Indexed`, grain's iterators), so has what is returned, and what was
     fetched ahead does not count: the position is that after the batch last handed out.
 
     Args:
-      batches: pytrees of arrays, each `[B, ...]` with the same B, divisible by the mesh's devices.
+      batches: pytrees of arrays, each `[B, ...]` with the same B, divisible by the mesh's devices (of this process). The batch is
+        the processes' parts in the order of the mesh's devices.
       zero: the policy that will use them.
+      prefetch: how many are made before they are asked for; 0 makes them on the caller's thread.
+      pad: a batch that is shorter than the first is filled up with copies of one example. What is handed out is then
+        `(batch, weight)`, weight float32[B] of 1 for what was there and 0 for what was added: multiply the losses by it.
 
     Raises:
-      BatchError: B does not divide by the number of devices, or differs between arrays.
+      BatchError: B does not divide by the number of devices, or differs between arrays or processes.
+      ClusterError: another process could not make its part.
 
     >>> import numpy as np, zerojax as zj
     >>> zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:2]))
     >>> [b.sharding.spec for b in zj.feed([np.zeros((4, 3))], zero)]
     [P('data',)]
+    >>> [weight.tolist() for _, weight in zj.feed([np.zeros((4, 3)), np.zeros((1, 3))], zero, pad=True)]
+    [[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]]
     """
-    return Feed(batches, zero, prefetch)
+    return Feed(batches, zero, prefetch, pad)

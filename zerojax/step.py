@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from zerojax import data, gradients, layout, plan, specs
+from zerojax import agreement, data, fingerprint, gradients, layout, plan, specs
 from zerojax import state as states
 from zerojax.audit import Demand
 from zerojax.errors import ModelError, NonFiniteError, PolicyError
@@ -112,19 +112,31 @@ class TrainStep:
         self.accumulate, self.clip_norm, self.max_skipped = accumulate, clip_norm, max_skipped
         self.compiler_options = compiler_options or {}
         self._jitted = jax.jit(self._step, donate_argnums=0, compiler_options=compiler_options)
-        self._pending, self._last = collections.deque(), None
+        self._pending, self._last, self._agreed = collections.deque(), None, False
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         if isinstance(self.policy.mesh, AbstractMesh):
             raise PolicyError("train_step over GPUs that are not there: nothing can run on them. Write step.plan(state, batch), or "
                               "take a mesh of devices: zj.make_mesh().")
         self._raise_if_stuck(state)
+        data.check_shared(self.policy, batch)
+        self._agree(state, batch)
         state, metrics = self._jitted(state, batch)
         if self.max_skipped and not isinstance(metrics["skipped"], Tracer):
             metrics["skipped"].copy_to_host_async()
             self._pending.append(metrics["skipped"])
             self._last = state.skipped
         return state, metrics
+
+    def _agree(self, state, batch):
+        """Once, before the first compilation."""
+        if not self._agreed:
+            agreement.before(self.policy, "train_step", lambda: {
+                "accumulate": self.accumulate, "clip_norm": self.clip_norm, "max_skipped": self.max_skipped,
+                "compiler_options": self.compiler_options, "loss_fn": fingerprint.of_function(self.loss_fn),
+                "state": fingerprint.shapes(state), "batch": fingerprint.shapes(batch),
+                "program": fingerprint.of_program(self._jitted, state, batch)})
+            self._agreed = True
 
     def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
         """As jit's: states and batches may be `ShapeDtypeStruct`s; a batch without shardings is given its own."""
@@ -232,6 +244,7 @@ class EvalStep:
         self._jitted = jax.jit(self._evaluate, compiler_options=compiler_options)
 
     def __call__(self, state: TrainState, batch: Any) -> dict[str, jax.Array]:
+        data.check_shared(self.policy, batch)
         return self._jitted(state, batch)
 
     def _evaluate(self, state, batch):

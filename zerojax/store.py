@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.sharding import NamedSharding
 
-from zerojax import digest, manifest
+from zerojax import agreement, digest, exchange, manifest
 from zerojax.errors import CheckpointError, CorruptCheckpointError
 from zerojax.manifest import Manifest
 
@@ -62,7 +63,7 @@ def read_manifest(path: epath.Path) -> Manifest:
         _check_links(path)
         if (length := file.stat().length) > _LARGEST_MANIFEST:
             raise ValueError(f"it has {length:,} bytes, more than {_LARGEST_MANIFEST:,}")
-        values = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "manifest", args=ocp.args.JsonRestore())
+        values = ocp.JsonCheckpointHandler().restore(path / "manifest", args=ocp.args.JsonRestore())  # waits for no other process
         found = Manifest.from_json(values)
         if str(found.step) != path.name:
             raise ValueError(f"it is that of step {found.step}")
@@ -82,10 +83,17 @@ def _check_links(path):
 
 
 def checked(path, note: Manifest, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """The arrays, each with the digest it was saved with."""
-    read, bad = _examined(path, note, wanted)
-    _raise_damaged(path, note, bad)
+    """The arrays, each with the digest it was saved with. Processes that share some of them read them together."""
+    meshes = [x.sharding.mesh for x in wanted.values() if isinstance(x.sharding, NamedSharding)]
+    devices = next(filter(None, map(exchange.devices_of, meshes)), ())
+    read, bad = agreement.everywhere(devices, lambda: _tried(path, wanted))
+    _raise_damaged(path, note, _of_all(devices, bad) or _of_all(devices, _differing(note, read)))
     return read
+
+
+def _of_all(devices, bad: dict[str, str]) -> dict[str, str]:
+    """What any process found."""
+    return {p: why for found in exchange.shared(devices, bad).values() for p, why in found.items()}
 
 
 def _raise_damaged(path, note, bad: Mapping[str, str]):
@@ -104,36 +112,39 @@ def _instead(path) -> str:
     return f"use another step ({', '.join(map(str, others))}) or a copy" if others else "there is no other step; use a copy"
 
 
-def _examined(path, note, wanted) -> tuple[dict[str, Any], dict[str, str]]:
-    """(arrays, what is wrong with each that can't be read or has another digest)."""
+def _tried(path, wanted) -> tuple[dict[str, Any], dict[str, str]]:
+    """(arrays, what is wrong with each that can't be read)."""
     try:
-        read = _read(path, wanted)
+        return _read(path, wanted), {}
     except Exception as error:
         if _passing(error):
             raise
         named = [p for p in wanted if re.search(f"[\"']{re.escape(p)}/", str(error))]
         if named or len(wanted) == 1:
             return {}, {p: brief(error) for p in named or wanted}
-        return _examined_singly(path, note, wanted)
-    digests = dict(zip(read, digest.of(list(read.values())), strict=True))
-    bad = {p: f"its digest is {d}, saved was {note.leaves[p].digest}" for p, d in digests.items() if d != note.leaves[p].digest}
-    return read, bad
+        return _tried_singly(path, wanted)
 
 
-def _examined_singly(path, note, wanted):
+def _tried_singly(path, wanted):
     read, bad = {}, {}
     for p, x in wanted.items():
         if len(bad) < manifest.MOST:
-            one, wrong = _examined(path, note, {p: x})
+            one, wrong = _tried(path, {p: x})
             read, bad = read | one, bad | wrong
     return read, bad
+
+
+def _differing(note, read: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with each that has another digest than was saved."""
+    digests = dict(zip(read, digest.of(list(read.values())), strict=True))
+    return {p: f"its digest is {d}, saved was {note.leaves[p].digest}" for p, d in digests.items() if d != note.leaves[p].digest}
 
 
 def _read(path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
     empty = {p: _zeros(x) for p, x in wanted.items() if not math.prod(x.shape)}
     item = {p: x for p, x in wanted.items() if p not in empty}
     args = ocp.args.PyTreeRestore(item, {p: _restore_args(x) for p, x in item.items()}, partial_restore=True)
-    read = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(path / "state", args=args) if item else {}
+    read = ocp.PyTreeCheckpointHandler().restore(path / "state", args=args) if item else {}
     for p, x in item.items():
         if not isinstance(read[p], np.ndarray | jax.Array):  # Orbax returns what it was given for a name that it does not find
             raise ValueError("it is in the manifest and not among the arrays")
@@ -166,7 +177,8 @@ def verify(path: epath.Path) -> Manifest:
     """See `Checkpointer.verify`; of a step's directory."""
     note, bad = read_manifest(path), {}
     for group in _groups(note, list(note.leaves)):
-        bad |= _examined(path, note, _host(note, group))[1]
+        read, unread = _tried(path, _host(note, group))
+        bad |= unread | _differing(note, read)
     _raise_damaged(path, note, bad)
     return note
 

@@ -11,7 +11,7 @@ from flax.core import meta
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import census, data, layout, loop, plan, specs
+from zerojax import agreement, census, data, fingerprint, layout, loop, plan, specs
 from zerojax import state as states
 from zerojax.audit import Demand
 from zerojax.errors import ModelError, PolicyError
@@ -93,8 +93,11 @@ class Zero(Policy):
         return _shaped(build, shardings, *args)
 
     def _born(self, build, shardings, *args):
-        absent = isinstance(self.mesh, AbstractMesh)
-        return _shaped(build, shardings, *args) if absent else jax.jit(build, out_shardings=shardings)(*args)
+        if isinstance(self.mesh, AbstractMesh):
+            return _shaped(build, shardings, *args)
+        agreement.before(self, "zero.init", lambda: {"state": fingerprint.shapes(jax.eval_shape(build, *args)),
+                                                     "arguments": fingerprint.values(args)})
+        return jax.jit(build, out_shardings=shardings)(*args)
 
     def _planned(self, init_fn, tx, args, rng):
         build = states.builder(self, *states.survey(self, init_fn, args), init_fn, tx, rng)

@@ -1,0 +1,142 @@
+"""`initialize`: this process joins the others of its job, or is left alone."""
+
+import atexit
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from zerojax import agreement, cluster, fingerprint, rendezvous
+from zerojax.cluster import Job
+from zerojax.errors import ClusterError
+
+_REACH = 5.0  # seconds: an address that a person wrote may be wrong
+_GRACE = 3.0  # seconds for what still runs, as the writing of a checkpoint, after an exception that nobody caught
+_joined: dict[str, Any] = {}
+
+
+def initialize(address: str | None = None, processes: int | None = None, process: int | None = None, *,
+               local_devices: tuple[int, ...] | None = None, config: Mapping[str, Any] | None = None,
+               bind_address: str | None = None, reach: float | None = None, initialization_timeout: float = 300,
+               heartbeat_timeout: float = 100, shutdown_timeout: float = 30) -> Job | None:
+    """Joins this process to the others of its job by `jax.distributed`. First thing in a program; alone, it does nothing.
+
+    What is not given is read off the variables of what started the process: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID; SkyPilot's; torchrun's; SLURM's; else what jax itself detects. A line on standard error says what was decided.
+
+    First the processes meet over plain TCP, for jax.distributed aborts what it can't start. Afterwards, an exception that
+    nobody catches ends its process within 3 s of its traceback, with status 1; jax would wait there for the others.
+
+    Args:
+      address: "host:port" of process 0. Nobody is asked who they are there: the network has to be private.
+      processes, process: how many there are; this one's number, from 0.
+      local_devices: of this host, those to use; None is all, or as the launcher says.
+      config: your settings; if they differ between processes, that is an error on each.
+      bind_address: the IP address that process 0 listens at; None is that of `address` alone, "0.0.0.0" every interface.
+      reach: seconds until process 0 has to be there; None is $ZEROJAX_REACH, else 5, and for an address that a scheduler wrote
+        `initialization_timeout`.
+      initialization_timeout: seconds until all processes have to be there.
+      heartbeat_timeout: seconds after which a process that is dead, stopped or cut off ends all.
+      shutdown_timeout: seconds that a process which is done waits for the others.
+
+    Returns:
+      What was decided; None if this process is alone.
+
+    Raises:
+      ClusterError: process 0 can't be reached or can't listen; processes are missing, or differ in versions or config; called
+        again with other arguments, or too late.
+
+    >>> initialize()  # alone
+    """
+    asked = {"address": address, "processes": processes, "process": process, "local_devices": local_devices, "config": config}
+    if _joined:
+        return _again(asked)
+    job = cluster.given(address, processes, process) or cluster.detected()
+    if job is None or job.processes == 1:
+        return None
+    if jax.distributed.is_initialized():
+        raise ClusterError("initialize: jax.distributed was initialized before; call zj.initialize() in its place.")
+    local_devices = job.local_devices if local_devices is None else tuple(local_devices)
+    print(f"zerojax: {job}", file=sys.stderr, flush=True)
+    bound = None
+    if job.address is not None:
+        bound = _bound(job.address, bind_address)
+        _meet(job, bound, config, _reach_of(job, reach, initialization_timeout), initialization_timeout)
+    _start(job, bound, local_devices, round(initialization_timeout), round(heartbeat_timeout), round(shutdown_timeout))
+    _joined.update(asked=asked, job=job)
+    _end_on_errors()
+    if "ZEROJAX_LAUNCH" in os.environ:
+        threading.Thread(target=_end_without, args=(int(os.environ["ZEROJAX_LAUNCH"]),), daemon=True).start()
+    return job
+
+
+def _again(asked) -> Job:
+    before = _joined["asked"]
+    odd = {k: (before[k], v) for k, v in asked.items() if v is not None and v != before[k]}
+    if odd:
+        text = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in odd.items())
+        raise ClusterError(f"initialize was called before, with other arguments: {text}. A process joins once.")
+    return _joined["job"]
+
+
+def _reach_of(job, reach, initialization_timeout) -> float:
+    if reach is None and "ZEROJAX_REACH" in os.environ:
+        reach = float(os.environ["ZEROJAX_REACH"])
+    return reach if reach is not None else initialization_timeout if job.scheduled else _REACH
+
+
+def _bound(address, bind) -> str:
+    return rendezvous.bind_address(address) if bind is None else rendezvous.joined(bind.strip("[]"), rendezvous.split(address)[1])
+
+
+def _meet(job, bound, config, reach, seconds):
+    said = {"versions": fingerprint.versions(), "config": {k: repr(v) for k, v in (config or {}).items()}}
+    if job.process == 0:
+        rendezvous.hold(bound, job.processes, said, agreement.difference, seconds)
+    else:
+        note = lambda text: print(f"zerojax: process {job.process}: {text}", file=sys.stderr, flush=True)
+        rendezvous.join(job.address, job.process, job.processes, said, reach, seconds, note)
+
+
+def _start(job, bound, local_devices, initialization, heartbeat, shutdown):
+    try:
+        jax.distributed.initialize(job.address, job.processes, job.process, local_devices, job.address and "deactivate",
+                                   initialization_timeout=initialization, heartbeat_timeout_seconds=heartbeat,
+                                   shutdown_timeout_seconds=shutdown, coordinator_bind_address=bound)
+    except RuntimeError as error:
+        if "before any JAX" not in str(error):
+            raise
+        raise ClusterError("initialize came too late: jax has looked for its devices already, which it does for the first array, "
+                           "jax.devices() or a key; call zj.initialize() before them.") from error
+
+
+def _end_on_errors():
+    """An exception that nobody catches goes to sys.excepthook, which notebooks do not use."""
+    before, failed = sys.excepthook, threading.Event()
+
+    def hook(kind, error, trace):
+        before(kind, error, trace)
+        failed.set()
+        timer = threading.Timer(_GRACE, _end)
+        timer.daemon = True
+        timer.start()
+
+    sys.excepthook = hook
+    atexit.register(lambda: failed.is_set() and _end())  # before jax's own, which waits for the other processes
+
+
+def _end():
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(1)
+
+
+def _end_without(launcher: int):
+    """A launcher that is killed can't end its processes."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    _end()

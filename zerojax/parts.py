@@ -1,0 +1,81 @@
+"""A process's part of each batch: taken from its source, filled up if that is wanted, put on its devices."""
+
+import copy
+import dataclasses
+import enum
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from zerojax import data, fingerprint
+from zerojax.errors import BatchError
+from zerojax.policy import Policy
+
+_NOTHING = object()
+
+
+class Status(enum.IntEnum):
+    """Of what a process brings."""
+
+    READY = 1
+    ENDED = 2  # with padding alone, if anything
+    EMPTY = 3  # ended before the first
+    FAILED = 4
+
+
+@dataclasses.dataclass
+class Part:
+    """A batch of global arrays out of this process's part, and its source's position after it; or why there is none."""
+
+    status: Status
+    batch: Any = None
+    position: Any = None
+    shapes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    error: Exception | None = None
+
+    def words(self) -> np.ndarray:
+        """uint32[2]: what the other processes have to know of it."""
+        return np.array([self.status, zlib.crc32(repr(self.shapes).encode())], np.uint32)
+
+
+class Parts:
+    """Makes them, one a call."""
+
+    def __init__(self, source: Any, policy: Policy, pad: bool):
+        self.source, self.policy, self.pad = source, policy, pad
+        self.ended, self.rows, self.filler = False, 0, None  # of padding: how many rows, and one of them
+
+    def position(self) -> Any:
+        """The source's; a copy, since some sources give the dict that they go on with."""
+        return copy.deepcopy(self.source.get_state()) if hasattr(self.source, "get_state") else None
+
+    def __call__(self) -> Part:
+        try:
+            item = _NOTHING if self.ended else next(self.source, _NOTHING)
+            if item is not _NOTHING:
+                return self._part(item, Status.READY)
+            self.ended = True
+            if self.filler is None:
+                return Part(Status.EMPTY if self.pad else Status.ENDED)
+            return self._part(jax.tree.map(lambda x: x[:0], self.filler), Status.ENDED)
+        except Exception as error:  # the good batches before it come first
+            return Part(Status.FAILED, error=error)
+
+    def _part(self, item, status) -> Part:
+        item = self._padded(item) if self.pad else item
+        data.check_part(self.policy, item)
+        return Part(status, data.joined(self.policy, item), self.position(), fingerprint.shapes(item))
+
+    def _padded(self, item) -> tuple[Any, np.ndarray]:
+        """(arrays of `rows` examples, the weight of each)."""
+        n = len(jax.tree.leaves(item)[0])
+        if self.filler is None:
+            parts = data.local_parts(self.policy)
+            self.rows, self.filler = -(-n // parts) * parts, jax.tree.map(lambda x: np.array(x[:1]), item)
+        if n > self.rows:
+            raise BatchError(f"a batch of {n} examples came after one of {self.rows}; with pad=True, the first is the largest.")
+        fill = lambda x, one: np.concatenate([x, np.repeat(one, self.rows - n, 0)])
+        return jax.tree.map(fill, item, self.filler), (np.arange(self.rows) < n).astype(np.float32)
