@@ -62,9 +62,8 @@ def initialize(address: str | None = None, processes: int | None = None, process
         raise ClusterError("initialize: jax.distributed was initialized before; call zj.initialize() in its place.")
     local_devices = job.local_devices if local_devices is None else tuple(local_devices)
     print(f"zerojax: {job}", file=sys.stderr, flush=True)
-    bound = None
+    bound = _bound(job.address, bind_address) if job.address is not None and job.process == 0 else None
     if job.address is not None:
-        bound = _bound(job.address, bind_address)
         _meet(job, bound, config, _reach_of(job, reach, initialization_timeout), initialization_timeout)
     _start(job, bound, local_devices, round(initialization_timeout), round(heartbeat_timeout), round(shutdown_timeout))
     _joined.update(asked=asked, job=job)

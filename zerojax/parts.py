@@ -42,17 +42,20 @@ class Part:
 
 
 class Parts:
-    """Makes them, one a call."""
+    """Makes them, one a call; after the last, what ended them again."""
 
     def __init__(self, source: Any, policy: Policy, pad: bool):
         self.source, self.policy, self.pad = source, policy, pad
-        self.ended, self.rows, self.filler = False, 0, None  # of padding: how many rows, and one of them
+        self.ended, self.failed = False, None
+        self.rows, self.filler = 0, None  # of padding: how many, and one of them
 
     def position(self) -> Any:
         """The source's; a copy, since some sources give the dict that they go on with."""
         return copy.deepcopy(self.source.get_state()) if hasattr(self.source, "get_state") else None
 
     def __call__(self) -> Part:
+        if self.failed:
+            return self.failed
         try:
             item = _NOTHING if self.ended else next(self.source, _NOTHING)
             if item is not _NOTHING:
@@ -62,7 +65,8 @@ class Parts:
                 return Part(Status.EMPTY if self.pad else Status.ENDED)
             return self._part(jax.tree.map(lambda x: x[:0], self.filler), Status.ENDED)
         except Exception as error:  # the good batches before it come first
-            return Part(Status.FAILED, error=error)
+            self.failed = Part(Status.FAILED, error=error)
+            return self.failed
 
     def _part(self, item, status) -> Part:
         item = self._padded(item) if self.pad else item

@@ -66,8 +66,7 @@ class Feed(Iterator):
         if self._over is not None:
             raise self._over
         part, told = self._next or self._told(self._reader.take())
-        ahead = self._devices and self.prefetch and part.status is not Status.FAILED
-        self._next = self._told(self._reader.take()) if ahead else None
+        self._next = self._told(self._reader.take()) if self._devices and self.prefetch else None
         self._check(part, told)
         self.position, self.number = part.position, self.number + 1
         return part.batch

@@ -47,9 +47,11 @@ def step_path(directory: str | os.PathLike, step: int | None = None) -> epath.Pa
     if step is None and path.name.isdecimal() and (path / "manifest").exists():
         return path
     there = steps(directory)
-    if not there or (step is not None and step not in there):
+    if step is not None and (path / str(step)).is_dir():  # a file system may list it later
+        return path / str(step)
+    if not there or step is not None:
         raise CheckpointError(f"{directory} has no step{'' if step is None else f' {step}'}; it has {there or 'none'}.")
-    return path / str(there[-1] if step is None else step)
+    return path / str(there[-1])
 
 
 def read_manifest(path: epath.Path) -> Manifest:

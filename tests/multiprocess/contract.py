@@ -1,0 +1,64 @@
+"""What the processes of test_training run: cases, each with this process's part of every batch; process 0 writes what came out.
+
+    python contract.py OUTPUT.npz CASE_AS_JSON...
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import oracle
+import zoo
+
+import zerojax as zj
+
+STEPS = 3
+
+
+def batch(case, seed):
+    """The whole batch. Its halves weigh unequally: tokens that are multiples of 5 nothing, labels 1 + label % 3."""
+    n = 2 * case["parts"] * case["accumulate"]
+    made = zoo.MODELS[case["model"]]().batch(n, seed)
+    if case["model"] == "scanned":
+        made[n // 2:, 2:] = 5
+    if case["model"] == "mlp":
+        made["y"][n // 2:] = made["y"][n // 2:] // 3 * 3
+    return made
+
+
+def own_part(whole):
+    n = jax.process_count()
+    return jax.tree.map(lambda x: np.split(x, n)[jax.process_index()], whole)
+
+
+def trained(case):
+    """(losses, final parameters, whole on this process)."""
+    model, tx = zoo.MODELS[case["model"]](), zoo.OPTIMIZERS[case["tx"]]()
+    zero = zj.Zero(zj.make_mesh(replica=case["replica"]), case["stage"], min_shard=1, gradients=case["way"])
+    state = zero.init(model.init, tx)
+    step = zero.train_step(model.loss, tx, accumulate=case["accumulate"], clip_norm=case["clip"], compiler_options=oracle.QUICK)
+    losses = []
+    for x in zj.feed((own_part(batch(case, seed)) for seed in range(STEPS)), zero):
+        assert len(jax.tree.leaves(x)[0]) == 2 * case["parts"] * case["accumulate"]
+        state, metrics = step(state, x)
+        losses.append(float(metrics["loss"]))
+    if zero.stage:
+        assert not all(x.is_fully_replicated for x in jax.tree.leaves(state.params))
+    whole = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(zero.mesh, jax.P()))(state.params)
+    return losses, jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), whole)
+
+
+def main(output, *cases):
+    zj.initialize(heartbeat_timeout=30)
+    found = {}
+    for i, case in enumerate(map(json.loads, cases)):
+        losses, params = trained(case)
+        found |= {f"{i}/losses": losses} | {f"{i}/{jax.tree_util.keystr(p)}": x for p, x in jax.tree.leaves_with_path(params)}
+        print("done", i, flush=True)
+    if jax.process_index() == 0:
+        np.savez(output, **found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,78 @@
+"""A run of several processes to be disturbed: saves at every step, says so, and goes on from what is there.
+
+    python distributed_trainer.py DIRECTORY STEPS [PAUSE]
+
+$FAULT is "kind process step": what that process does to itself before that step, if it has not yet (DIRECTORY/done says so).
+"""
+
+import os
+import pathlib
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import states
+
+import zerojax as zj
+
+HEARTBEAT = 8
+
+
+def init(key):
+    return states.init(key) | {"large": jax.random.normal(key, (512, 512))}
+
+
+def loss_fn(params, x):
+    time.sleep(float(os.environ.get("SLOW_TO_TRACE", 0)))
+    return states.loss_fn(params, x) + jnp.square(params["large"]).mean()
+
+
+def own_part(number):
+    whole = np.random.default_rng(number).standard_normal((8, 64)).astype(np.float32)
+    return np.split(whole, jax.process_count())[jax.process_index()]
+
+
+def fault(directory, number):
+    kind, process, step = os.environ.get("FAULT", "none 0 0").split()
+    done = pathlib.Path(directory, "done")
+    if (int(process), int(step)) != (jax.process_index(), number) or done.exists():
+        return
+    done.touch()
+    if kind == "raise":
+        raise ValueError(f"process {process} has had enough")
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[kind])
+
+
+def main(directory, steps, pause=0.0):
+    zj.initialize(heartbeat_timeout=HEARTBEAT, shutdown_timeout=HEARTBEAT)
+    zero = zj.Zero(zj.make_mesh(), min_shard=1)
+    batches = zj.feed(zj.Indexed(own_part, steps), zero)
+    step = zero.train_step(loss_fn, states.tx)
+    with zj.Preemption() as preemption, zj.Checkpointer(directory, keep=2, zero=zero) as checkpoints:
+        found = checkpoints.restore_latest(zero.abstract(init, states.tx, jax.random.key(0)), if_none="init")
+        if found:
+            batches.set_state(found.data_state)
+        state = found.state if found else zero.init(init, states.tx, jax.random.key(0))
+        print("from", int(state.step), flush=True)
+        for number, x in enumerate(preemption.until(batches), int(state.step) + 1):
+            print("step", number, flush=True)
+            fault(directory, number)
+            state, _ = step(state, x)
+            checkpoints.save(state, step=number, data_state=batches)
+            time.sleep(pause)
+        for _ in preemption.until(range(1000 if pause else 1)):  # an evaluation
+            print("evaluating", flush=True)
+            time.sleep(pause)
+        checkpoints.save(state, data_state=batches, force=True)
+        checkpoints.wait()
+        if preemption.requested:
+            print("stopped at", int(state.step), flush=True)
+            preemption.exit()
+    print("done", int(state.step), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), *map(float, sys.argv[3:]))

@@ -1,0 +1,19 @@
+"""Restores the newest state of a trainer, and prints the digests of its leaves as this process computes them."""
+
+import json
+import sys
+
+import distributed_trainer
+import jax
+import states
+
+import zerojax as zj
+from zerojax import digest, manifest
+
+if __name__ == "__main__":
+    zj.initialize()
+    zero = zj.Zero(zj.make_mesh(), stage=1, min_shard=1)
+    with zj.Checkpointer(sys.argv[1]) as checkpoints:
+        target = zero.abstract(distributed_trainer.init, states.tx, jax.random.key(0))
+        leaves = manifest.flat(checkpoints.restore_latest(target).state)
+    print(json.dumps(dict(zip(leaves, digest.of(list(leaves.values())), strict=True))))
