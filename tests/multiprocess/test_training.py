@@ -18,13 +18,15 @@ def case(stage, accumulate=1, clip=None, **more):
 
 
 CASES = {
-    "2 x 4": (2, [case(0, 2, 0.3), case(1, 2, 0.3), case(2, 2, 0.3), case(3, 2, 0.3), case(3, way="global"),
-                  case(3, model="scanned")]),
-    "4 x 2": (4, [case(0), case(1, 2, 0.3), case(2, 2, replica=2), case(3, 2, 0.3), case(3, tx="adafactor", model="matrices")]),
+    "2 x 4": (2, [case(0, 2, 0.3), case(1, 2, 0.3), case(2, 2, 0.3), case(3, 2, 0.3), case(3, way="global")]),
+    "4 x 2": (4, [case(1, 2, 0.3), case(3, 2, 0.3), case(2, replica=2, tx="adafactor", model="matrices")]),
+    "2 x 4, a transformer": (2, [case(stage, 2, 0.3, model="scanned") for stage in range(4)]),
+    "4 x 2, all": (4, [case(0, 2, 0.3), case(2, 2, 0.3), case(3, way="global"), case(1, replica=2)]),
 }
+SLOW = list(CASES)[2:]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_equals_one_device(tmp_path, name):
     processes, cases = CASES[name]
     with Job(tmp_path, [HERE / "contract.py", tmp_path / "found.npz", *map(json.dumps, cases)], processes, 8 // processes) as job:

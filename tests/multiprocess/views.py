@@ -1,8 +1,9 @@
-"""Restores the newest state of a directory that this process sees in a state of its own.
+"""Restores the newest state of a directory, several times; each process sees it in a state of its own.
 
-    python views.py DIRECTORY_OF_PROCESS_0 DIRECTORY_OF_PROCESS_1 [LISTED...]    # LISTED: the steps that the second one lists
+    python views.py CASES_AS_JSON    # [[directory of each process], [steps that the second one lists] or null], ...
 """
 
+import json
 import sys
 
 import jax
@@ -13,13 +14,12 @@ from zerojax import store
 
 if __name__ == "__main__":
     zj.initialize()
-    directory, listed = sys.argv[1 + jax.process_index()], list(map(int, sys.argv[3:]))
-    if jax.process_index() and listed:
-        store.steps = lambda _: listed
-    zero = zj.Zero(zj.make_mesh(), min_shard=1)
-    with zj.Checkpointer(directory) as checkpoints:
-        try:
-            found = checkpoints.restore_latest(states.target(zero))
-            print("restored", found.step, found.data_state, flush=True)
-        except zj.ZeroError as error:
-            print(type(error).__name__, str(error).splitlines()[0], flush=True)
+    zero, listed = zj.Zero(zj.make_mesh(), min_shard=1), store.steps
+    for directories, seen in json.loads(sys.argv[1]):
+        store.steps = listed if seen is None or jax.process_index() == 0 else lambda _, seen=seen: seen
+        with zj.Checkpointer(directories[jax.process_index()]) as checkpoints:
+            try:
+                found = checkpoints.restore_latest(states.target(zero))
+                print("view: restored", found.step, found.data_state, flush=True)
+            except zj.ZeroError as error:
+                print("view:", type(error).__name__, str(error).splitlines()[0], flush=True)
