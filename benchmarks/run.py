@@ -1,6 +1,6 @@
 """Every table, as Markdown on standard output: `make bench` writes it to benchmarks/results.md.
 
-    python benchmarks/run.py             # some fifteen minutes on two cores
+    python benchmarks/run.py             # some twenty-five minutes on two cores
     python benchmarks/run.py overhead    # one of them: see TABLES
 """
 
@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the GPU compiler without a GPU
 
 import checkpoints
+import hosts
 import machine
 import overhead
 import plans
@@ -22,6 +23,7 @@ TABLES = {
     "compile": ("Compile time for 8 H200s, with the GPU compiler", programs.compile_table),
     "plans": ("What a plan costs: 7 B parameters in 24 scanned layers, stage 3, without a GPU", plans.plans_table),
     "checkpoints": ("Checkpoints beside Orbax alone", checkpoints.markdown),
+    "hosts": ("Several processes", hosts.markdown),
     "collectives": ("MiB each GPU sends in a step, and keeps: H200s that are not there", programs.collectives_table),
 }
 

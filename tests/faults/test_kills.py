@@ -63,7 +63,7 @@ def test_kill_9_at_random_moments_of_a_save(tmp_path, kills):
         first, whole = killed(directory, steps, rng)
         assert first is not None and first >= at  # it went on from what was whole, or later
         assert newest(directory) >= whole
-        for step in store.steps(directory):
+        for step in store.steps(directory)[-2:]:  # as many are kept: one before them may be half removed
             store.verify(store.step_path(directory, step))
         at = newest(directory)
     assert at < steps

@@ -131,7 +131,8 @@ def test_the_launcher_ends_its_processes_when_it_is_ended(tmp_path, number, stat
     """They may answer SIGTERM and Ctrl-C by saving; of SIGKILL it can't tell them."""
     with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
         arguments = ["launch", "-n", 2, "--devices", 1, TRAINER, tmp_path / "run", 1000, 0.05]
-        launcher = subprocess.Popen([sys.executable, "-m", "zerojax", *map(str, arguments)], env=environment(), stdout=out, stderr=err)
+        command = [sys.executable, "-m", "zerojax", *map(str, arguments)]
+        launcher = subprocess.Popen(command, env=environment(), stdout=out, stderr=err)
     end = time.monotonic() + 90
     try:
         while "[1] step 3" not in (tmp_path / "out").read_text() and time.monotonic() < end:

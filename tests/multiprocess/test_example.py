@@ -1,0 +1,36 @@
+"""The example as a person runs it: by the launcher, and as one process of as many devices."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+from processes import ROOT, environment, launch
+
+from zerojax import store
+
+EXAMPLE = ROOT / "examples" / "multihost_gpt.py"
+LINE = r"(\d) processes, 8 devices, step 10: held-out text (\S+) bits per byte, norm of the parameters (\S+)"
+
+
+def arrays(directory):
+    path = store.step_path(directory, 10)
+    note = store.read_manifest(path)
+    return dict(store.arrays(path, note, [p for p in note.leaves if p.startswith(("params", "opt_state"))])), note
+
+
+def test_two_processes_come_to_what_one_does(tmp_path):
+    options = ["--steps", 10, "--accumulate", 2, "--checkpoint"]
+    done = launch("-n", 2, "--devices", 4, EXAMPLE, *options, tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = subprocess.run([sys.executable, EXAMPLE, *map(str, options), tmp_path / "one"], capture_output=True, text=True, timeout=200,
+                         env=environment(JAX_NUM_CPU_DEVICES=8))
+    assert one.returncode == 0, one.stderr[-3000:]
+    two, alone = (re.search(LINE, text).groups() for text in (done.stdout, one.stdout))
+    assert (two[0], alone[0]) == ("2", "1")
+    np.testing.assert_allclose(np.float64(two[1:]), np.float64(alone[1:]), rtol=1e-4)
+    (ours, note), (theirs, _) = arrays(tmp_path / "two"), arrays(tmp_path / "one")
+    assert ours.keys() == theirs.keys() and note.mesh == {"data": 8} and note.data_states == ({"next": 10},)
+    for path, x in ours.items():
+        np.testing.assert_allclose(x, theirs[path], rtol=0, atol=1e-5 * max(1e-3, np.abs(x).max()), err_msg=path)
+    assert "[1] " not in re.sub(r"\[1\] (.*Gloo.*|.*peer ranks.*)", "", done.stdout)  # one of them prints
