@@ -23,8 +23,8 @@ def test_two_processes_come_to_what_one_does(tmp_path):
     options = ["--steps", 10, "--accumulate", 2, "--checkpoint"]
     done = launch("-n", 2, "--devices", 4, EXAMPLE, *options, tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
-    one = subprocess.run([sys.executable, EXAMPLE, *map(str, options), tmp_path / "one"], capture_output=True, text=True, timeout=200,
-                         env=environment(JAX_NUM_CPU_DEVICES=8))
+    command = [sys.executable, EXAMPLE, *map(str, options), tmp_path / "one"]
+    one = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment(JAX_NUM_CPU_DEVICES=8))
     assert one.returncode == 0, one.stderr[-3000:]
     two, alone = (re.search(LINE, text).groups() for text in (done.stdout, one.stdout))
     assert (two[0], alone[0]) == ("2", "1")
