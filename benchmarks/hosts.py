@@ -109,7 +109,7 @@ def start():
     lowered = time.perf_counter()
     exchange.words(exchange.devices_of(zero.mesh), [0] * 8)  # all are here: their waiting for each other is no cost of what follows
     together = time.perf_counter()
-    step._agree(state, batch)
+    step._agreed(zero, "train_step", lambda: step._fields(state, batch))
     return {"initialize": joined - began, "devices": devices - joined, "check": median(times),
             "tracing": lowered - traced, "agreement of the step": time.perf_counter() - together}
 

@@ -113,8 +113,13 @@ def test_numbers_that_can_not_be(plan, words):
 
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(launch, "gpus", lambda: ["/dev/nvidia0", "/dev/nvidia1"])
+    monkeypatch.delenv("JAX_PLATFORMS")
     with pytest.raises(zj.ClusterError, match="each process takes one GPU, and this machine has 2; write -n 2, or --devices 1"):
         launch.launch(launch.Plan(["x"], [4]))
     told = launch.Plan(["x"], [2]).environment(1, 2, 5)
     assert told["JAX_LOCAL_DEVICE_IDS"] == "1" and "JAX_PLATFORMS" not in told
+    monkeypatch.setattr(launch, "gpus", list)
+    assert launch.Plan(["x"], [2]).environment(0, 2, 5)["JAX_PLATFORMS"] == "cpu"
+    monkeypatch.setenv("JAX_PLATFORMS", "rocm")
+    assert launch.Plan(["x"], [2]).environment(0, 2, 5).get("JAX_PLATFORMS") is None
     assert launch.Plan(["x"], [2], devices=4).environment(1, 2, 5)["JAX_NUM_CPU_DEVICES"] == "4"

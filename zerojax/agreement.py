@@ -43,6 +43,18 @@ def before(policy: Policy, where: str, fields: Callable[[], Mapping[str, Any]]) 
         check(devices, where, fingerprint.of_policy(policy) | fields())
 
 
+class Once:
+    """`before`, at the first call of something that is compiled then."""
+
+    def __init__(self):
+        self._done = False
+
+    def __call__(self, policy: Policy, where: str, fields: Callable[[], Mapping[str, Any]]) -> None:
+        if not self._done:
+            before(policy, where, fields)
+            self._done = True
+
+
 def difference(said: Mapping[int, Any]) -> str:
     """What differs between processes, by field; "" if nothing does.
 

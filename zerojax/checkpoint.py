@@ -39,7 +39,7 @@ class Checkpointer:
     """Saves and restores training states, of zerojax or your own, in one directory.
 
     The first save removes what interrupted saves left there: one process at a time may save into a directory, and while it does
-    others may restore from it.
+    others may restore from it. The processes of one job make it and call its methods alike; all of them see the directory.
 
     Args:
       directory: made if it is not there.
@@ -151,21 +151,21 @@ class Checkpointer:
             act()
         except Exception as error:
             self._begun = None
-            if self._manager:
-                with contextlib.suppress(Exception):  # threads of it may still write
-                    self._manager.wait_until_finished()
-            self._clean()
-            if self._manager:
-                self._manager.reload()
+            self._end_failed()
             full = "; make room for it, and save again" if re.search("No space left|quota", str(error)) else ""
             raise CheckpointError(f"a save into {self.directory} failed: {store.brief(error)}. Steps {self.steps()} are whole, "
                                   f"what the failed save left is removed{full}.") from error
 
-    def _clean(self):
-        """What a failed save of this process left; the manager cleans up after others when it is opened."""
+    def _end_failed(self):
+        """Removes what a failed save of this process left; the manager cleans up after others when it is opened."""
+        if self._manager:
+            with contextlib.suppress(Exception):  # threads of it may still write
+                self._manager.wait_until_finished()
         for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
             with contextlib.suppress(OSError):
                 path.rmtree()
+        if self._manager:
+            self._manager.reload()
 
     def wait(self) -> None:
         """Until the save under way is on disk.

@@ -72,7 +72,7 @@ def _sums(x: jax.Array, mesh: Mesh, spec: P) -> jax.Array:
     strides = [math.prod(x.shape[d + 1:]) % 2**32 for d in range(x.ndim)]
 
     def local(part):
-        starts = [jax.lax.axis_index(entry) * n if entry else 0 for entry, n in zip(spec, part.shape, strict=True)]
+        starts = [jax.lax.axis_index(entry) * size if entry else 0 for entry, size in zip(spec, part.shape, strict=True)]
         first = sum(np.uint32(stride) * jnp.uint32(start) for stride, start in zip(strides, starts, strict=True))
         copy = jax.lax.axis_index(copies) if n > 1 else jnp.int32(0)
         shared = next((d for d, size in enumerate(part.shape) if size and size % n == 0), None)
@@ -100,11 +100,11 @@ def _sum_in_chunks(strides, part, first):
     chunks, rest = divmod(part.shape[axis], rows)
     chunk = lambda i: jax.lax.dynamic_slice_in_dim(part, i * rows, rows, axis)
     start = _positions(strides, jax.eval_shape(chunk, 0).shape, first)
-    at = lambda i: first + jnp.uint32(i * rows) * np.uint32(strides[axis])
-    add = lambda i, total: total + _mixed(chunk(i), start + (at(i) - first))
+    ahead = lambda i: jnp.uint32(i * rows) * np.uint32(strides[axis])
+    add = lambda i, total: total + _mixed(chunk(i), start + ahead(i))
     total = jax.lax.fori_loop(0, chunks, add, jnp.zeros_like(_mixed(chunk(0), start)))
     tail = jax.lax.slice_in_dim(part, chunks * rows, chunks * rows + rest, axis=axis)
-    return jnp.sum(total, dtype=jnp.uint32) + _sum(strides, tail, at(chunks))
+    return jnp.sum(total, dtype=jnp.uint32) + _sum(strides, tail, first + ahead(chunks))
 
 
 def _positions(strides, shape, first):

@@ -1,6 +1,7 @@
 """`initialize`: this process joins the others of its job, or is left alone."""
 
 import atexit
+import json
 import os
 import sys
 import threading
@@ -68,8 +69,8 @@ def initialize(address: str | None = None, processes: int | None = None, process
     _start(job, bound, local_devices, round(initialization_timeout), round(heartbeat_timeout), round(shutdown_timeout))
     _joined.update(asked=asked, job=job)
     _end_on_errors()
-    if "ZEROJAX_LAUNCH" in os.environ:
-        threading.Thread(target=_end_without, args=(int(os.environ["ZEROJAX_LAUNCH"]),), daemon=True).start()
+    if os.environ.get("ZEROJAX_LAUNCH") == str(os.getppid()):
+        threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
     return job
 
 
@@ -93,7 +94,7 @@ def _bound(address, bind) -> str:
 
 
 def _meet(job, bound, config, reach, seconds):
-    said = {"versions": fingerprint.versions(), "config": {k: repr(v) for k, v in (config or {}).items()}}
+    said = {"versions": fingerprint.versions(), "config": json.loads(json.dumps(config or {}, default=repr))}
     if job.process == 0:
         rendezvous.hold(bound, job.processes, said, agreement.difference, seconds)
     else:

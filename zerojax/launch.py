@@ -42,9 +42,14 @@ class Plan:
         """What a process is told beside what this one was."""
         told = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes),
                 "JAX_PROCESS_ID": str(process), "ZEROJAX_LAUNCH": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-        if self.devices is not None or not gpus():
+        if self.on_cpu:
             return told | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(self.devices or 1)}
         return told | {"JAX_LOCAL_DEVICE_IDS": str(process)}
+
+    @property
+    def on_cpu(self) -> bool:
+        platform = os.environ.get("JAX_PLATFORMS")
+        return self.devices is not None or platform == "cpu" or not (platform or gpus())
 
     def check(self) -> None:
         """Raises `ClusterError` for numbers that can't be."""
@@ -53,14 +58,14 @@ class Plan:
             if n is not None and n < least:
                 raise ClusterError(f"launch {name} {n}: write a whole number, {least} or more.")
         there = len(gpus())
-        if self.devices is None and there and max(self.processes) > there:
+        if not self.on_cpu and there and max(self.processes) > there:
             raise ClusterError(f"launch -n {max(self.processes)}: each process takes one GPU, and this machine has {there}; write "
                                f"-n {there}, or --devices 1 for CPU devices.")
 
 
 def gpus() -> list[str]:
-    """NVIDIA's, unless JAX_PLATFORMS says cpu."""
-    return [] if os.environ.get("JAX_PLATFORMS") == "cpu" else glob.glob("/dev/nvidia[0-9]*")
+    """NVIDIA's. Of another maker's, JAX_PLATFORMS has to tell."""
+    return glob.glob("/dev/nvidia[0-9]*")
 
 
 def launch(plan: Plan) -> int:

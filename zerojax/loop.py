@@ -95,14 +95,12 @@ class Jitted:
         self.policy, self.fn, self._options = policy, fn, options
         self._batch = next(iter([*inspect.signature(fn).parameters][1:]), None)
         self._jitted = {}  # by layout: jit traces for shapes alone
-        self._agreed = False
+        self._agreed = agreement.Once()
 
     def __call__(self, state, *args, **kwargs):
         data.check_shared(self.policy, args[0] if args else kwargs.get(self._batch))
-        if not self._agreed:
-            agreement.before(self.policy, getattr(self, "__name__", "zero.jit"), lambda: {
-                "fn": fingerprint.of_function(self.fn), "program": fingerprint.of_program(self.of(state), state, *args, **kwargs)})
-            self._agreed = True
+        self._agreed(self.policy, "zero.jit", lambda: {
+            "fn": fingerprint.of_function(self.fn), "program": fingerprint.of_program(self.of(state), state, *args, **kwargs)})
         return self.of(state)(state, *args, **kwargs)
 
     def lower(self, state, *args, **kwargs):

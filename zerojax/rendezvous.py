@@ -16,7 +16,7 @@ from typing import Any
 from zerojax.errors import ClusterError
 
 _GREETING = b"zerojax rendezvous 1\n"
-_LONGEST = 2**20  # bytes of what a process says
+_LONGEST = 2**24  # bytes of what a process says
 _NOTE = 5.0  # seconds until a process that waits says so
 
 Compare = Callable[[dict[int, Any]], str]  # of what each process said, what differs; "" is nothing

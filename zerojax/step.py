@@ -112,7 +112,7 @@ class TrainStep:
         self.accumulate, self.clip_norm, self.max_skipped = accumulate, clip_norm, max_skipped
         self.compiler_options = compiler_options or {}
         self._jitted = jax.jit(self._step, donate_argnums=0, compiler_options=compiler_options)
-        self._pending, self._last, self._agreed = collections.deque(), None, False
+        self._pending, self._last, self._agreed = collections.deque(), None, agreement.Once()
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         if isinstance(self.policy.mesh, AbstractMesh):
@@ -120,7 +120,7 @@ class TrainStep:
                               "take a mesh of devices: zj.make_mesh().")
         self._raise_if_stuck(state)
         data.check_shared(self.policy, batch)
-        self._agree(state, batch)
+        self._agreed(self.policy, "train_step", lambda: self._fields(state, batch))
         state, metrics = self._jitted(state, batch)
         if self.max_skipped and not isinstance(metrics["skipped"], Tracer):
             metrics["skipped"].copy_to_host_async()
@@ -128,15 +128,10 @@ class TrainStep:
             self._last = state.skipped
         return state, metrics
 
-    def _agree(self, state, batch):
-        """Once, before the first compilation."""
-        if not self._agreed:
-            agreement.before(self.policy, "train_step", lambda: {
-                "accumulate": self.accumulate, "clip_norm": self.clip_norm, "max_skipped": self.max_skipped,
-                "compiler_options": self.compiler_options, "loss_fn": fingerprint.of_function(self.loss_fn),
-                "state": fingerprint.shapes(state), "batch": fingerprint.shapes(batch),
-                "program": fingerprint.of_program(self._jitted, state, batch)})
-            self._agreed = True
+    def _fields(self, state, batch) -> dict:
+        """What other processes have to have in common with this one."""
+        return {"accumulate": self.accumulate, "clip_norm": self.clip_norm, "max_skipped": self.max_skipped,
+                "compiler_options": self.compiler_options} | _fields(self.loss_fn, self._jitted, state, batch)
 
     def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
         """As jit's: states and batches may be `ShapeDtypeStruct`s; a batch without shardings is given its own."""
@@ -236,15 +231,21 @@ def _check_state(state):
                          "for a training state of your own use zero.create and zero.jit.")
 
 
+def _fields(loss_fn, jitted, state, batch) -> dict:
+    return {"loss_fn": fingerprint.of_function(loss_fn), "state": fingerprint.shapes(state), "batch": fingerprint.shapes(batch),
+            "program": fingerprint.of_program(jitted, state, batch)}
+
+
 class EvalStep:
     """`evaluate(state, batch) -> metrics`; made by `Zero.eval_step`, which documents it."""
 
     def __init__(self, policy: Policy, loss_fn, compiler_options: dict | None):
         self.policy, self.loss_fn = policy, loss_fn
-        self._jitted = jax.jit(self._evaluate, compiler_options=compiler_options)
+        self._jitted, self._agreed = jax.jit(self._evaluate, compiler_options=compiler_options), agreement.Once()
 
     def __call__(self, state: TrainState, batch: Any) -> dict[str, jax.Array]:
         data.check_shared(self.policy, batch)
+        self._agreed(self.policy, "eval_step", lambda: _fields(self.loss_fn, self._jitted, state, batch))
         return self._jitted(state, batch)
 
     def _evaluate(self, state, batch):

@@ -95,9 +95,11 @@ class Zero(Policy):
     def _born(self, build, shardings, *args):
         if isinstance(self.mesh, AbstractMesh):
             return _shaped(build, shardings, *args)
-        agreement.before(self, "zero.init", lambda: {"state": fingerprint.shapes(jax.eval_shape(build, *args)),
-                                                     "arguments": fingerprint.values(args)})
-        return jax.jit(build, out_shardings=shardings)(*args)
+        jitted = jax.jit(build, out_shardings=shardings)
+        agreement.before(self, "zero.init", lambda: {
+            "state": fingerprint.shapes(jax.eval_shape(build, *args)), "arguments": fingerprint.values(args),
+            "program": fingerprint.of_program(jitted, *args)})
+        return jitted(*args)
 
     def _planned(self, init_fn, tx, args, rng):
         build = states.builder(self, *states.survey(self, init_fn, args), init_fn, tx, rng)
@@ -190,7 +192,8 @@ class Zero(Policy):
         """A state as another policy lays it out: another stage, mesh or number of devices. Every value stays as it is.
 
         Args:
-          state: of this policy. Both are there until it is let go.
+          state: of this policy. Both are there until it is let go. Of one of your own (`create`), rules are by shape alone: which
+            dimension a scan slices is known when it is made, not here. Where that matters write rules, or restore into `create`'s.
           other: its parameters' dtype is the same; a float16 policy begins with a loss scale of its own.
 
         Raises:
