@@ -62,6 +62,7 @@ def cases(second, mesh):
     yield "rate", lambda: step(zero(), tx=optax.sgd(0.2 if second else 0.1))
     yield "loop", lambda: looped(zero(), lambda state, x: x * (2 if second else 1))
     made, batch = zero().init(init, optax.sgd(0.1), jax.random.key(0)), fed(zero())
+    yield "evaluation", lambda: zero().eval_step(other_loss if second else loss)(made, batch)
     yield "call", lambda: (zero().train_step(loss, optax.sgd(0.1))(made, batch) if second
                            else zero().init(init, optax.sgd(0.1), jax.random.key(0)))
 

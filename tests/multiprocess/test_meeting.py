@@ -121,6 +121,7 @@ DIFFER = {
     "code": r"train_step: the processes differ, and would not run the same program: program: \d+ operations, \w+ on process 0; \d+",
     "rate": r"train_step: the processes differ, and would not run the same program: program: \d+ operations",
     "loop": r"program: \d+ operations, \w+ on process 0; \d+ operations, \w+ on process 1",
+    "evaluation": r"eval_step: .* loss_fn: loss \w+ on process 0; other_loss \w+ on process 1",
     "call": r"call: zero\.init on process 0",
 }
 

@@ -8,10 +8,12 @@ import pytest
 import states
 from processes import HERE, Job
 
+import zerojax as zj
+
 
 @pytest.fixture(scope="module")
 def views(tmp_path_factory):
-    """Case by case, what each process came to; and its standard error."""
+    """Case by case, what each process came to; its standard error; where the last case was saved."""
     tmp_path = tmp_path_factory.mktemp("views")
     both, first, damaged = tmp_path / "both", tmp_path / "first", tmp_path / "damaged"
     states.saved(both, steps=(1, 2))
@@ -20,12 +22,14 @@ def views(tmp_path_factory):
     for file in pathlib.Path(damaged / "2" / "state").rglob("*"):
         if file.is_file() and file.parent.name == "d":
             file.write_bytes(file.read_bytes()[:-40] + bytes(40))
+    positions = tmp_path / "positions"
     cases = {"a later step": ([first, both], None), "listed late": ([both, both], [1]), "no latest": ([both, first], None),
              "damage": ([both, damaged], None)}
-    with Job(tmp_path, [HERE / "views.py", json.dumps(list(cases.values()), default=str)], 2, 4) as job:
+    with Job(tmp_path, [HERE / "views.py", positions, json.dumps(list(cases.values()), default=str)], 2, 4) as job:
         assert job.wait(90) == [0, 0], [p.err[-2000:] for p in job]
         said = [[line.removeprefix("view: ") for line in p.out.splitlines() if line.startswith("view: ")] for p in job]
-        return dict(zip(cases, zip(*said, strict=True), strict=True)), [p.err for p in job]
+        names = [*cases, "positions"]
+        return dict(zip(names, zip(*said, strict=True), strict=True)), [p.err for p in job], positions
 
 
 def test_one_that_sees_a_later_step(views):
@@ -47,3 +51,14 @@ def test_damage_that_one_sees(views):
     """All pass over the step."""
     assert views[0]["damage"] == ("restored 1 {'next': 1}",) * 2
     assert all("passed over step 2" in text for text in views[1])
+
+
+def test_each_process_goes_on_from_its_own_position(views):
+    """As many processes do; one alone can't tell which position is its own."""
+    said, _, directory = views
+    assert said["positions"] == tuple(f"{{'next': {n}, 'bytes': b'\\x00'}}" for n in (10, 11))
+    with zj.Checkpointer(directory) as checkpoints:
+        with pytest.raises(zj.CheckpointError, match="saved by 2 processes, each at a place of its own in its data; none of them is "
+                                                     "that of process 0 of 1"):
+            checkpoints.restore_latest(states.target())
+        assert checkpoints.restore_latest(states.target(), only=".*").data_state is None

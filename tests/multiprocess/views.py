@@ -1,6 +1,8 @@
 """Restores the newest state of a directory, several times; each process sees it in a state of its own.
 
-    python views.py CASES_AS_JSON    # [[directory of each process], [steps that the second one lists] or null], ...
+    python views.py POSITIONS CASES_AS_JSON    # [[directory of each process], [steps that the second one lists] or null], ...
+
+Then saves a state into POSITIONS, where each process is at a place of its own in its data, and restores that.
 """
 
 import json
@@ -15,7 +17,7 @@ from zerojax import store
 if __name__ == "__main__":
     zj.initialize()
     zero, listed = zj.Zero(zj.make_mesh(), min_shard=1), store.steps
-    for directories, seen in json.loads(sys.argv[1]):
+    for directories, seen in json.loads(sys.argv[2]):
         store.steps = listed if seen is None or jax.process_index() == 0 else lambda _, seen=seen: seen
         with zj.Checkpointer(directories[jax.process_index()]) as checkpoints:
             try:
@@ -23,3 +25,7 @@ if __name__ == "__main__":
                 print("view: restored", found.step, found.data_state, flush=True)
             except zj.ZeroError as error:
                 print("view:", type(error).__name__, str(error).splitlines()[0], flush=True)
+    store.steps = listed
+    with zj.Checkpointer(sys.argv[1]) as checkpoints:
+        checkpoints.save(states.state(zero), data_state={"next": 10 + jax.process_index(), "bytes": b"\x00"})
+        print("view:", checkpoints.restore_latest(states.target(zero)).data_state, flush=True)
