@@ -72,6 +72,8 @@ class Checkpointer:
         self._manager, self._begun, self._passed_over = None, None, set()
         self._devices = exchange.everyone()
         agreement.everywhere(self._devices, lambda: _check_writable(self.directory), _KINDS)
+        if self._devices:
+            self._check_shared()
 
     def save(self, state: Any, *, step: int | None = None, data_state: Any = None, metrics: Any = None,
              force: bool = False) -> bool:
@@ -131,6 +133,16 @@ class Checkpointer:
     def _first_says(self, value: Any) -> Any:
         """JSON values of process 0, on every process: hosts may see a directory in different states."""
         return exchange.shared(self._devices, value)[0] if self._devices else value
+
+    def _check_shared(self):
+        """All processes have to see one directory: a save waits for what the others write into it."""
+        mark = self.directory / self._first_says(f".zerojax-{uuid.uuid4().hex}")
+        agreement.everywhere(self._devices, lambda: jax.process_index() or mark.write_text(""), _KINDS)
+        try:
+            agreement.everywhere(self._devices, lambda: _check_there(mark), _KINDS)
+        finally:
+            if jax.process_index() == 0:
+                mark.unlink()
 
     def _set_aside(self, step):
         """Steps that did not load, do not still, and that a run from before them is about to reach: renamed, not removed."""
@@ -279,6 +291,12 @@ def _check_writable(directory: epath.Path):
         probe.unlink()
     except OSError as error:
         raise CheckpointError(f"{directory} can't be written: {error}; give a directory that can.") from error
+
+
+def _check_there(mark: epath.Path):
+    if not mark.exists():
+        raise CheckpointError(f"{mark.parent} of process {jax.process_index()} is not that of process 0, whose {mark.name} is not "
+                              "there; give a directory that all hosts share.")
 
 
 def _step_of(state, step) -> int:

@@ -62,10 +62,14 @@ def detected(environ: Mapping[str, str] = os.environ) -> Job | None:
     Raises:
       ClusterError: variables that are no numbers, or do not fit together.
     """
-    for find in (_jax, _skypilot, _torchrun, _slurm, _left_to_jax):
+    for find in (_jax, _skypilot, _torchrun, _slurm, _openmpi, _kubernetes):
         job = find(environ)
         if job is not None:
+            job = dataclasses.replace(job, address=environ.get("JAX_COORDINATOR_ADDRESS", job.address))
             return None if job.processes == 1 else _checked(job)
+    if "JAX_COORDINATOR_ADDRESS" in environ:
+        raise ClusterError(f"$JAX_COORDINATOR_ADDRESS is {environ['JAX_COORDINATOR_ADDRESS']!r}, but nothing says how many "
+                           "processes there are and which one this is; set $JAX_NUM_PROCESSES and $JAX_PROCESS_ID.")
     return None
 
 
@@ -78,7 +82,7 @@ def _jax(env) -> Job | None:
 
 
 def _skypilot(env) -> Job | None:
-    if not {"SKYPILOT_NODE_IPS", "SKYPILOT_NODE_RANK"} <= env.keys():
+    if not {"SKYPILOT_NODE_IPS", "SKYPILOT_NODE_RANK"} <= env.keys() or "TORCHELASTIC_RUN_ID" in env:  # torchrun within
         return None
     hosts = env["SKYPILOT_NODE_IPS"].split()
     return Job("SkyPilot's variables", f"{hosts[0]}:{env.get('JAX_COORDINATOR_PORT', PORT)}", len(hosts),
@@ -132,12 +136,23 @@ def _per_node(text: str) -> Iterator[int]:
         yield from [int(tasks)] * int(times or 1)
 
 
-def _left_to_jax(env) -> Job | None:
-    if "OMPI_MCA_orte_hnp_uri" in env and int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        return Job("Open MPI", scheduled=True)
-    if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= env.keys():
-        return Job("Kubernetes, an indexed Job", scheduled=True)
-    return None
+def _openmpi(env) -> Job | None:
+    """Version 4 says where mpirun is, which jax takes for process 0; 5 does not."""
+    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) < 2:
+        return None
+    if "JAX_COORDINATOR_ADDRESS" not in env:
+        if "OMPI_MCA_orte_hnp_uri" in env:
+            return Job("Open MPI", scheduled=True)
+        raise ClusterError(f"this is process {env.get('OMPI_COMM_WORLD_RANK')} of {env['OMPI_COMM_WORLD_SIZE']} of Open MPI 5, "
+                           f"which does not say where the first one is; set $JAX_COORDINATOR_ADDRESS to its host:{PORT}.")
+    local = (_number(env, "OMPI_COMM_WORLD_LOCAL_RANK"),) if int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)) > 1 else None
+    return Job("Open MPI's variables", env["JAX_COORDINATOR_ADDRESS"], _number(env, "OMPI_COMM_WORLD_SIZE"),
+               _number(env, "OMPI_COMM_WORLD_RANK"), local, scheduled=True)
+
+
+def _kubernetes(env) -> Job | None:
+    there = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= env.keys() and "JAX_COORDINATOR_ADDRESS" not in env
+    return Job("Kubernetes, an indexed Job", scheduled=True) if there else None
 
 
 def _number(env, name: str) -> int:

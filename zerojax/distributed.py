@@ -63,9 +63,11 @@ def initialize(address: str | None = None, processes: int | None = None, process
         raise ClusterError("initialize: jax.distributed was initialized before; call zj.initialize() in its place.")
     local_devices = job.local_devices if local_devices is None else tuple(local_devices)
     print(f"zerojax: {job}", file=sys.stderr, flush=True)
-    bound = _bound(job.address, bind_address) if job.address is not None and job.process == 0 else None
+    bound = None
     if job.address is not None:
-        _meet(job, bound, config, _reach_of(job, reach, initialization_timeout), initialization_timeout)
+        reach = _reach_of(job, reach, initialization_timeout)
+        bound = _bound(job.address, bind_address, reach) if job.process == 0 else None
+        _meet(job, bound, config, reach, initialization_timeout)
     _start(job, bound, local_devices, round(initialization_timeout), round(heartbeat_timeout), round(shutdown_timeout))
     _joined.update(asked=asked, job=job)
     _end_on_errors()
@@ -89,8 +91,10 @@ def _reach_of(job, reach, initialization_timeout) -> float:
     return reach if reach is not None else initialization_timeout if job.scheduled else _REACH
 
 
-def _bound(address, bind) -> str:
-    return rendezvous.bind_address(address) if bind is None else rendezvous.joined(bind.strip("[]"), rendezvous.split(address)[1])
+def _bound(address, bind, reach) -> str:
+    if bind is None:
+        return rendezvous.bind_address(address, reach)
+    return rendezvous.joined(bind.strip("[]"), rendezvous.split(address)[1])
 
 
 def _meet(job, bound, config, reach, seconds):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 from zerojax import exchange
-from zerojax.errors import CheckpointError
+from zerojax.errors import CheckpointError, ClusterError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -29,6 +29,7 @@ class Preemption:
 
     Raises:
       CheckpointError: entered outside of the main thread, to which alone Python gives signals.
+      ClusterError: entered before `initialize`.
 
     >>> with Preemption() as preemption:
     ...     for number in preemption.until(range(5)):
@@ -55,7 +56,8 @@ class Preemption:
 
     def __exit__(self, kind, error, trace):
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if not (self._told and number == signal.SIGTERM):  # schedulers send more of them, while the process ends
+                signal.signal(number, handler)
 
     def _note(self, number, frame):
         if self._told and number == signal.SIGINT:
@@ -66,6 +68,8 @@ class Preemption:
 
     def until(self, items: Iterable[Any]) -> Iterator[Any]:
         """The items, up to the signal; none is taken and not handed out."""
+        if not self._devices and exchange.everyone():
+            raise ClusterError("Preemption was entered before zj.initialize(), which takes its signals away; enter it after that.")
         source, end = iter(items), object()
         while not self._agreed() and (item := next(source, end)) is not end:
             yield item

@@ -35,7 +35,7 @@ def joined(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def bind_address(address: str) -> str:
+def bind_address(address: str, seconds: float = 0) -> str:
     """Where process 0 listens: at the address that the others are told, and no other; everywhere if a host's name means loopback
     on that host itself, as on Debian.
 
@@ -43,21 +43,24 @@ def bind_address(address: str) -> str:
     ('127.0.0.1:80', '127.0.0.1:80')
 
     Raises:
-      ClusterError: no such host.
+      ClusterError: no such host, for so many seconds: a cluster's names may come later than its processes.
     """
     host, port = split(address)
-    found = _resolved(host, port)
+    found = _resolved(host, port, time.monotonic() + seconds)
     own_name = ipaddress.ip_address(found).is_loopback and host != "localhost" and host != found
     return joined("0.0.0.0" if own_name else found, port)
 
 
-def _resolved(host, port) -> str:
-    try:
-        found = [info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    except (socket.gaierror, UnicodeError) as error:
-        raise ClusterError(f"the coordinator's host {host!r} (port {port}) has no address: {error}; write one that every host can "
-                           "resolve, or its IP address.") from None
-    return str(min(found, key=lambda ip: ":" in str(ip)))  # IPv4 first
+def _resolved(host, port, deadline) -> str:
+    while True:
+        try:
+            found = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+            return min(found, key=lambda ip: ":" in ip)  # IPv4 first
+        except (socket.gaierror, UnicodeError) as error:
+            if time.monotonic() > deadline:
+                raise ClusterError(f"the coordinator's host {host!r} (port {port}) has no address: {error}; write one that every "
+                                   "host can resolve, or its IP address.") from None
+        time.sleep(0.5)
 
 
 def hold(bind: str, processes: int, said: Any, compare: Compare, seconds: float) -> None:

@@ -150,6 +150,11 @@ def test_what_started_the_process():
              "SLURM_LOCALID": "5", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "8(x3)"}
     assert found(**slurm) == "process 13 of 24, coordinator gpu07:61441, devices [5] of this host (by SLURM's variables)"
     assert "devices" not in found(**slurm | {"CUDA_VISIBLE_DEVICES": "0"}) + found(**slurm | {"SLURM_STEP_TASKS_PER_NODE": "1(x3)"})
+    inner = {"TORCHELASTIC_RUN_ID": "x", "SKYPILOT_NODE_IPS": "10.0.0.1", "SKYPILOT_NODE_RANK": "0"}
+    assert found(**both, **inner) == found(**both)
+    assert found(**slurm | {"JAX_COORDINATOR_ADDRESS": "c:9"}).startswith("process 13 of 24, coordinator c:9, devices [5]")
+    mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+    assert found(**mpi, JAX_COORDINATOR_ADDRESS="c:9") == "process 1 of 2, coordinator c:9 (by Open MPI's variables)"
     assert found(OMPI_MCA_orte_hnp_uri="x", OMPI_COMM_WORLD_SIZE="2") == "what jax detects itself (Open MPI)"
     assert found(KUBERNETES_SERVICE_HOST="x", JOB_COMPLETION_INDEX="0").startswith("what jax detects itself (Kubernetes")
     alone = ({}, {"SLURM_JOB_ID": "1"}, {"KUBERNETES_SERVICE_HOST": "x"}, both | {"WORLD_SIZE": "1", "RANK": "0"})
@@ -160,8 +165,10 @@ def test_what_started_the_process():
     (lambda: zj.initialize("a:1", 2), "process missing; give all three"),
     (lambda: zj.initialize("a", 2, 0), "address 'a' (by arguments) is not host:port"),
     (lambda: zj.initialize("a:1", 2, 2), "process 2 of 2"),
+    (lambda: cluster.detected({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}), "Open MPI 5, which does not say where"),
+    (lambda: cluster.detected({"JAX_COORDINATOR_ADDRESS": "a:1"}), "set $JAX_NUM_PROCESSES and $JAX_PROCESS_ID"),
     (lambda: cluster.detected({"MASTER_ADDR": "a", "WORLD_SIZE": "two", "RANK": "0"}), "$WORLD_SIZE is 'two'"),
-], ids=["some", "address", "number", "text"])
+], ids=["some", "address", "number", "open mpi 5", "address alone", "text"])
 def test_what_can_not_be(say, words):
     with pytest.raises(zj.ClusterError) as caught:
         say()

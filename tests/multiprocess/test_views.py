@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import pytest
@@ -28,7 +29,7 @@ def views(tmp_path_factory):
     with Job(tmp_path, [HERE / "views.py", positions, json.dumps(list(cases.values()), default=str)], 2, 4) as job:
         assert job.wait(90) == [0, 0], [p.err[-2000:] for p in job]
         said = [[line.removeprefix("view: ") for line in p.out.splitlines() if line.startswith("view: ")] for p in job]
-        names = [*cases, "positions"]
+        names = [*cases, "not shared", "positions"]
         return dict(zip(names, zip(*said, strict=True), strict=True)), [p.err for p in job], positions
 
 
@@ -53,12 +54,17 @@ def test_damage_that_one_sees(views):
     assert all("passed over step 2" in text for text in views[1])
 
 
+def test_a_directory_that_is_not_shared(views):
+    first, second = views[0]["not shared"]
+    assert re.search(r"positions-1 of process 1 is not that of process 0, whose \.zerojax-\w+ is not there; give", second)
+    assert first.startswith("process 1 of 2 failed; process 1 says: CheckpointError: ") and second in first
+
+
 def test_each_process_goes_on_from_its_own_position(views):
     """As many processes do; one alone can't tell which position is its own."""
     said, _, directory = views
     assert said["positions"] == tuple(f"{{'next': {n}, 'bytes': b'\\x00'}}" for n in (10, 11))
     with zj.Checkpointer(directory) as checkpoints:
-        with pytest.raises(zj.CheckpointError, match="saved by 2 processes, each at a place of its own in its data; none of them is "
-                                                     "that of process 0 of 1"):
+        with pytest.raises(zj.CheckpointError, match="saved by 2 processes, each at a place of its own"):
             checkpoints.restore_latest(states.target())
         assert checkpoints.restore_latest(states.target(), only=".*").data_state is None

@@ -19,13 +19,18 @@ if __name__ == "__main__":
     zero, listed = zj.Zero(zj.make_mesh(), min_shard=1), store.steps
     for directories, seen in json.loads(sys.argv[2]):
         store.steps = listed if seen is None or jax.process_index() == 0 else lambda _, seen=seen: seen
-        with zj.Checkpointer(directories[jax.process_index()]) as checkpoints:
+        with zj.Checkpointer(directories[0]) as checkpoints:
+            checkpoints.directory = store.located(directories[jax.process_index()])  # as this host sees it
             try:
                 found = checkpoints.restore_latest(states.target(zero))
                 print("view: restored", found.step, found.data_state, flush=True)
             except zj.ZeroError as error:
                 print("view:", type(error).__name__, str(error).splitlines()[0], flush=True)
     store.steps = listed
+    try:
+        zj.Checkpointer(f"{sys.argv[1]}-{jax.process_index()}")
+    except zj.CheckpointError as error:
+        print("view:", error, flush=True)
     with zj.Checkpointer(sys.argv[1]) as checkpoints:
         checkpoints.save(states.state(zero), data_state={"next": 10 + jax.process_index(), "bytes": b"\x00"})
         print("view:", checkpoints.restore_latest(states.target(zero)).data_state, flush=True)
