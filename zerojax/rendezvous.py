@@ -162,7 +162,7 @@ def join(address: str, process: int, processes: int, said: Any, reach: float, se
     with _reached(address, time.monotonic() + reach, reach, note) as connection:
         try:
             connection.sendall(json.dumps({"process": process, "processes": processes, "said": said}).encode() + b"\n")
-            connection.settimeout(seconds)
+            connection.settimeout(seconds + _NOTE)  # process 0 is the first to give up: it knows who is missing
             trouble = json.loads(_line(connection))["trouble"]
         except TimeoutError:
             trouble = f"process 0 at {address} waited for other processes for more than {seconds:g} s."
