@@ -43,11 +43,11 @@ def test_lines_stay_whole_and_progress_bars_are_lines(tmp_path):
 def test_the_first_that_fails_is_blamed_and_the_others_end(tmp_path):
     """Also one that minds no SIGTERM, and what the processes have started."""
     script = """
+os.system(f"sleep 300 & echo $! > {os.path.dirname(__file__)}/{me}")
 if me == 1:
     time.sleep(0.5)
     raise ValueError("it was me")
 signal.signal(signal.SIGTERM, signal.SIG_IGN if me == 0 else lambda *_: sys.exit("I was told to"))
-os.system(f"sleep 300 & echo $! > {os.path.dirname(__file__)}/{me}")
 time.sleep(300)
 """
     done = run(tmp_path, script, "-n", 3)
@@ -55,7 +55,7 @@ time.sleep(300)
     assert done.returncode == 1
     assert lines[0] == "zerojax launch: process 1 of 3 ended with status 1, the first to fail; the others were ended."
     assert lines[1] == "[1] Traceback (most recent call last):" and lines[-1] == "[1] ValueError: it was me"
-    for child in (0, 2):
+    for child in range(3):
         stat = pathlib.Path(f"/proc/{(tmp_path / str(child)).read_text().strip()}/stat")
         assert not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
