@@ -29,7 +29,7 @@ def gpt_step():
     zero, tx = zj.Zero(zj.make_mesh(), 3, min_shard=2**10), gpt.optimizer(1000)
     text, _ = gpt.read_text()
     step = zero.train_step(gpt.loss_fn, tx)
-    return zero, step, zero.init(gpt.init, tx), multihost_gpt.own_part(text, 32, 0, None).make
+    return zero, step, zero.init(gpt.init, tx), multihost_gpt.own_part(zero, text, 32, 0, None).make
 
 
 def taken(step, state, batches, n):

@@ -32,9 +32,10 @@ def arguments():
     return parser.parse_args()
 
 
-def own_part(text, rows, seed, stop):
+def own_part(zero, text, rows, seed, stop):
     """int32[rows / processes, SEQ + 1]: of batch number i, which is the same for any number of processes, those of this one."""
-    whole, own = gpt.windows(text, rows, seed), np.array_split(np.arange(rows), jax.process_count())[jax.process_index()]
+    share, of = zero.share()
+    whole, own = gpt.windows(text, rows, seed), np.split(np.arange(rows), of)[share]
     return zj.Indexed(lambda i: whole.make(i)[own], stop)
 
 
@@ -52,7 +53,7 @@ def train(args, zero, checkpoints, preemption):
     step, evaluate = zero.train_step(gpt.loss_fn, tx, accumulate=args.accumulate, clip_norm=1.0), zero.eval_step(gpt.loss_fn)
     state, position = gpt.resumed(checkpoints, zero, tx, resume=False)  # of any number of processes
     text, held_out = gpt.read_text()
-    batches = zj.feed(own_part(text, args.batch, 0, args.steps), zero)  # <-- each process reads its own part
+    batches = zj.feed(own_part(zero, text, args.batch, 0, args.steps), zero)  # <-- each process reads its own part
     batches.set_state(position)
     speaks = jax.process_index() == 0  # <-- one of them prints
     progress = tqdm(preemption.until(batches), initial=int(state.step), total=args.steps, unit="step", disable=not speaks)
@@ -60,7 +61,8 @@ def train(args, zero, checkpoints, preemption):
         state, _ = step(state, tokens)
         if checkpoints:
             checkpoints.save(state, step=i, data_state=batches)  # all of them call it: each writes what it has
-    losses = [evaluate(state, tokens)["loss"] for tokens in preemption.until(zj.feed(own_part(held_out, args.batch, 1, 8), zero))]
+    held_out = zj.feed(own_part(zero, held_out, args.batch, 1, 8), zero)
+    losses = [evaluate(state, tokens)["loss"] for tokens in preemption.until(held_out)]
     if checkpoints:
         checkpoints.save(state, data_state=batches, force=True)
         checkpoints.wait()

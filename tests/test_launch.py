@@ -34,10 +34,47 @@ def test_what_processes_are_told(tmp_path):
 
 
 def test_lines_stay_whole_and_progress_bars_are_lines(tmp_path):
-    script = "for i in range(200): print(f'{me}:{i}', end='\\r' if i % 2 else '\\n')"
+    script = "for i in range(200): print(f'\\r{me}:{i}', end='' if i % 2 else '\\n')"
     done = run(tmp_path, script, "-n", 3)
     wanted = [f"[{p}] {p}:{i}" for p in range(3) for i in range(200)]
     assert done.returncode == 0 and sorted(done.stdout.splitlines()) == sorted(wanted)
+
+
+def test_a_progress_bar_is_seen_while_it_moves(tmp_path):
+    (tmp_path / "script.py").write_text("import time\nfor i in range(1000):\n    print(f'\\r{i}', end='')\n    time.sleep(0.05)")
+    command = [sys.executable, "-m", "zerojax", "launch", "-n", "1", str(tmp_path / "script.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
+        assert [launcher.stdout.readline() for _ in range(3)] == ["[0] 0\n", "[0] 1\n", "[0] 2\n"]
+        launcher.terminate()
+
+
+def test_a_reader_that_leaves_does_not_hold_the_job(tmp_path):
+    script = "import sys\nfor i in range(10**5): sys.stdout.buffer.write(f'line {i} \u2603\\n'.encode())"
+    (tmp_path / "script.py").write_text(script)
+    environ = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = f"{sys.executable} -m zerojax launch -n 2 {tmp_path / 'script.py'}; echo status $? >&2"
+    done = subprocess.run(f"({command}) | head -n 1", shell=True, capture_output=True, text=True, timeout=60, env=environ)
+    assert done.stdout[3:] == " line 0 \\u2603\n" and done.stderr.endswith("status 0\n")
+
+
+def test_what_led_to_an_error_is_shown_too(tmp_path):
+    script = """
+try:
+    raise ValueError("old news")
+except ValueError:
+    print("handled")
+try:
+    {}["the root cause"]
+except KeyError as error:
+    raise RuntimeError("what came of it") from error
+"""
+    lines = report(run(tmp_path, script, "-n", 1))
+    assert "KeyError: 'the root cause'" in "\n".join(lines) and lines[-1] == "[0] RuntimeError: what came of it"
+
+
+def test_a_failure_is_not_hidden_by_one_that_was_told_to_stop(tmp_path):
+    done = run(tmp_path, "time.sleep(me); sys.exit(3 if me else 75)", "-n", 2)
+    assert done.returncode == 3 and "process 1 of 2 ended with status 3" in done.stderr
 
 
 def test_the_first_that_fails_is_blamed_and_the_others_end(tmp_path):
@@ -102,9 +139,9 @@ def test_ctrl_c_is_for_the_processes(tmp_path):
 
 
 @pytest.mark.parametrize("plan, words", [
-    (launch.Plan(["x"], [0]), "launch -n 0: write a whole number, 1 or more"),
-    (launch.Plan(["x"], [1], devices=0), "launch --devices 0"),
-    (launch.Plan(["x"], [1], restarts=-1), "launch --restarts -1"),
+    (launch.Launch(["x"], [0]), "launch -n 0: write a whole number, 1 or more"),
+    (launch.Launch(["x"], [1], devices=0), "launch --devices 0"),
+    (launch.Launch(["x"], [1], restarts=-1), "launch --restarts -1"),
 ], ids=["n", "devices", "restarts"])
 def test_numbers_that_can_not_be(plan, words):
     with pytest.raises(zj.ClusterError, match=words):
@@ -115,11 +152,11 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(launch, "gpus", lambda: ["/dev/nvidia0", "/dev/nvidia1"])
     monkeypatch.delenv("JAX_PLATFORMS")
     with pytest.raises(zj.ClusterError, match="each process takes one GPU, and this machine has 2; write -n 2, or --devices 1"):
-        launch.launch(launch.Plan(["x"], [4]))
-    told = launch.Plan(["x"], [2]).environment(1, 2, 5)
+        launch.launch(launch.Launch(["x"], [4]))
+    told = launch.Launch(["x"], [2]).environment(1, 2, 5)
     assert told["JAX_LOCAL_DEVICE_IDS"] == "1" and "JAX_PLATFORMS" not in told
     monkeypatch.setattr(launch, "gpus", list)
-    assert launch.Plan(["x"], [2]).environment(0, 2, 5)["JAX_PLATFORMS"] == "cpu"
+    assert launch.Launch(["x"], [2]).environment(0, 2, 5)["JAX_PLATFORMS"] == "cpu"
     monkeypatch.setenv("JAX_PLATFORMS", "rocm")
-    assert launch.Plan(["x"], [2]).environment(0, 2, 5).get("JAX_PLATFORMS") is None
-    assert launch.Plan(["x"], [2], devices=4).environment(1, 2, 5)["JAX_NUM_CPU_DEVICES"] == "4"
+    assert launch.Launch(["x"], [2]).environment(0, 2, 5).get("JAX_PLATFORMS") is None
+    assert launch.Launch(["x"], [2], devices=4).environment(1, 2, 5)["JAX_NUM_CPU_DEVICES"] == "4"

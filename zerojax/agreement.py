@@ -8,7 +8,9 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
+from jax.core import Tracer
 
 from zerojax import exchange, fingerprint
 from zerojax.errors import ClusterError
@@ -37,10 +39,21 @@ def check(devices: exchange.Devices, where: str, fields: Mapping[str, Any]) -> N
         raise ClusterError(f"{where}: {difference(said)}")
 
 
-def before(policy: Policy, where: str, fields: Callable[[], Mapping[str, Any]]) -> None:
-    """As `check`, of versions, mesh, policy and `fields()`, before a program over the policy's mesh is compiled."""
-    if devices := exchange.devices_of(policy.mesh):
-        check(devices, where, fingerprint.of_policy(policy) | fields())
+def before(policy: Policy, where: str, make: Callable[[], T], fields: Callable[[T], Mapping[str, Any]]) -> T:
+    """What `make` returns, after a `check` of versions, mesh, policy and its `fields`; to be called before it is compiled.
+
+    An error of one process within either is one on all.
+    """
+    if not (devices := exchange.devices_of(policy.mesh)):
+        return make()
+
+    def act():
+        made = make()
+        return made, fingerprint.of_policy(policy) | fields(made)
+
+    made, said = everywhere(devices, act)
+    check(devices, where, said)
+    return made
 
 
 class Once:
@@ -49,9 +62,10 @@ class Once:
     def __init__(self):
         self._done = False
 
-    def __call__(self, policy: Policy, where: str, fields: Callable[[], Mapping[str, Any]]) -> None:
-        if not self._done:
-            before(policy, where, fields)
+    def __call__(self, policy: Policy, where: str, fields: Callable[[], Mapping[str, Any]], *arguments: Any) -> None:
+        """`arguments` are those of the call: while another program is traced, this one is not compiled."""
+        if not self._done and not any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments)):
+            before(policy, where, lambda: None, lambda _: fields())
             self._done = True
 
 
@@ -102,10 +116,10 @@ def ranges(processes: Iterable[int]) -> str:
 
 
 def everywhere(devices: exchange.Devices, act: Callable[[], T], kinds: Sequence[type[Exception]] = ()) -> T:
-    """What `act` returns, on processes each of which does it alone; if it fails on one, it is an error on all.
+    """What `act` returns, on processes each of which does it alone; if it fails on one, it is an error on all, of one kind.
 
     Raises:
-      the error itself, on the process that has one; on the others, the one of `kinds` that it is of, else ClusterError.
+      of `kinds`, the first that any process met (its own error, where it is that), else ClusterError.
     """
     if not devices:
         return act()
@@ -116,10 +130,11 @@ def everywhere(devices: exchange.Devices, act: Callable[[], T], kinds: Sequence[
         own = error
     kind = next((i for i, kind in enumerate(kinds) if isinstance(own, kind)), len(kinds))
     said = exchange.shared(devices, None if own is None else [kind, f"{type(own).__name__}: {own}"])
-    if own is not None:
-        raise own
     failed = {process: words for process, words in said.items() if words}
-    if failed:
-        first, (kind, text) = next(iter(failed.items()))
-        raise (*kinds, ClusterError)[kind](f"process {ranges(failed)} of {len(said)} failed; process {first} says: {text}")
-    return result  # pyright: ignore[reportReturnType]
+    if not failed:
+        return result  # pyright: ignore[reportReturnType]
+    worst = min(kind for kind, _ in failed.values())
+    if own is not None and kind == worst:
+        raise own
+    first, text = next((process, text) for process, (kind, text) in failed.items() if kind == worst)
+    raise (*kinds, ClusterError)[worst](f"process {ranges(failed)} of {len(said)} failed; process {first} says: {text}") from own

@@ -92,11 +92,12 @@ class Checkpointer:
         Raises:
           CheckpointError: this save, or one before it, failed; the directory has later steps; `step` is not the state's.
         """
-        if self._manager and not self._manager.is_saving_in_progress():  # of its last thread, Orbax's check_for_errors says nothing
-            self.wait()
+        idle = self._manager and not self._manager.is_saving_in_progress()  # of its last thread, Orbax's check_for_errors is silent
+        if idle and not self._devices:  # of several processes, all have to tell of it, or none
+            self._wait()
         if step is not None and not self._due(step, force):
             return False
-        step = _step_of(state, step)
+        step = agreement.everywhere(self._devices, lambda: self._ready(state, step, data_state, metrics), _KINDS)
         if not self._due(step, force):
             return False
         self._set_aside(step)
@@ -109,16 +110,25 @@ class Checkpointer:
         self._write(step, state, data_state, metrics)
         return True
 
+    def _ready(self, state, step, data_state, metrics) -> int:
+        """The step; raises what stands in the way of saving it."""
+        if self._devices:
+            self._wait()
+        step = _step_of(state, step)
+        _check_arrays(manifest.flat(state))
+        manifest.plain("data_state", _position_of(data_state))
+        manifest.plain("metrics", jax.device_get(metrics))
+        return step
+
     def _due(self, step, force) -> bool:
         return force or step % self.every == 0
 
     def _write(self, step, state, data_state, metrics):
         leaves = manifest.flat(state)
-        _check_arrays(leaves)
         note = _note(step, state, leaves, self.zero, data_state, metrics).to_json()
         arrays = {path: _stored(x) for path, x in leaves.items() if np.size(x)}  # Orbax refuses arrays of no size
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), manifest=ocp.args.JsonSave(note))
-        self.wait()
+        self._wait()
         self._raise_failed(lambda: self._opened().save(step, args=args, force=True))
         self._begun = step
         if not self._options.enable_async_checkpointing:
@@ -185,6 +195,9 @@ class Checkpointer:
         Raises:
           CheckpointError: it failed.
         """
+        agreement.everywhere(self._devices, self._wait, _KINDS)
+
+    def _wait(self):
         if self._manager:
             self._raise_failed(self._manager.wait_until_finished)
         self._begun = None
@@ -269,8 +282,11 @@ class Checkpointer:
         Raises:
           CheckpointError: it failed.
         """
+        self._close(self.wait)
+
+    def _close(self, wait):
         try:
-            self.wait()
+            wait()
         finally:
             if self._manager:
                 self._manager.close()
@@ -280,7 +296,7 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind, error, trace):
-        self.close()
+        self._close(self._wait if error else self.wait)  # an error may be of this process alone
 
 
 def _check_writable(directory: epath.Path):
@@ -339,9 +355,13 @@ def _note(step, state, leaves, zero, data_state, metrics) -> Manifest:
                     zero.stage if zero else None, precision, _positions(data_state), jax.device_get(metrics))
 
 
+def _position_of(data_state):
+    return data_state.get_state() if hasattr(data_state, "get_state") else data_state
+
+
 def _positions(data_state) -> tuple[Any, ...]:
     """In their data, of every process; one if they are the same."""
-    data_state = data_state.get_state() if hasattr(data_state, "get_state") else data_state
+    data_state = _position_of(data_state)
     if not (devices := exchange.everyone()):
         return (data_state,)
     all_of_them = [said for _, said in sorted(exchange.shared(devices, manifest.plain("data_state", data_state)).items())]

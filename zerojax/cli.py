@@ -95,8 +95,15 @@ def _recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-cache", action="store_true", help="compile even if the answer is on disk")
 
 
+def numbers(text: str) -> list[int]:
+    """
+    >>> numbers("4,2")
+    [4, 2]
+    """
+    return [int(n) for n in text.split(",")]
+
+
 def _launch(command: argparse.ArgumentParser) -> None:
-    numbers = lambda text: [int(n) for n in text.split(",")]
     command.add_argument("-n", dest="processes", type=numbers, required=True, metavar="N[,M...]",
                          help="how many; after a failure M, where it starts again")
     command.add_argument("--devices", type=int, help="CPU devices of each (default: one GPU each; none there, one CPU device)")
@@ -195,7 +202,7 @@ def run_launch(args) -> int:
     from zerojax import launch
 
     command = [sys.executable, *["-m"] * args.module, args.script, *args.arguments]
-    return launch.launch(launch.Plan(command, args.processes, args.devices, args.restarts))
+    return launch.launch(launch.Launch(command, args.processes, args.devices, args.restarts))
 
 
 def run_inspect(args) -> int:

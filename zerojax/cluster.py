@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 
 from zerojax.errors import ClusterError
 
-PORT = 43217  # where nobody names one
+PORT = 29431  # where nobody names one: below those that Linux gives to whoever asks for any
+_JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +65,17 @@ def detected(environ: Mapping[str, str] = os.environ) -> Job | None:
     """
     for find in (_jax, _skypilot, _torchrun, _slurm, _openmpi, _kubernetes):
         job = find(environ)
-        if job is not None:
-            job = dataclasses.replace(job, address=environ.get("JAX_COORDINATOR_ADDRESS", job.address))
-            return None if job.processes == 1 else _checked(job)
-    if "JAX_COORDINATOR_ADDRESS" in environ:
-        raise ClusterError(f"$JAX_COORDINATOR_ADDRESS is {environ['JAX_COORDINATOR_ADDRESS']!r}, but nothing says how many "
-                           "processes there are and which one this is; set $JAX_NUM_PROCESSES and $JAX_PROCESS_ID.")
+        if job is not None and job.processes != 1:  # one process for this launcher may be several for the one within
+            return _checked(dataclasses.replace(job, address=environ.get("JAX_COORDINATOR_ADDRESS", job.address)))
+    if environ.keys() & set(_JAX) and environ.get("JAX_NUM_PROCESSES") != "1":
+        missing = [f"${name}" for name in _JAX if name not in environ]
+        raise ClusterError(f"of {', '.join(f'${name}' for name in _JAX)}, {' and '.join(missing)} missing, and nothing else says "
+                           "it; set all three, or none.")
     return None
 
 
 def _jax(env) -> Job | None:
-    if not {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"} <= env.keys():
+    if not set(_JAX) <= env.keys():
         return None
     launched = "ZEROJAX_LAUNCH" in env
     return Job("zerojax launch" if launched else "JAX_COORDINATOR_ADDRESS", env["JAX_COORDINATOR_ADDRESS"],
@@ -84,7 +85,7 @@ def _jax(env) -> Job | None:
 def _skypilot(env) -> Job | None:
     if not {"SKYPILOT_NODE_IPS", "SKYPILOT_NODE_RANK"} <= env.keys() or "TORCHELASTIC_RUN_ID" in env:  # torchrun within
         return None
-    hosts = env["SKYPILOT_NODE_IPS"].split()
+    hosts = env["SKYPILOT_NODE_IPS"].split() or ["?"]
     return Job("SkyPilot's variables", f"{hosts[0]}:{env.get('JAX_COORDINATOR_PORT', PORT)}", len(hosts),
                _number(env, "SKYPILOT_NODE_RANK"), scheduled=True)
 
@@ -92,9 +93,9 @@ def _skypilot(env) -> Job | None:
 def _torchrun(env) -> Job | None:
     if not {"MASTER_ADDR", "WORLD_SIZE", "RANK"} <= env.keys():
         return None
-    port = int(env.get("MASTER_PORT", PORT))
+    port = _number(env, "MASTER_PORT", PORT)
     port += env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own store listens there
-    several = int(env.get("LOCAL_WORLD_SIZE", 1)) > 1
+    several = _number(env, "LOCAL_WORLD_SIZE", 1) > 1
     return Job("torchrun's variables", f"{env['MASTER_ADDR']}:{port}", _number(env, "WORLD_SIZE"), _number(env, "RANK"),
                (_number(env, "LOCAL_RANK"),) if several else None, scheduled="TORCHELASTIC_RUN_ID" in env)
 
@@ -103,8 +104,9 @@ def _slurm(env) -> Job | None:
     """Within a step of srun. The port is that which jax would take."""
     if not {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"} <= env.keys():
         return None
+    tasks = _number(env, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS")  # of an interactive step, one
     port = env.get("JAX_COORDINATOR_PORT", _number(env, "SLURM_JOB_ID") % 2**12 + 65535 - 2**12 + 1)
-    return Job("SLURM's variables", f"{_first_host(env['SLURM_STEP_NODELIST'])}:{port}", _number(env, "SLURM_NTASKS"),
+    return Job("SLURM's variables", f"{_first_host(env['SLURM_STEP_NODELIST'])}:{port}", tasks,
                _number(env, "SLURM_PROCID"), _slurm_devices(env), scheduled=True)
 
 
@@ -119,10 +121,10 @@ def _first_host(nodes: str) -> str:
 
 
 def _slurm_devices(env) -> tuple[int, ...] | None:
-    """One for each task of a host, unless the host has one task, or SLURM gave each its own already."""
+    """One for each task of a host, unless it has one task, or SLURM gave each its own: they see another number then."""
     tasks = list(_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1")))
-    here = tasks[min(int(env.get("SLURM_NODEID", 0)), len(tasks) - 1)]
-    bound = "CUDA_VISIBLE_DEVICES" in env and len(env["CUDA_VISIBLE_DEVICES"].split(",")) < here
+    here = tasks[min(_number(env, "SLURM_NODEID", 0), len(tasks) - 1)]
+    bound = "CUDA_VISIBLE_DEVICES" in env and len(env["CUDA_VISIBLE_DEVICES"].split(",")) != here
     return None if here == 1 or bound else (_number(env, "SLURM_LOCALID"),)
 
 
@@ -138,14 +140,14 @@ def _per_node(text: str) -> Iterator[int]:
 
 def _openmpi(env) -> Job | None:
     """Version 4 says where mpirun is, which jax takes for process 0; 5 does not."""
-    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) < 2:
+    if _number(env, "OMPI_COMM_WORLD_SIZE", 1) < 2:
         return None
     if "JAX_COORDINATOR_ADDRESS" not in env:
         if "OMPI_MCA_orte_hnp_uri" in env:
             return Job("Open MPI", scheduled=True)
         raise ClusterError(f"this is process {env.get('OMPI_COMM_WORLD_RANK')} of {env['OMPI_COMM_WORLD_SIZE']} of Open MPI 5, "
                            f"which does not say where the first one is; set $JAX_COORDINATOR_ADDRESS to its host:{PORT}.")
-    local = (_number(env, "OMPI_COMM_WORLD_LOCAL_RANK"),) if int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)) > 1 else None
+    local = (_number(env, "OMPI_COMM_WORLD_LOCAL_RANK"),) if _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", 1) > 1 else None
     return Job("Open MPI's variables", env["JAX_COORDINATOR_ADDRESS"], _number(env, "OMPI_COMM_WORLD_SIZE"),
                _number(env, "OMPI_COMM_WORLD_RANK"), local, scheduled=True)
 
@@ -155,7 +157,11 @@ def _kubernetes(env) -> Job | None:
     return Job("Kubernetes, an indexed Job", scheduled=True) if there else None
 
 
-def _number(env, name: str) -> int:
+def _number(env, name: str, default: int | None = None) -> int:
+    if name not in env:
+        if default is None:
+            raise ClusterError(f"${name} is not set, which the other variables of its launcher call for.")
+        return default
     if not env[name].strip().isdecimal():
         raise ClusterError(f"${name} is {env[name]!r}; it has to be a whole number.")
     return int(env[name])

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -17,10 +18,32 @@ def sharding(policy: Policy) -> NamedSharding:
     return NamedSharding(policy.mesh, P(policy.batch_axes))
 
 
+def parts_of(policy: Policy) -> dict[int, tuple[int, ...]]:
+    """Which of the parts of a batch each process's devices hold. Along other axes than the batch's, processes hold the same."""
+    held: dict[int, set[int]] = {}
+    for device, (rows,) in sharding(policy).devices_indices_map((policy.parts,)).items():
+        held.setdefault(device.process_index, set()).add(rows.start or 0)
+    return {process: tuple(sorted(parts)) for process, parts in sorted(held.items())}
+
+
 def local_parts(policy: Policy) -> int:
-    """Of the parts of a batch, those that this process's devices hold."""
-    places = sharding(policy).addressable_devices_indices_map((policy.parts,))
-    return len({rows.start or 0 for (rows,) in places.values()})
+    """How many of them this process's devices hold.
+
+    Raises:
+      BatchError: none: the mesh has no device of this process.
+    """
+    held = parts_of(policy).get(jax.process_index())
+    if held is None:
+        raise BatchError(f"the mesh has no device of process {jax.process_index()}, which has no part of a batch then; its devices "
+                         f"are of processes {list(parts_of(policy))}.")
+    return len(held)
+
+
+def share(policy: Policy) -> tuple[int, int]:
+    """(which, of how many): see `Zero.share`."""
+    distinct = list(dict.fromkeys(parts_of(policy).values()))
+    local_parts(policy)
+    return distinct.index(parts_of(policy)[jax.process_index()]), len(distinct)
 
 
 def check(policy: Policy, batch: Any, accumulate: int = 1) -> None:
@@ -56,16 +79,19 @@ def check_shared(policy: Policy, batch: Any) -> None:
     """Raises `BatchError` for arrays of this process alone where several train: each would take its own for the whole batch."""
     if len(policy.processes) > 1:
         for path, x in jax.tree.leaves_with_path(batch):
-            if getattr(x, "shape", ()) and getattr(x, "is_fully_addressable", isinstance(x, np.ndarray)):
+            own = isinstance(x, np.ndarray) or (isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_fully_addressable)
+            if own and x.shape:
                 raise BatchError(f"batch{jax.tree_util.keystr(path)} is an array of process {jax.process_index()} alone, but "
                                  f"{len(policy.processes)} processes train together; give each's part to zj.feed(batches, zero).")
 
 
 def joined(policy: Policy, part: Any) -> Any:
     """The batch of all processes, out of each one's part."""
-    times = policy.parts // local_parts(policy)
-    join = lambda x: jax.make_array_from_process_local_data(sharding(policy), np.asarray(x), (x.shape[0] * times, *x.shape[1:]))
-    return jax.tree.map(join, part) if times > 1 else jax.device_put(part, sharding(policy))
+    if sharding(policy).is_fully_addressable:
+        return jax.device_put(part, sharding(policy))
+    mine = local_parts(policy)  # device_put would compare the processes' arrays, by a program of its own
+    whole = lambda x: (x.shape[0] // mine * policy.parts, *x.shape[1:])
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding(policy), np.asarray(x), whole(x)), part)
 
 
 def placed(policy: Policy, tree: Any) -> Any:

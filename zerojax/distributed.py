@@ -1,7 +1,8 @@
 """`initialize`: this process joins the others of its job, or is left alone."""
 
 import atexit
-import json
+import contextlib
+import inspect
 import os
 import sys
 import threading
@@ -53,14 +54,13 @@ def initialize(address: str | None = None, processes: int | None = None, process
 
     >>> initialize()  # alone
     """
-    asked = {"address": address, "processes": processes, "process": process, "local_devices": local_devices, "config": config}
+    asked = {name: value for name, value in locals().items() if value != _DEFAULTS[name]}
     if _joined:
         return _again(asked)
     job = cluster.given(address, processes, process) or cluster.detected()
     if job is None or job.processes == 1:
         return None
-    if jax.distributed.is_initialized():
-        raise ClusterError("initialize: jax.distributed was initialized before; call zj.initialize() in its place.")
+    _check_early()
     local_devices = job.local_devices if local_devices is None else tuple(local_devices)
     print(f"zerojax: {job}", file=sys.stderr, flush=True)
     bound = None
@@ -69,20 +69,36 @@ def initialize(address: str | None = None, processes: int | None = None, process
         bound = _bound(job.address, bind_address, reach) if job.process == 0 else None
         _meet(job, bound, config, reach, initialization_timeout)
     _start(job, bound, local_devices, round(initialization_timeout), round(heartbeat_timeout), round(shutdown_timeout))
-    _joined.update(asked=asked, job=job)
+    known = {"address": job.address, "processes": job.processes, "process": job.process, "local_devices": local_devices}
+    _joined.update(said=_DEFAULTS | known | asked, job=job)
     _end_on_errors()
     if os.environ.get("ZEROJAX_LAUNCH") == str(os.getppid()):
         threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
     return job
 
 
+_DEFAULTS = {p.name: p.default for p in inspect.signature(initialize).parameters.values()}
+
+
 def _again(asked) -> Job:
-    before = _joined["asked"]
-    odd = {k: (before[k], v) for k, v in asked.items() if v is not None and v != before[k]}
+    text = lambda value: str(fingerprint.of_settings(value))
+    odd = [f"{name} was {text(_joined['said'][name])}, is {text(value)}" for name, value in asked.items()
+           if text(value) != text(_joined["said"][name])]
     if odd:
-        text = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in odd.items())
-        raise ClusterError(f"initialize was called before, with other arguments: {text}. A process joins once.")
+        raise ClusterError(f"initialize was called before, with other arguments: {'; '.join(odd)}. A process joins once.")
     return _joined["job"]
+
+
+def _check_early():
+    """Raises `ClusterError` where jax can't be initialized any more, while no other process waits for this one."""
+    if jax.distributed.is_initialized():
+        raise ClusterError("initialize: jax.distributed was initialized before; call zj.initialize() in its place.")
+    try:  # of no processes: refused in any case, but for this reason first
+        jax.distributed.initialize("localhost:1", 0, 0, cluster_detection_method="deactivate")
+    except (RuntimeError, ValueError) as error:
+        if "before any JAX" in str(error):
+            raise ClusterError("initialize came too late: jax has looked for its devices already, which it does for the first "
+                               "array, jax.devices() or a key; call zj.initialize() before them.") from error
 
 
 def _reach_of(job, reach, initialization_timeout) -> float:
@@ -98,7 +114,7 @@ def _bound(address, bind, reach) -> str:
 
 
 def _meet(job, bound, config, reach, seconds):
-    said = {"versions": fingerprint.versions(), "config": json.loads(json.dumps(config or {}, default=repr))}
+    said = {"versions": fingerprint.versions(), "config": fingerprint.of_settings(config or {})}
     if job.process == 0:
         rendezvous.hold(bound, job.processes, said, agreement.difference, seconds)
     else:
@@ -111,11 +127,11 @@ def _start(job, bound, local_devices, initialization, heartbeat, shutdown):
         jax.distributed.initialize(job.address, job.processes, job.process, local_devices, job.address and "deactivate",
                                    initialization_timeout=initialization, heartbeat_timeout_seconds=heartbeat,
                                    shutdown_timeout_seconds=shutdown, coordinator_bind_address=bound)
-    except RuntimeError as error:
-        if "before any JAX" not in str(error):
+    except (RuntimeError, ValueError) as error:
+        if job.address is not None:
             raise
-        raise ClusterError("initialize came too late: jax has looked for its devices already, which it does for the first array, "
-                           "jax.devices() or a key; call zj.initialize() before them.") from error
+        raise ClusterError(f"{job.source}: jax does not find the other processes ({error}); set $JAX_COORDINATOR_ADDRESS, "
+                           "$JAX_NUM_PROCESSES and $JAX_PROCESS_ID.") from error
 
 
 def _end_on_errors():
@@ -135,7 +151,8 @@ def _end_on_errors():
 
 def _end():
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with contextlib.suppress(Exception):  # closed, or none
+            stream.flush()
     os._exit(1)
 
 

@@ -18,14 +18,15 @@ Devices = tuple[jax.Device, ...]
 
 
 def devices_of(mesh: Mesh | AbstractMesh) -> Devices:
-    """Those of a mesh that several processes share, else none: nothing has to be exchanged."""
-    found: Devices = () if isinstance(mesh, AbstractMesh) else tuple(mesh.devices.flat)
-    return found if len({d.process_index for d in found}) > 1 else ()
+    """All those of the processes that share a mesh, in an order that no mesh decides; none if nothing has to be exchanged."""
+    processes = set() if isinstance(mesh, AbstractMesh) else {d.process_index for d in mesh.devices.flat}
+    return tuple(d for d in everyone() if d.process_index in processes) if len(processes) > 1 else ()
 
 
 def everyone() -> Devices:
     """All devices, if there are several processes."""
-    return tuple(jax.devices()) if jax.distributed.is_initialized() and jax.process_count() > 1 else ()
+    several = jax.distributed.is_initialized() and jax.process_count() > 1
+    return tuple(sorted(jax.devices(), key=lambda d: (d.process_index, d.id))) if several else ()
 
 
 def send(devices: Devices, words: Sequence[int] | np.ndarray) -> jax.Array:
@@ -33,7 +34,8 @@ def send(devices: Devices, words: Sequence[int] | np.ndarray) -> jax.Array:
     sharding, copy = _line(devices)
     mine = sum(d.process_index == jax.process_index() for d in devices)
     local = np.tile(np.asarray(words, np.uint32), (mine, 1))
-    return copy(jax.make_array_from_process_local_data(sharding, local, (len(devices), local.shape[1])))
+    with jax.set_mesh(sharding.mesh):  # another one may be set
+        return copy(jax.make_array_from_process_local_data(sharding, local, (len(devices), local.shape[1])))
 
 
 def received(devices: Devices, sent: jax.Array) -> dict[int, np.ndarray]:

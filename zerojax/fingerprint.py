@@ -1,5 +1,6 @@
 """What a process is about to run, as fields that another process can compare: versions, policy, shapes, functions, programs."""
 
+import enum
 import functools
 import hashlib
 import importlib.metadata
@@ -7,19 +8,20 @@ import inspect
 import platform
 import re
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core
+from jax.sharding import NamedSharding, PartitionSpec
 
 from zerojax import layout
 from zerojax.policy import Policy
 
 _PACKAGES = ("zerojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
-_SMALL = 2**16  # elements of an array whose values are compared, as those of a key
+_SAMPLE = 2**16  # elements of an array that are compared
 
 
 @functools.cache
@@ -34,16 +36,21 @@ def of_policy(policy: Policy) -> dict:
     return {"versions": versions(), "mesh": {"axes": dict(mesh.shape), "devices": " ".join(devices)},
             "policy": {"stage": policy.stage, "precision": vars(policy.precision), "gradients": policy.gradients,
                        "axis": policy.axes, "replica_axis": policy.replica_axis, "min_shard": policy.min_shard,
-                       "rules": {pattern: str(spec) for pattern, spec in policy.rules.items()}}}
+                       "rules": [f"{pattern}: {spec}" for pattern, spec in policy.rules.items()]}}
 
 
 def shapes(tree: Any) -> dict[str, str]:
-    """Of arrays or shapes: dtype and shape by path."""
-    return _by_path(tree, lambda x: f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") else repr(x))
+    """Of arrays or shapes: dtype, shape and where they lie, by path."""
+    return _by_path(tree, lambda x: _shape(x) if hasattr(x, "shape") else repr(x))
+
+
+def _shape(x) -> str:
+    spec = getattr(getattr(x, "sharding", None), "spec", None)
+    return f"{x.dtype}{list(x.shape)}{'' if spec is None else f' {spec}'}"
 
 
 def values(tree: Any) -> dict[str, str]:
-    """As `shapes`; of small arrays that are whole in this process, as keys, what they hold too."""
+    """As `shapes`; of arrays that are whole in this process, as keys, what they hold too: of large ones, a sample."""
     return _by_path(tree, _leaf)
 
 
@@ -54,13 +61,13 @@ def _by_path(tree, text) -> dict[str, str]:
 def _leaf(x) -> str:
     if not hasattr(x, "shape"):
         return repr(x)
-    text = f"{x.dtype}{list(x.shape)}"
     alone = isinstance(x, np.ndarray | np.generic) or (isinstance(x, jax.Array) and x.is_fully_addressable)
-    return f"{text} {_hash([_bytes(x)])}" if alone and x.size <= _SMALL else text
+    return f"{_shape(x)} {_hash([_bytes(x)])}" if alone else _shape(x)
 
 
 def _bytes(x) -> bytes:
-    return np.asarray(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x).tobytes()
+    words = np.asarray(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x).reshape(-1)
+    return words[::-(-words.size // _SAMPLE) or 1].tobytes()
 
 
 def of_function(function: Callable) -> str:
@@ -87,13 +94,13 @@ def _plain(value) -> bytes:
 def of_program(jitted: Callable, *args: Any, **kwargs: Any) -> str:
     """Of what jit traces: how many operations, and a hash of them, their shapes and their constants. Calling it traces no more."""
     traced = jitted.trace(*args, **kwargs).jaxpr  # pyright: ignore[reportFunctionMemberAccess]
-    parts = list(_program(traced.jaxpr, {}))
-    constants = [_leaf(x).encode() for x in traced.consts]
-    return f"{len(parts)} operations, {_hash(parts + constants)}"
+    parts = list(_program(traced, {}))
+    return f"{len(parts)} operations, {_hash(parts)}"
 
 
-def _program(jaxpr, numbers: dict) -> Iterable[bytes]:
-    """Each equation, its operands by the order in which they came up."""
+def _program(program, numbers: dict) -> Iterable[bytes]:
+    """Each equation, its operands by the order in which they came up; the constants; what is returned."""
+    jaxpr = getattr(program, "jaxpr", program)
     number = lambda v: str(v) if isinstance(v, core.Literal) else numbers.setdefault(v, len(numbers))
     for v in (*jaxpr.constvars, *jaxpr.invars):
         number(v)
@@ -106,14 +113,30 @@ def _program(jaxpr, numbers: dict) -> Iterable[bytes]:
         text = repr((equation.primitive.name, [*operands], results, settings))
         yield _ADDRESS.sub("", text).encode()
         for x in inner:
-            yield from _program(getattr(x, "jaxpr", x), numbers)
+            yield from _program(x, numbers)
+    yield repr(([*map(number, jaxpr.outvars)], [_leaf(x) for x in getattr(program, "consts", ())])).encode()
 
 
-_SETTINGS = (int, float, str, bool, tuple, np.dtype)
+_SETTINGS = (int, float, str, bool, tuple, np.dtype, enum.Enum, NamedSharding, PartitionSpec)
 
 
 def _is_program(x) -> bool:
     return isinstance(x, core.Jaxpr | core.ClosedJaxpr)
+
+
+def of_settings(value: Any) -> Any:
+    """A user's own, as JSON values: sets in order, other objects by their text without addresses.
+
+    >>> of_settings({"tags": {"b", "a"}, 1: np.float32(2), "of": print})
+    {'tags': ["'a'", "'b'"], '1': '2.0', 'of': '<built-in function print>'}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): of_settings(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [of_settings(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    return value if value is None or isinstance(value, bool | int | float | str) else _ADDRESS.sub("", str(value))
 
 
 def _hash(parts: Iterable[bytes]) -> str:

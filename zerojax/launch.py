@@ -6,24 +6,28 @@ import dataclasses
 import glob
 import os
 import queue
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import IO
 
 from zerojax.errors import ClusterError
 
 GRACE = 3.0  # seconds between SIGTERM and SIGKILL, where one process failed
 TAIL = 400  # lines of standard error that are kept of each process
+_TRACEBACK = re.compile(r"\s*(\+ Exception Group )?Traceback \(most recent call last\)")
+_LED_TO = ("The above exception was the direct cause", "During handling of the above exception")
+_LINE = re.compile(rb"([^\r\n]*)(\r?\n|\r)")
 PREEMPTED = 75  # the status of a run that was told to stop, and saved
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Launch:
     """What to run.
 
     Attributes:
@@ -68,20 +72,21 @@ def gpus() -> list[str]:
     return glob.glob("/dev/nvidia[0-9]*")
 
 
-def launch(plan: Plan) -> int:
+def launch(plan: Launch) -> int:
     """Runs the job to its end; returns its exit status, that of the first failure.
 
     Raises:
       ClusterError: a plan that can't be.
     """
     plan.check()
+    status = 0
     for attempt in range(plan.restarts + 1):
         job = _Job(plan, plan.processes[min(attempt, len(plan.processes) - 1)])
         status = job.run()
         if status in (0, PREEMPTED) or job.asked or attempt == plan.restarts:
-            return status
+            break
         _say(f"starts again, {attempt + 1} of {plan.restarts}")
-    raise AssertionError("unreachable")
+    return status
 
 
 def _say(text: str) -> None:
@@ -97,7 +102,7 @@ def _free_port() -> int:
 class _Job:
     """One attempt."""
 
-    def __init__(self, plan: Plan, processes: int):
+    def __init__(self, plan: Launch, processes: int):
         self.plan, self.n = plan, processes
         self.ended: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()  # (process, status); None is a signal
         self.asked: list[signal.Signals] = []
@@ -106,18 +111,20 @@ class _Job:
         self.running: dict[int, subprocess.Popen] = {}
 
     def run(self) -> int:
-        before = {number: signal.signal(number, self._asked) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             port = _free_port()
             for process in range(self.n):
                 self._start(process, self.plan.environment(process, self.n, port))
+            if self.asked:  # while they were started
+                self._signal(self.asked[0])
             return self._watch()
         finally:
             self._signal(signal.SIGKILL)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _asked(self, number, frame):
+    def _pass_on(self, number, frame):
         """Ctrl-C and SIGTERM are for the processes: they may save. A second one ends them."""
         self._signal(signal.SIGKILL if self.asked else number)
         if not self.asked:  # print may not be called while it is at work already
@@ -145,10 +152,11 @@ class _Job:
                     self._signal(signal.SIGKILL)
                 continue
             self._reap(process, status)
-            if status and first is None:
+            if status and (first is None or (first[1] == PREEMPTED and status != PREEMPTED)):
                 first = (process, status)
-                if not (self.asked or status == PREEMPTED):  # the others may be about to save
-                    self._signal(signal.SIGTERM)
+                if status != PREEMPTED:  # else the others are about to save
+                    if not self.asked:  # they have been told
+                        self._signal(signal.SIGTERM)
                     deadline = time.monotonic() + GRACE
         for reader in self.readers:
             reader.join(timeout=1)
@@ -157,13 +165,12 @@ class _Job:
     def _reap(self, process, status):
         """Of one that failed, also what it has left behind: all that it started is of its session."""
         child = self.running.pop(process)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.pid, signal.SIGKILL if status else 0)
+        if status:
+            _signal_all(child, signal.SIGKILL)
 
     def _signal(self, number):
         for child in list(self.running.values()):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, number)
+            _signal_all(child, number)
 
     def _told(self, first) -> int:
         process, status = first
@@ -178,19 +185,40 @@ class _Job:
         return 128 - status if status < 0 else status
 
 
+def _signal_all(child, number):
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, number)
+
+
 def _traceback(lines: Sequence[str]) -> list[str]:
-    """The last one, or the last lines."""
+    """The last one, with those that led to it; or the last lines."""
     lines = list(lines)
-    starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
-    return lines[starts[-1]:] if starts else lines[-10:]
+    starts = [i for i, line in enumerate(lines) if _TRACEBACK.match(line)]
+    if not starts:
+        return lines[-10:]
+    begin = starts.pop()
+    while starts and any(line.startswith(_LED_TO) for line in lines[starts[-1]:begin]):
+        begin = starts.pop()
+    return lines[begin:]
 
 
 def _forward(source: IO[bytes], sink: IO[str], prefix: str, keep: collections.deque | None):
-    """Line by line; a line is what ends in a newline, or is written over (progress bars)."""
-    write: Callable[[str], None] = lambda text: print(text, end="", file=sink, flush=True)
-    for raw in iter(source.readline, b""):
-        for line in raw.decode(errors="replace").rstrip("\n").split("\r"):
-            if line:
-                write(f"{prefix}{line}\n")
-                if keep is not None:
-                    keep.append(line)
+    """Line by line; a line is what ends in a newline, or is written over (progress bars). What can't be written is dropped: a
+    process whose output nobody reads would wait."""
+    rest = b""
+    while got := source.read1(2**16):  # pyright: ignore[reportAttributeAccessIssue]
+        rest += got
+        found = list(_LINE.finditer(rest))
+        rest = rest[found[-1].end():] if found else rest
+        _write([m[1] for m in found if m[1] or m[2] != b"\r"], sink, prefix, keep)
+    _write([rest] * bool(rest), sink, prefix, keep)
+
+
+def _write(lines, sink, prefix, keep):
+    texts = [line.decode(errors="replace") for line in lines]
+    if keep is not None:
+        keep.extend(texts)
+    with contextlib.suppress(OSError, ValueError):
+        encoding = sink.encoding or "utf-8"
+        sink.buffer.write("".join(f"{prefix}{text}\n" for text in texts).encode(encoding, errors="backslashreplace"))
+        sink.flush()

@@ -100,7 +100,8 @@ class Jitted:
     def __call__(self, state, *args, **kwargs):
         data.check_shared(self.policy, args[0] if args else kwargs.get(self._batch))
         self._agreed(self.policy, "zero.jit", lambda: {
-            "fn": fingerprint.of_function(self.fn), "program": fingerprint.of_program(self.of(state), state, *args, **kwargs)})
+            "fn": fingerprint.of_function(self.fn), "program": fingerprint.of_program(self.of(state), state, *args, **kwargs)},
+            state, args, kwargs)
         return self.of(state)(state, *args, **kwargs)
 
     def lower(self, state, *args, **kwargs):

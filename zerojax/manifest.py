@@ -16,7 +16,7 @@ from zerojax.errors import CheckpointError
 from zerojax.fingerprint import versions
 from zerojax.tables import Sheet, size
 
-FORMAT = 1
+FORMAT = 2
 BYTES = "__bytes__"
 MOST = 10  # paths in an error
 
@@ -83,6 +83,8 @@ class Manifest:
         values = dict(values)
         if values.pop("digest", None) != _sha(values):
             raise ValueError("the manifest's own digest does not match")
+        if values["format"] == 1:  # of one process
+            values |= {"format": FORMAT, "data_states": [values.pop("data_state")]}
         if values.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}: another version of zerojax wrote it")
         leaves = {path: _entry(**entry) for path, entry in values.pop("leaves").items()}

@@ -56,8 +56,7 @@ class Preemption:
 
     def __exit__(self, kind, error, trace):
         for number, handler in self._before.items():
-            if not (self._told and number == signal.SIGTERM):  # schedulers send more of them, while the process ends
-                signal.signal(number, handler)
+            signal.signal(number, handler)
 
     def _note(self, number, frame):
         if self._told and number == signal.SIGINT:
@@ -82,5 +81,8 @@ class Preemption:
         return self.requested
 
     def exit(self) -> NoReturn:
-        """Ends the process with `status`; to be called when the state is on disk."""
+        """Ends the process with `status`; to be called when the state is on disk. SIGTERM, of which schedulers send more than one,
+        does nothing any more."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(self.status)

@@ -95,14 +95,19 @@ class _Guests:
     """Who has come to process 0, and what they said."""
 
     def __init__(self, processes: int, said: Any):
-        self.processes, self.said = processes, {0: said}
-        self.connections: list[socket.socket] = []
+        self.processes, self.own = processes, said
+        self.here: dict[int, tuple[socket.socket, Any]] = {}
+        self.sent_off: list[socket.socket] = []
         self.wrong = ""
+
+    @property
+    def said(self) -> dict[int, Any]:
+        return {0: self.own} | {process: words for process, (_, words) in self.here.items()}
 
     def gather(self, server, bind, deadline) -> str:
         """What went wrong, or "" when all are there."""
         server.settimeout(0.02)
-        while not self.wrong and len(self.said) < self.processes and time.monotonic() < deadline:
+        while not self.wrong and not self._complete() and time.monotonic() < deadline:
             with contextlib.suppress(TimeoutError):
                 connection, _ = server.accept()
                 threading.Thread(target=self._receive, args=(connection,), daemon=True).start()
@@ -110,6 +115,13 @@ class _Guests:
         late = (f"processes {missing[:10]} did not come to {bind} in time: {len(missing)} of {self.processes} are missing; "
                 "see their logs.")
         return self.wrong or (late if missing else "")
+
+    def _complete(self) -> bool:
+        """Those that have come and ended since do not count: they may come again."""
+        if len(self.here) < self.processes - 1:
+            return False
+        self.here = {process: guest for process, guest in self.here.items() if _alive(guest[0])}
+        return len(self.here) == self.processes - 1
 
     def _receive(self, connection):
         """One guest. Whoever does not speak the language, as a scanner of ports, is sent off."""
@@ -121,22 +133,37 @@ class _Guests:
         except (OSError, ValueError, KeyError, TypeError):
             connection.close()
             return
-        self.connections.append(connection)
         if number != self.processes or not 0 < process < number:
             self.wrong = (f"process {process} says that there are {number} processes, process 0 says {self.processes}; start all "
                           "with the same number.")
-        elif process in self.said:
+        elif process in self.here and _alive(self.here[process][0]):
             self.wrong = f"two processes say that they are process {process} of {number}; number them 0 to {number - 1}."
-        self.said[process] = said
+        if self.wrong:
+            self.sent_off.append(connection)
+        else:
+            self.here[process] = connection, said
 
     def tell(self, trouble: str) -> None:
-        for connection in self.connections:
+        connections = [connection for connection, _ in self.here.values()] + self.sent_off
+        for connection in connections:
             with contextlib.suppress(OSError):
+                connection.settimeout(10)
                 connection.sendall(json.dumps({"trouble": trouble}).encode() + b"\n")
-        for connection in self.connections:
+        for connection in connections:
             with contextlib.suppress(OSError), connection:  # they close first: the port is then free at once
                 connection.settimeout(1)
                 connection.recv(1)
+
+
+def _alive(connection) -> bool:
+    """Whether the other end is open: a guest says nothing until it is told."""
+    try:
+        connection.setblocking(False)
+        return connection.recv(1, socket.MSG_PEEK) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 def _line(connection) -> bytes:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from zerojax import agreement, exchange
+from zerojax import agreement, data, exchange
 from zerojax.errors import BatchError, ClusterError
 from zerojax.parts import Part, Parts, Status
 from zerojax.policy import Policy
@@ -50,11 +50,11 @@ class Feed(Iterator):
     With several processes, each tells the others what it has one batch ahead, so that nobody waits for the news.
     """
 
-    def __init__(self, batches: Iterable, policy: Policy, prefetch: int, pad: bool):
+    def __init__(self, batches: Iterable, policy: Policy, prefetch: int, pad: bool | int):
         self.source: Any = iter(batches)
         self.policy, self.prefetch, self.pad = policy, prefetch, pad
         self.known = hasattr(self.source, "get_state")
-        self._devices = exchange.devices_of(policy.mesh)
+        self._devices, self._held = exchange.devices_of(policy.mesh), data.parts_of(policy)
         self._restart()
 
     def _restart(self):
@@ -64,7 +64,7 @@ class Feed(Iterator):
 
     def __next__(self):
         if self._over is not None:
-            raise self._over
+            raise self._over if isinstance(self._over, Exception) else StopIteration
         part, told = self._next or self._told(self._reader.take())
         self._next = self._told(self._reader.take()) if self._devices and self.prefetch else None
         self._check(part, told)
@@ -82,21 +82,23 @@ class Feed(Iterator):
             self._check_failed(part, said)
             self._check_ended(said)
             self._check_alike(part, said)
-        except (Exception, StopIteration) as over:
-            self._over = over
+        except Exception as error:
+            self._over = True if isinstance(error, StopIteration) else error
+            self._next = None
+            self._reader.stop()
             raise
 
     def _check_failed(self, part, said):
         if part.error is not None:
             raise part.error
-        failed = [process for process, (status, _) in said.items() if status == Status.FAILED]
+        failed = [process for process, (status, *_) in said.items() if status == Status.FAILED]
         if failed:
             raise ClusterError(f"batch {self.number} could not be made on process {agreement.ranges(failed)}, whose log says why; "
                                "all processes end.")
 
     def _check_ended(self, said):
-        ended = [process for process, (status, _) in said.items() if status != Status.READY]
-        empty = [process for process, (status, _) in said.items() if status == Status.EMPTY]
+        ended = [process for process, (status, *_) in said.items() if status != Status.READY]
+        empty = [process for process, (status, *_) in said.items() if status == Status.EMPTY]
         if len(ended) == len(said) or (ended and not self.pad):
             raise StopIteration
         if empty:
@@ -104,10 +106,15 @@ class Feed(Iterator):
                              "weight 0; give every process one example or more.")
 
     def _check_alike(self, part, said):
-        if len({mark for _, mark in said.values()}) > 1:
+        if len({shapes for _, shapes, _ in said.values()}) > 1:
             shapes = exchange.shared(self._devices, part.shapes)
             raise BatchError(f"batch {self.number}: {agreement.difference(shapes)}\nEvery process brings as many examples, of the "
                              "same shapes; for a last batch that is shorter write zj.feed(..., pad=True), or drop it.")
+        for process, (_, _, contents) in said.items():
+            first = next(p for p in said if self._held[p] == self._held[process])
+            if contents != said[first][2]:
+                raise BatchError(f"batch {self.number}: the devices of processes {first} and {process} hold the same examples, but "
+                                 "they brought different ones; zero.share() says which share of a batch a process brings.")
 
     def get_state(self) -> Any:
         """The source's position after the batch handed out last; those fetched ahead do not count.
@@ -135,8 +142,8 @@ class Feed(Iterator):
                              "can't be saved. Give zj.Indexed(make_batch), a grain iterator, or another that has both.")
 
 
-def feed(batches: Iterable, zero: Policy, *, prefetch: int = 2, pad: bool = False) -> Feed:
-    """Batches of numpy arrays as sharded device arrays, made on a thread while others are in use.
+def feed(batches: Iterable, zero: Policy, *, prefetch: int = 2, pad: bool | int = False) -> Feed:
+    """Batches of numpy arrays as sharded device arrays, made on a thread (from the first `next` on) while others are in use.
 
     Of several processes, each gives its own part of every batch, and they end together: where the first has no more, or, if
     `pad`, the last. All call `next` alike, from their main thread.
@@ -146,11 +153,12 @@ def feed(batches: Iterable, zero: Policy, *, prefetch: int = 2, pad: bool = Fals
 
     Args:
       batches: pytrees of arrays, each `[B, ...]` with the same B, divisible by the mesh's devices (of this process). The batch is
-        the processes' parts in the order of the mesh's devices.
+        the processes' parts in the order of the mesh's devices: `zero.share()`.
       zero: the policy that will use them.
       prefetch: how many are made before they are asked for; 0 makes them on the caller's thread.
-      pad: a batch that is shorter than the first is filled up with copies of one example. What is handed out is then
-        `(batch, weight)`, weight float32[B] of 1 for what was there and 0 for what was added: multiply the losses by it.
+      pad: a batch that is shorter than the first (or than this number of examples of this process, which a run that goes on
+        late in its data needs) is filled up with copies of one example. What is handed out is then `(batch, weight)`, weight
+        float32[B] of 1 for what was there and 0 for what was added: multiply the losses by it.
 
     Raises:
       BatchError: B does not divide by the number of devices, or differs between arrays or processes.

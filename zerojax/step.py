@@ -120,7 +120,7 @@ class TrainStep:
                               "take a mesh of devices: zj.make_mesh().")
         self._raise_if_stuck(state)
         data.check_shared(self.policy, batch)
-        self._agreed(self.policy, "train_step", lambda: self._fields(state, batch))
+        self._agreed(self.policy, "train_step", lambda: self._fields(state, batch), state, batch)
         state, metrics = self._jitted(state, batch)
         if self.max_skipped and not isinstance(metrics["skipped"], Tracer):
             metrics["skipped"].copy_to_host_async()
@@ -245,7 +245,7 @@ class EvalStep:
 
     def __call__(self, state: TrainState, batch: Any) -> dict[str, jax.Array]:
         data.check_shared(self.policy, batch)
-        self._agreed(self.policy, "eval_step", lambda: _fields(self.loss_fn, self._jitted, state, batch))
+        self._agreed(self.policy, "eval_step", lambda: _fields(self.loss_fn, self._jitted, state, batch), state, batch)
         return self._jitted(state, batch)
 
     def _evaluate(self, state, batch):

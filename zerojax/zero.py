@@ -37,6 +37,10 @@ def _shaped(build, shardings, *args):
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(build, *args), shardings)
 
 
+def _jitted(build, shardings):
+    return jax.jit(build, out_shardings=shardings)
+
+
 class Zero(Policy):
     """ZeRO as a sharding policy over a mesh (Rajbhandari et al. 2020, arXiv 1910.02054).
 
@@ -84,22 +88,21 @@ class Zero(Policy):
           ModelError: `init_fn` returned no floating array, or a parameter that is not floating.
           LayoutError: a rule does not fit its leaf, or matches none.
         """
-        build, shardings = self._planned(init_fn, tx, args, rng)
-        return self._born(build, shardings, *args)
+        return self._born(lambda: self._planned(init_fn, tx, args, rng), *args)
 
     def abstract(self, init_fn: Callable, tx, *args, rng: jax.Array | None = None) -> TrainState:
         """What `init` would return, as `ShapeDtypeStruct`s with shardings; nothing is allocated."""
         build, shardings = self._planned(init_fn, tx, args, rng)
         return _shaped(build, shardings, *args)
 
-    def _born(self, build, shardings, *args):
+    def _born(self, plan, *args):
+        """What `plan()`, a function and the shardings of its results, makes of `args`."""
         if isinstance(self.mesh, AbstractMesh):
-            return _shaped(build, shardings, *args)
-        jitted = jax.jit(build, out_shardings=shardings)
-        agreement.before(self, "zero.init", lambda: {
-            "state": fingerprint.shapes(jax.eval_shape(build, *args)), "arguments": fingerprint.values(args),
-            "program": fingerprint.of_program(jitted, *args)})
-        return jitted(*args)
+            return _shaped(*plan(), *args)
+        fields = lambda planned: {
+            "state": fingerprint.shapes(_shaped(*planned, *args)), "arguments": fingerprint.values(args),
+            "program": fingerprint.of_program(_jitted(*planned), *args)}
+        return _jitted(*agreement.before(self, "zero.init", plan, fields))(*args)
 
     def _planned(self, init_fn, tx, args, rng):
         build = states.builder(self, *states.survey(self, init_fn, args), init_fn, tx, rng)
@@ -110,11 +113,14 @@ class Zero(Policy):
 
         Its parameters are what it holds as `params`; what has a parameter's path ending and shape lies as it does.
         """
+        return self._born(lambda: (make, self._placed(make)))
+
+    def _placed(self, make):
+        """A sharding for each leaf of what `make` makes."""
         abstract = jax.eval_shape(make)
         params, places = self._ruled(abstract, census.stacked(jax.make_jaxpr(make)()))
         specs.check_rules([leaf.path for leaf in params], self.rules)
-        shardings = [specs.sharding(self.mesh, p.spec) for p in places]
-        return self._born(make, jax.tree.structure(abstract).unflatten(shardings))
+        return jax.tree.structure(abstract).unflatten([specs.sharding(self.mesh, p.spec) for p in places])
 
     def _ruled(self, state, scanned=None) -> tuple[list[Leaf], list[Placement]]:
         """Of an abstract state of the user's own: its parameters, and where the policy wants each leaf."""
@@ -267,6 +273,20 @@ class Zero(Policy):
         leaves, _ = self._ruled(_shapes(state))
         places = dict(zip((leaf.path for leaf in layout.describe(state)), self._places(state), strict=True))
         return tuple(leaves), tuple(places[f"params/{leaf.path}"] for leaf in leaves)
+
+    def share(self) -> tuple[int, int]:
+        """Which share of every batch this process brings to `feed`, and of how many: (0, 1) for one process.
+
+        Processes whose devices hold the same examples (tensor parallelism between them) bring the same share.
+
+        >>> import zerojax as zj
+        >>> zj.Zero(zj.make_mesh()).share()
+        (0, 1)
+
+        Raises:
+          BatchError: the mesh has no device of this process.
+        """
+        return data.share(self)
 
     def batch_sharding(self) -> NamedSharding:
         """Of a batch: its first dimension over every device."""

@@ -61,6 +61,10 @@ def cases(second, mesh):
     yield "code", lambda: step(zero(), of_model(2.0 if second else 1.0))
     yield "rate", lambda: step(zero(), tx=optax.sgd(0.2 if second else 0.1))
     yield "loop", lambda: looped(zero(), lambda state, x: x * (2 if second else 1))
+    devices = jax.devices()[::-1] if second else jax.devices()
+    yield "devices", lambda: zj.Zero(zj.make_mesh(devices=devices), min_shard=1).init(init, optax.sgd(0.1), jax.random.key(0))
+    yield "init fails", lambda: zero().init((lambda: {}["wide"]) if second else (lambda: init(jax.random.key(0))), optax.sgd(0.1))
+    yield "loss fails", lambda: step(zero(), (lambda params, x: params["v"]) if second else loss)
     made, batch = zero().init(init, optax.sgd(0.1), jax.random.key(0)), fed(zero())
     yield "evaluation", lambda: zero().eval_step(other_loss if second else loss)(made, batch)
     yield "call", lambda: (zero().train_step(loss, optax.sgd(0.1))(made, batch) if second
@@ -78,9 +82,10 @@ def main():
         try:
             run()
             print(f"{name}: no error", flush=True)
-        except zj.ClusterError as error:
+        except (zj.ClusterError, KeyError) as error:
+            text = " ".join(f"{'KeyError: ' * isinstance(error, KeyError)}{error}".split())
             ours = [of["fun_name"] for of in compiled if "words_to_all" not in of["fun_name"]]
-            print(f"{name}: compiled {ours}: {' '.join(str(error).split())}", flush=True)
+            print(f"{name}: compiled {ours}: {text}", flush=True)
     print("end", flush=True)
 
 

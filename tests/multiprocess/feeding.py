@@ -38,6 +38,12 @@ CASES = {
 }
 
 
+def shared():
+    """A mesh along whose "data" both processes hold the same examples: tensor parallelism between them."""
+    devices = np.array(jax.devices()).reshape(2, -1)
+    return zj.Zero(jax.sharding.Mesh(devices, ("model", "data"), axis_types=(jax.sharding.AxisType.Auto,) * 2))
+
+
 def run(zero, batches, options):
     """(what the batches, as all processes have them, sum up to; the weights; the error)."""
     total = jax.jit(lambda x: x.sum(), out_shardings=jax.NamedSharding(zero.mesh, jax.P()))
@@ -61,6 +67,9 @@ def main():
             if name == "broken":
                 own = iter([rows(8)] * 3) if jax.process_index() == 0 else broken([rows(8)])
             print(json.dumps([f"{name}/{prefetch}", *run(zero, own, options | {"prefetch": prefetch})]), flush=True)
+    assert zero.share() == (jax.process_index(), 2) and shared().share() == (0, 1)
+    for name, own in (("shared", rows(4)), ("shared, unlike", rows(4, jax.process_index()))):
+        print(json.dumps([name, *run(shared(), [own] * 3, {})]), flush=True)
     step = zero.train_step(lambda p, x: (x @ p["w"]).mean(), optax.sgd(0.1))
     state = zero.init(lambda: {"w": jax.numpy.ones((2, 2))}, optax.sgd(0.1))
     for name, take in (("own array", step), ("of a loop", zero.jit(lambda state, x: x))):

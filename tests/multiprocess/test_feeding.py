@@ -21,8 +21,10 @@ WANTED = {  # sums of what all processes hold, weights, error on the first and o
     "nothing": ([], [], "", ""),
     "padded": ([72, 42, 1], [16, 11, 1], "", ""),
     "padded, nothing": ([], [], *["BatchError: process 1 has no batch at all"] * 2),
-    "padded, larger": ([12], [8], *["BatchError: a batch of 8 examples came after one of 4"] * 2),
+    "padded, larger": ([12], [8], *["BatchError: a batch of 8 examples can't be filled up to 4"] * 2),
     "padded, unlike": ([], [], *[r"BatchError: batch 0: .*0: float32\[8, 2\] on process 0; float32\[4, 2\] on process 1"] * 2),
+    "shared": ([2 * sum(range(4))] * 3, [], "", ""),
+    "shared, unlike": ([], [], *["BatchError: batch 0: the devices of processes 0 and 1 hold the same examples, but they"] * 2),
     "own array": ([], [], *["is an array of process . alone, but 2 processes train together; give each's part to zj.feed"] * 2),
     "of a loop": ([], [], *["is an array of process . alone"] * 2),
 }

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import socket
 import sys
 import threading
@@ -74,6 +75,34 @@ def test_processes_of_one_number_and_of_another_count(tmp_path):
         "process 3 says that there are 4 processes, process 0 says 2; start all with the same number."}
 
 
+def test_one_that_ended_while_it_waited_may_come_again(tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    told_alike = {"address": address, "processes": 3, "reach": 30}
+    first, second = (alone(tmp_path, str(i), process=i, **told_alike) for i in (0, 1))
+    second.wait_for("meeting")
+    threading.Event().wait(2)  # it has come
+    second.signal(signal.SIGKILL)
+    second.popen.wait(10)
+    all_of_them = [first, *(alone(tmp_path, f"{i} again", process=i, **told_alike) for i in (1, 2))]
+    for process in all_of_them:
+        process.popen.wait(60)
+        assert "joined" in process.out, process.err[-2000:]
+
+
+def test_once_is_enough_and_not_too_late(tmp_path):
+    """A second call without arguments, or with the same; with others; one after jax has its devices."""
+    address = f"127.0.0.1:{free_port()}"
+    asked = {"address": address, "processes": 2, "reach": 30, "heartbeat_timeout": 20, "again": True}
+    both = [alone(tmp_path, str(i), process=i, **asked) for i in (0, 1)]
+    for i, process in enumerate(both):
+        process.popen.wait(60)
+        assert f"joined {i} 2" in process.out and "again: same, same" in process.out, process.err[-2000:]
+        assert "again: initialize was called before, with other arguments: heartbeat_timeout was 20, is 5." in process.out
+        assert f"zerojax: process {i} of 2, coordinator {address} (by arguments)" in process.err
+    _, text = told(alone(tmp_path, "late", address=address, processes=2, process=1, late=True))
+    assert text.startswith("initialize came too late: jax has looked for its devices already")
+
+
 @pytest.mark.parametrize("odd, words", [
     ({"config": {"lr": 0.1, "seed": 7}}, "config.seed: 0 on process 0; 7 on process 1"),
     ({"versions": {"jax": "0.9"}}, r"versions\.jax: 0\.1\S+ on process 0; 0\.9 on process 1"),
@@ -112,16 +141,19 @@ def _connected(address, tries=300):
 DIFFER = {
     "stage": r"zero\.init: .* policy\.stage: 3 on process 0; 1 on process 1",
     "seed": r"zero\.init: .* arguments\.0: key<fry>\[\] \w+ on process 0; key<fry>\[\] \w+ on process 1",
-    "model": r"zero\.init: .* state\.params/w: float32\[4, 16\] on process 0; float32\[4, 32\] on process 1",
+    "model": r"zero\.init: .* state\.params/w: float32\[4, 16\] \S+ 'data'\) on process 0; float32\[4, 32\] \S+ 'data'\)",
     "precision": r"policy\.precision\.compute: None on process 0; bfloat16 on process 1",
     "mesh": r"mesh\.axes\.data: 8 on process 0; 4 on process 1 .*policy\.replica_axis",
-    "optimizer": r"state\.opt_state/0/count: nothing on process 0; int32\[\] on process 1",
+    "optimizer": r"state\.opt_state/0/count: nothing on process 0; int32\[\] P\(\) on process 1",
     "accumulate": r"train_step: .* accumulate: 1 on process 0; 2 on process 1 program",
     "loss": r"train_step: .* loss_fn: loss \w+ on process 0; other_loss \w+ on process 1 program: \d+ operations, \w+ on process 0",
     "code": r"train_step: the processes differ, and would not run the same program: program: \d+ operations, \w+ on process 0; \d+",
     "rate": r"train_step: the processes differ, and would not run the same program: program: \d+ operations",
     "loop": r"program: \d+ operations, \w+ on process 0; \d+ operations, \w+ on process 1",
     "evaluation": r"eval_step: .* loss_fn: loss \w+ on process 0; other_loss \w+ on process 1",
+    "devices": r"zero\.init: .* mesh\.devices: 0:0 0:1 \S+ .* on process 0; 1:\S+",
+    "init fails": r"process 1 of 2 failed; process 1 says: KeyError: 'wide'|^compiled \[\]: KeyError: 'wide'",
+    "loss fails": r"process 1 of 2 failed; process 1 says: KeyError: 'v'|^compiled \[\]: KeyError: 'v'",
     "call": r"call: zero\.init on process 0",
 }
 
@@ -166,7 +198,7 @@ def test_what_started_the_process():
     (lambda: zj.initialize("a", 2, 0), "address 'a' (by arguments) is not host:port"),
     (lambda: zj.initialize("a:1", 2, 2), "process 2 of 2"),
     (lambda: cluster.detected({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}), "Open MPI 5, which does not say where"),
-    (lambda: cluster.detected({"JAX_COORDINATOR_ADDRESS": "a:1"}), "set $JAX_NUM_PROCESSES and $JAX_PROCESS_ID"),
+    (lambda: cluster.detected({"JAX_COORDINATOR_ADDRESS": "a:1"}), "$JAX_NUM_PROCESSES and $JAX_PROCESS_ID missing"),
     (lambda: cluster.detected({"MASTER_ADDR": "a", "WORLD_SIZE": "two", "RANK": "0"}), "$WORLD_SIZE is 'two'"),
 ], ids=["some", "address", "number", "open mpi 5", "address alone", "text"])
 def test_what_can_not_be(say, words):

@@ -16,16 +16,18 @@ import zerojax as zj
 def views(tmp_path_factory):
     """Case by case, what each process came to; its standard error; where the last case was saved."""
     tmp_path = tmp_path_factory.mktemp("views")
-    both, first, damaged = tmp_path / "both", tmp_path / "first", tmp_path / "damaged"
+    both, first, damaged, torn = (tmp_path / name for name in ("both", "first", "damaged", "torn"))
     states.saved(both, steps=(1, 2))
     shutil.copytree(both / "1", first / "1")
     shutil.copytree(both, damaged)
+    shutil.copytree(both, torn)
+    (torn / "2" / "manifest" / "metadata").write_text("{")
     for file in pathlib.Path(damaged / "2" / "state").rglob("*"):
         if file.is_file() and file.parent.name == "d":
             file.write_bytes(file.read_bytes()[:-40] + bytes(40))
     positions = tmp_path / "positions"
     cases = {"a later step": ([first, both], None), "listed late": ([both, both], [1]), "no latest": ([both, first], None),
-             "damage": ([both, damaged], None)}
+             "damage": ([both, damaged], None), "damage here, nothing there": ([torn, first], None)}
     with Job(tmp_path, [HERE / "views.py", positions, json.dumps(list(cases.values()), default=str)], 2, 4) as job:
         assert job.wait(90) == [0, 0], [p.err[-2000:] for p in job]
         said = [[line.removeprefix("view: ") for line in p.out.splitlines() if line.startswith("view: ")] for p in job]
@@ -52,6 +54,11 @@ def test_damage_that_one_sees(views):
     """All pass over the step."""
     assert views[0]["damage"] == ("restored 1 {'next': 1}",) * 2
     assert all("passed over step 2" in text for text in views[1])
+
+
+def test_damage_that_one_sees_where_the_other_sees_nothing(views):
+    """All do the same: a step that is damaged for one is passed over."""
+    assert views[0]["damage here, nothing there"] == ("restored 1 {'next': 1}",) * 2
 
 
 def test_a_directory_that_is_not_shared(views):
