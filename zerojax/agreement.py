@@ -49,7 +49,7 @@ def before(policy: Policy, where: str, make: Callable[[], T], fields: Callable[[
 
     def act():
         made = make()
-        return made, fingerprint.of_policy(policy) | fields(made)
+        return made, {**fingerprint.of_policy(policy), **fields(made)}
 
     made, said = everywhere(devices, act)
     check(devices, where, said)

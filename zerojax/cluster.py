@@ -174,8 +174,8 @@ def _checked(job: Job) -> Job:
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ClusterError(f"the coordinator's address {job.address!r} (by {job.source}) is not host:port; write, say, "
                            f'"10.0.0.1:{PORT}".')
-    numbers = [type(n) is int for n in (job.processes, job.process)]
-    if not all(numbers) or not 0 <= job.process < job.processes:  # pyright: ignore[reportOptionalOperand]
+    n, i = job.processes, job.process
+    if type(n) is not int or type(i) is not int or not 0 <= i < n:
         raise ClusterError(f"process {job.process!r} of {job.processes!r} (by {job.source}) can't be: processes are numbered from "
                            "0, each once.")
     return job

@@ -33,7 +33,7 @@ def of(arrays: Sequence[Any]) -> list[str]:
     own = np.array([np.sum(parts, dtype=np.uint32) for parts in held], np.uint32)
     shared = [x for x in sums if not x.is_fully_addressable]  # with other processes, each of which has some of the sum
     if shared:
-        said = exchange.words(exchange.devices_of(shared[0].sharding.mesh), own)
+        said = exchange.words(exchange.devices_of(shared[0].sharding.mesh), own)  # pyright: ignore[reportAttributeAccessIssue]
         total = np.sum(list(said.values()), axis=0, dtype=np.uint32)
         own = np.where([not x.is_fully_addressable for x in sums], total, own)
     return [f"{n:08x}" for n in own]

@@ -34,7 +34,7 @@ def send(devices: Devices, words: Sequence[int] | np.ndarray) -> jax.Array:
     sharding, copy = _line(devices)
     mine = sum(d.process_index == jax.process_index() for d in devices)
     local = np.tile(np.asarray(words, np.uint32), (mine, 1))
-    with jax.set_mesh(sharding.mesh):  # another one may be set
+    with jax.set_mesh(sharding.mesh):  # another one may be set  # pyright: ignore[reportArgumentType]
         return copy(jax.make_array_from_process_local_data(sharding, local, (len(devices), local.shape[1])))
 
 

@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
 
 def of_policy(policy: Policy) -> dict:
     mesh = policy.mesh
-    devices = [f"{d.process_index}:{d.id}" for d in mesh.devices.flat]  # pyright: ignore[reportAttributeAccessIssue]
+    devices = [f"{d.process_index}:{d.id}" for d in getattr(mesh.devices, "flat", ())]
     return {"versions": versions(), "mesh": {"axes": dict(mesh.shape), "devices": " ".join(devices)},
             "policy": {"stage": policy.stage, "precision": vars(policy.precision), "gradients": policy.gradients,
                        "axis": policy.axes, "replica_axis": policy.replica_axis, "min_shard": policy.min_shard,
@@ -66,7 +66,7 @@ def _leaf(x) -> str:
 
 
 def _bytes(x) -> bytes:
-    words = np.asarray(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x).reshape(-1)
+    words = np.asarray(jax.random.key_data(x) if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key) else x).reshape(-1)
     return words[::-(-words.size // _SAMPLE) or 1].tobytes()
 
 

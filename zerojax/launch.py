@@ -104,7 +104,7 @@ class _Job:
 
     def __init__(self, plan: Launch, processes: int):
         self.plan, self.n = plan, processes
-        self.ended: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()  # (process, status); None is a signal
+        self.ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # (process, status)
         self.asked: list[signal.Signals] = []
         self.tails = [collections.deque(maxlen=TAIL) for _ in range(processes)]
         self.readers: list[threading.Thread] = []

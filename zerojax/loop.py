@@ -98,7 +98,7 @@ class Jitted:
         self._agreed = agreement.Once()
 
     def __call__(self, state, *args, **kwargs):
-        data.check_shared(self.policy, args[0] if args else kwargs.get(self._batch))
+        data.check_shared(self.policy, args[0] if args else kwargs.get(self._batch or ""))
         self._agreed(self.policy, "zero.jit", lambda: {
             "fn": fingerprint.of_function(self.fn), "program": fingerprint.of_program(self.of(state), state, *args, **kwargs)},
             state, args, kwargs)

@@ -66,7 +66,7 @@ def read_manifest(path: epath.Path) -> Manifest:
         if (length := file.stat().length) > _LARGEST_MANIFEST:
             raise ValueError(f"it has {length:,} bytes, more than {_LARGEST_MANIFEST:,}")
         values = ocp.JsonCheckpointHandler().restore(path / "manifest", args=ocp.args.JsonRestore())  # waits for no other process
-        found = Manifest.from_json(values)
+        found = Manifest.from_json(dict(values))
         if str(found.step) != path.name:
             raise ValueError(f"it is that of step {found.step}")
         return found
