@@ -87,7 +87,7 @@ if me == 1:
 signal.signal(signal.SIGTERM, signal.SIG_IGN if me == 0 else lambda *_: sys.exit("I was told to"))
 time.sleep(300)
 """
-    done = run(tmp_path, script, "-n", 3)
+    done = run(tmp_path, script, "-n", 3, limit=20)
     lines = report(done)
     assert done.returncode == 1
     assert lines[0] == "zerojax launch: process 1 of 3 ended with status 1, the first to fail; the others were ended."

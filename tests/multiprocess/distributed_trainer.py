@@ -47,7 +47,7 @@ def fault(directory, number):
 
 
 def main(directory, steps, pause=0.0):
-    zj.initialize(heartbeat_timeout=HEARTBEAT, shutdown_timeout=HEARTBEAT)
+    zj.initialize(heartbeat_timeout=HEARTBEAT, shutdown_timeout=25)
     zero = zj.Zero(zj.make_mesh(), min_shard=1)
     batches = zj.feed(zj.Indexed(own_part, steps), zero)
     step = zero.train_step(loss_fn, states.tx)

@@ -33,4 +33,4 @@ def test_two_processes_come_to_what_one_does(tmp_path):
     assert ours.keys() == theirs.keys() and note.mesh == {"data": 8} and note.data_states == ({"next": 6},)
     for path, x in ours.items():
         np.testing.assert_allclose(x, theirs[path], rtol=0, atol=1e-4 * max(1e-3, np.abs(x).max()), err_msg=path)
-    assert "[1] " not in re.sub(r"\[1\] (.*Gloo.*|.*peer ranks.*)", "", done.stdout)  # one of them prints
+    assert done.stdout.count("held-out text") == 1  # one of them prints
