@@ -32,6 +32,7 @@ from tqdm import tqdm
 from zerojax import identity
 from zerojax import topology as topologies
 from zerojax.errors import CompileError, ModelError
+from zerojax.policy import has_64_bits
 from zerojax.topology import Topology
 
 FORMAT = 1  # of what is kept on disk: to be raised when the child does something else
@@ -78,7 +79,7 @@ def compile(jitted: Any, args: Sequence[Any], kwargs: Mapping[str, Any], mesh: M
     request = {"topology": absent.text, "mesh": list(mesh.shape.items()), "inputs": _inputs(traced, args, kwargs),
                "options": {**topologies.COMPILER_OPTIONS, **options}}
     program, content = _export(jitted, traced, args, kwargs)
-    known = [FORMAT, jax.__version__, absent.gpu.target(), os.environ.get("XLA_FLAGS")]
+    known = [FORMAT, jax.__version__, absent.gpu.target(), os.environ.get("XLA_FLAGS")]  # the user's, which the child inherits
     what = json.dumps([request, content, known], sort_keys=True)
     path = _cache() / f"{hashlib.sha256(what.encode()).hexdigest()}.json.gz"
     return _elsewhere(program, request, absent, path if cache else None)
@@ -169,7 +170,7 @@ def _environment() -> dict[str, str]:
     home = pathlib.Path(__file__).parent.parent
     return os.environ | {
         topologies.NO_GPU_VARIABLE: "1", "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "JAX_ENABLE_X64": str(int(jax.config.read("jax_enable_x64"))), "TF_CPP_MIN_LOG_LEVEL": "2",
+        "JAX_ENABLE_X64": str(int(has_64_bits())), "TF_CPP_MIN_LOG_LEVEL": "2",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(home), os.environ.get("PYTHONPATH")]))}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from zerojax import data, fingerprint
 from zerojax.errors import BatchError
-from zerojax.policy import Policy
+from zerojax.policy import Policy, has_64_bits
 
 _NOTHING = object()
 
@@ -49,7 +49,7 @@ class Parts:
         self.source, self.policy, self.pad = source, policy, pad
         self.ended, self.failed = False, None
         self.rows, self.filler = 0 if pad is True else pad, None  # of padding: how many, and one of them
-        self.x64 = jax.config.read("jax_enable_x64")  # of the thread that asks, which may have set it for itself
+        self.x64 = has_64_bits()  # of the thread that asks, which may have set it for itself
         held = list(data.parts_of(policy).values())
         self.told, self.twice = len(held) > 1, len(set(held)) < len(held)
 

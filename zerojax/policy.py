@@ -22,6 +22,11 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 Gradients = Literal["global", "per_device"]
 
 
+def has_64_bits() -> bool:
+    """Whether jax keeps 64-bit numbers, in this thread: its option jax_enable_x64."""
+    return jax.dtypes.canonicalize_dtype("float64") == np.float64
+
+
 def _dtype_name(field: str, dtype) -> str:
     """The name of a floating dtype given as text, numpy dtype or scalar type."""
     name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", None) or np.dtype(dtype).name
@@ -65,7 +70,7 @@ class Precision:
         if dtype == "float16" and field in ("params", "accumulate"):
             raise PolicyError(f'Precision({field}="float16"): sums over a batch overflow above 65504; write '
                               '"float32" or "bfloat16" there, and compute="float16", whose loss is scaled.')
-        if dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        if dtype == "float64" and not has_64_bits():
             raise PolicyError(f'Precision({field}="float64"): jax makes that float32 unless its option jax_enable_x64 is on; '
                               "turn it on before, or write float32.")
 
