@@ -31,6 +31,7 @@ def versions() -> dict[str, str]:
 
 
 def of_policy(policy: Policy) -> dict:
+    """Versions, the mesh with its devices as process:id, and what the policy says."""
     mesh = policy.mesh
     devices = [f"{d.process_index}:{d.id}" for d in getattr(mesh.devices, "flat", ())]
     return {"versions": versions(), "mesh": {"axes": dict(mesh.shape), "devices": " ".join(devices)},
