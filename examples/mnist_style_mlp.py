@@ -68,11 +68,11 @@ def main():
 
     @zero.jit  # <-- 2. for jax.jit
     def train_step(state, batch):
-        def loss(params):
-            logits = state.apply_fn({"params": zero.view(params)}, batch["x"])  # <-- 3. gathered as the stage says
+        def loss(params, batch):
+            logits = state.apply_fn({"params": params}, batch["x"])
             return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
 
-        value, grads = jax.value_and_grad(loss)(state.params)
+        value, grads = zero.value_and_grad(loss)(state.params, batch)  # <-- 3. for jax.value_and_grad
         return state.apply_gradients(grads=grads), value
 
     print(zero.layout(state))

@@ -85,7 +85,7 @@ def main():
             print(f"step {i}: loss {float(metrics['loss']):.3f}, {float(metrics['aux']['accuracy']):.0%} of letters right")
 
     letters = next(sequences(zero.parts, seed=1))
-    logits = zero.jit(lambda state, letters: predict(zero.view(state), letters), donate=False)(state, letters)
+    logits = zero.jit(zero.gathered(predict), donate=False)(state, letters)
     text = lambda row: "".join(chr(ord("a") + int(x)) for x in row)
     print(f"{text(letters[0, :HALF])} backwards is {text(np.asarray(logits)[0, HALF - 1:].argmax(-1))}")
 

@@ -98,7 +98,7 @@ def sampler(zero, length, temperature=0.7):
     @zero.jit(donate=False)  # <-- the state's shards, read as the stage says
     def sample(state, tokens, key):
         def one(tokens, key):
-            logits = model.apply(zero.view(state), tokens)[:, -1]
+            logits = zero.gathered(model.apply)(state, tokens)[:, -1]
             byte = jax.random.categorical(key, logits.astype(jnp.float32) / temperature).astype(jnp.int32)
             return jnp.concatenate([tokens[:, 1:], byte[:, None]], 1), byte
 

@@ -8,12 +8,13 @@ import sys
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "zerojax"
-STAIRS = ["errors", "tables", "cluster", "rendezvous", "launch",  # the command, and processes that meet
+STAIRS = ["errors", "tables", "trees", "cluster", "rendezvous", "launch",  # the command, and processes that meet
           "policy", "specs", "layout", "theory", "hlo", "collectives", "cost", "schedule", "liveness",  # vocabulary, arithmetic
           "identity", "topology", "mesh", "compiler", "exchange", "fingerprint", "agreement", "distributed",  # placement
           "audit", "memory", "notes", "plan",  # foresight
-          "gather", "box", "census", "linen", "nnx", "tree",  # mechanism
-          "loss", "scale", "data", "parts", "reader", "source", "gradients", "state", "step", "loop",  # training
+          "gather", "rewrite", "models", "scanned",  # mechanism
+          "loss", "scale", "data", "parts", "reader", "source", "study", "gradients", "state",  # training
+          "frame", "transforms", "step", "jitted",  # what a training loop calls
           "digest", "manifest", "store", "target", "checkpoint", "weights", "preemption",  # what is kept
           "policies", "zero", "recipe", "advice", "viz", "cli", "__main__", "__init__"]  # edges
 FILES = sorted(PACKAGE.glob("*.py"))

@@ -1,4 +1,4 @@
-"""A training loop of the user's own under `zero.jit`, with `zero.view` where the loss reads the parameters."""
+"""A training loop of the user's own under `zero.jit`, with `zero.value_and_grad` and `zero.gathered`."""
 
 import flax.linen as nn
 import jax
@@ -36,8 +36,8 @@ def test_flax_train_state_equals_one_device(name, stage, lowerings):
 
     @zero.jit(compiler_options=oracle.QUICK)
     def train_step(state, tokens):
-        loss = lambda params: zoo.mean_tokens(state.apply_fn({"params": zero.view(params)}, tokens), tokens)
-        value, grads = jax.value_and_grad(loss)(state.params)
+        loss = lambda params, tokens: zoo.mean_tokens(state.apply_fn({"params": params}, tokens), tokens)
+        value, grads = zero.value_and_grad(loss)(state.params, tokens)
         return state.apply_gradients(grads=grads), value
 
     ours, counts = [], []
@@ -65,12 +65,12 @@ def test_nnx_in_a_loop_of_ones_own(stage):
     def mean(params, x):
         return (nnx.merge(graphdef, params)(x) ** 2).mean()
 
-    def update(state, x, see):
-        value, grads = jax.value_and_grad(lambda p: mean(see(p), x))(state["params"])
+    def update(state, x, value_and_grad):
+        value, grads = value_and_grad(mean)(state["params"], x)
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
         return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}, value
 
-    step, plain = zero.jit(lambda s, x: update(s, x, zero.view)), jax.jit(lambda s, x: update(s, x, lambda p: p))
+    step, plain = zero.jit(lambda s, x: update(s, x, zero.value_and_grad)), jax.jit(lambda s, x: update(s, x, jax.value_and_grad))
     state, alone = zero.create(make), make()
     assert state["params"]["kernel"].sharding.spec == jax.P(None, "data")
     for _ in range(3):
@@ -81,17 +81,17 @@ def test_nnx_in_a_loop_of_ones_own(stage):
 
 @pytest.mark.parametrize("name", ["scanned", "nnx", "dataclass"])
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_view_of_a_train_state_is_the_model(name, stage):
+def test_a_gathered_train_state_is_the_model(name, stage):
     model, zero, tx = zoo.MODELS[name](), _zero(stage), optax.sgd(0.1)
     state, batch = zero.init(model.init, tx), model.batch(16, 0)
-    loss = zero.jit(lambda state, batch: model.loss(zero.view(state), batch), donate=False)
+    loss = zero.jit(zero.gathered(model.loss), donate=False)
     alone = model.loss(model.init(), batch)
     ours = loss(state, batch)
     np.testing.assert_allclose(ours.total / ours.weight, alone.total / alone.weight, rtol=1e-5)
 
 
 class Twice(nn.Module):
-    """Hands one read of its parameter to two functions that take no box."""
+    """Gives one read of its parameter to two functions that take arrays only."""
 
     @nn.compact
     def __call__(self, x):
@@ -105,24 +105,18 @@ def test_one_read_used_twice_by_jax_lax():
     grads = jax.grad(lambda p, x: model.apply(p, x).mean())
     step = zero.train_step(lambda variables, x: model.apply(variables, x).mean(), optax.sgd(1.0))
     state = zero.create(lambda: {"params": params})
-    viewed = zero.jit(lambda state, x: jax.grad(lambda p: model.apply(zero.view(p), x).mean())(state["params"]), donate=False)
-    np.testing.assert_allclose(viewed(state, x)["params"]["w"], grads(params, x)["params"]["w"], rtol=1e-5, atol=1e-6)
+    mean = zero.gathered(lambda p, x: model.apply(p, x).mean())
+    ours = zero.jit(lambda state, x: jax.grad(mean)(state["params"], x), donate=False)
+    np.testing.assert_allclose(ours(state, x)["params"]["w"], grads(params, x)["params"]["w"], rtol=1e-5, atol=1e-6)
     _, metrics = step(zero.init(lambda: params, optax.sgd(1.0)), x)
     np.testing.assert_allclose(metrics["loss"], model.apply(params, x).mean(), rtol=1e-5)
 
 
-def test_a_box_given_to_jax_lax_says_what_to_write():
-    zero = _zero(3)
-    state = zero.create(lambda: {"params": {"w": jnp.ones((8, 16))}})
-    with pytest.raises(zj.ModelError, match=r"takes arrays only.*zj\.whole"):
-        zero.jit(lambda s, x: jax.lax.dot(x, zero.view(s["params"])["w"]).sum(), donate=False)(state, np.ones((8, 8), np.float32))
-
-
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_whole_gives_arrays_to_jax_lax(stage):
+def test_parameters_are_arrays_to_jax_lax(stage):
     zero, tx, x = _zero(stage), optax.sgd(0.1), np.ones((8, 8), np.float32)
     init = lambda: {"w": jnp.ones((8, 16)), "b": jnp.ones(16)}
-    loss = lambda p, x: zj.Loss((jax.lax.dot(x, zj.whole(p)["w"]) * zj.whole(p["b"])[None]).sum(), x.shape[0])
+    loss = lambda p, x: zj.Loss((jax.lax.dot(x, p["w"]) * p["b"][None]).sum(), x.shape[0])
     state, metrics = zero.train_step(loss, tx)(zero.init(init, tx), x)
     assert float(metrics["loss"]) == 8 * 16
     np.testing.assert_allclose(state.params["w"], np.full((8, 16), 0.9), rtol=1e-6)
@@ -131,7 +125,7 @@ def test_whole_gives_arrays_to_jax_lax(stage):
 def test_a_function_that_keeps_the_state_reads_it_without_donation():
     zero, model = _zero(3), nn.Dense(16)
     state = zero.create(lambda: {"params": model.init(jax.random.key(0), jnp.ones((1, 8)))["params"]})
-    predict = zero.jit(lambda state, x: model.apply({"params": zero.view(state["params"])}, x), donate=False)
+    predict = zero.jit(zero.gathered(model.apply), donate=False)
     x = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
     params = jax.tree.map(np.asarray, state["params"])
     for _ in range(2):
@@ -141,8 +135,9 @@ def test_a_function_that_keeps_the_state_reads_it_without_donation():
 def test_the_state_lies_where_it_lay_whatever_stage_made_it():
     """One checkpoint serves every stage: shardings follow the state that comes in."""
     make = lambda: {"params": {"w": jnp.ones((8, 16))}}
-    loss = lambda zero: zero.jit(lambda s, x: {"params": {"w": s["params"]["w"] - jax.grad(
-        lambda p: (x @ zero.view(p)["w"]).mean())(s["params"])["w"]}})
+    mean = lambda p, x: (x @ p["w"]).mean()
+    new = lambda zero, params, x: jax.tree.map(jnp.subtract, params, zero.value_and_grad(mean)(params, x)[1])
+    loss = lambda zero: zero.jit(lambda state, x: {"params": new(zero, state["params"], x)})
     whole, spread = _zero(0).create(make), _zero(3).create(make)
     after = [loss(_zero(stage))(state, np.ones((8, 8), np.float32)) for stage, state in ((3, whole), (1, spread))]
     assert after[0]["params"]["w"].sharding.is_fully_replicated

@@ -9,7 +9,7 @@ import zoo
 from flax import nnx
 
 import zerojax as zj
-from zerojax.scale import DynamicScale
+from zerojax.scale import LossScale
 
 TX = optax.adam(1e-2)
 X = np.random.default_rng(0).normal(size=(32, 8)).astype(np.float32)
@@ -75,7 +75,7 @@ def test_max_skipped_none_never_raises():
 
 
 def test_loss_scale_waits_for_hysteresis_and_window():
-    scale = DynamicScale.start(2.0**10, window=2, hysteresis=2)
+    scale = LossScale.start(2.0**10, window=2, hysteresis=2)
     told = []
     for finite in (False, False, False, True, False, True, True, False):
         scale = scale.update(finite)

@@ -7,7 +7,6 @@ if TYPE_CHECKING:
     from zerojax import policies as policies
     from zerojax import viz as viz
     from zerojax.advice import advise as advise
-    from zerojax.box import whole as whole
     from zerojax.checkpoint import Checkpointer as Checkpointer
     from zerojax.checkpoint import Restored as Restored
     from zerojax.distributed import initialize as initialize
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from zerojax.policy import Precision as Precision
     from zerojax.preemption import Preemption as Preemption
     from zerojax.recipe import Recipe as Recipe
+    from zerojax.scale import LossScale as LossScale
     from zerojax.source import Indexed as Indexed
     from zerojax.source import feed as feed
     from zerojax.state import TrainState as TrainState
@@ -46,7 +46,6 @@ __version__ = "0.1.0"
 # imported when first used: `zerojax theory` needs no jax
 _WHERE = {
     "advice": ["advise"],
-    "box": ["whole"],
     "checkpoint": ["Checkpointer", "Restored"],
     "distributed": ["initialize"],
     "errors": ["BatchError", "CheckpointError", "ClusterError", "CompileError", "CorruptCheckpointError", "LayoutError",
@@ -59,6 +58,7 @@ _WHERE = {
     "policy": ["Precision"],
     "preemption": ["Preemption"],
     "recipe": ["Recipe"],
+    "scale": ["LossScale"],
     "source": ["Indexed", "feed"],
     "state": ["TrainState"],
     "topology": ["Gpu", "Topology"],

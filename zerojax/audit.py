@@ -32,13 +32,15 @@ _STRUCTURE = {"", "call_exported", "while", "body", "cond", "closed_call", "eval
 
 @dataclasses.dataclass(frozen=True)
 class Demand:
-    """A compiled step as ZeRO wants it: the policy, its parameters and where they lie, microbatches, the way to differentiate."""
+    """A compiled step as ZeRO wants it: the policy, its parameters and where they lie, microbatches, the way to differentiate
+    and why."""
 
     policy: Policy
     leaves: tuple[Leaf, ...]
     places: tuple[Placement, ...]
     accumulate: int = 1
     per_device: bool = True
+    why: str = ""
 
     @property
     def wire(self) -> theory.Wire:
@@ -161,7 +163,7 @@ def _foreign(demand: Demand, c: Collective, s: Shape) -> str:
     if s.dtype != HLO_NAMES[wanted] and Shape(HLO_NAMES[wanted], s.dims).bytes < s.bytes:
         verb, what = ("gathered", "compute") if c.kind == "all-gather" else ("reduced", "reduce")
         return (f"a parameter is {verb} as {s.dtype}, not as {HLO_NAMES[wanted]} (Precision {what}={wanted!r}): "
-                + ("it is cast behind the gather; zero.view and train_step cast before it" if c.kind == "all-gather" else
+                + ("it is cast behind the gather; train_step and zero.gathered cast before it" if c.kind == "all-gather" else
                    "the product that it comes from is of that dtype"))
     return ""
 

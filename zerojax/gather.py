@@ -3,13 +3,16 @@
     gather    x[spec] params  ->  cast  ->  x[spec] compute  ->  all-gather  ->  w[whole] compute
     scatter   ct[whole] partial sums    ->  reduce-scatter   ->  ct[spec] params
 
-Both are annotations: `with_sharding_constraint`, and sums over a mapped axis; XLA emits the collectives. What each
-constraint is there for (docs/how_it_works.md has the measurements):
+Both are annotations: `with_sharding_constraint`, and sums over a mapped axis; XLA emits the collectives. Why each
+constraint is there (docs/how_it_works.md has the measurements):
 
 - cast before the gather: else the wire carries the parameters' dtype;
 - the sharded constraint between cast and gather: else XLA moves the cast behind the gather;
 - the whole constraint before the sharded one in scatter: else a small batch's embedding gradient gathers the
   whole batch's activations instead of reducing the table.
+
+A read is `g.read(x, g.top(x))`: the gather has no cotangent of its own, the read has the scatter behind it. `rewrite` says
+where a program reads.
 """
 
 import dataclasses
@@ -38,6 +41,8 @@ class Gather:
       local: per device only; the cotangent is left as it is, one a part, for a reduction at the end of the step.
       whole_first: one loss only; the cotangent passes through the whole spec (see above). With replicas this would
         reduce whole gradients over everything, so only what a loop accumulates does: else each turn would reduce.
+      wide: one loss only; a wider dtype in which the program also reads it, or "".
+      least: a slice of fewer elements is not worth a gather of its own.
     """
 
     mesh: Mesh | AbstractMesh
@@ -51,48 +56,42 @@ class Gather:
     per_device: bool = False
     local: bool = False
     whole_first: bool = True
-
-    @property
-    def ndim(self) -> int:
-        return len(self.spec)
+    wide: str = ""
+    least: int = 1
 
     @property
     def sharded(self) -> bool:
         return self.spec != self.whole
 
-    @property
-    def one_loss(self) -> bool:
-        """XLA finds this one's reduction."""
-        return self.sharded and not self.per_device
+    def at_rest(self, index: int) -> bool:
+        """Whether dimension `index` is sharded."""
+        return self.spec[index] != self.whole[index]
 
-    def narrow(self) -> "Gather":
-        """For a parameter already cast: its cotangent stays in the compute dtype."""
-        return dataclasses.replace(self, params=self.compute)
-
-    def drop(self, index: int) -> "Gather":
-        """For the slices along dimension `index`."""
-        return dataclasses.replace(self, spec=specs.drop(self.spec, index), whole=specs.drop(self.whole, index))
+    def only(self, dims: tuple[int, ...]) -> "Gather":
+        """For an array of those dimensions alone, in that order."""
+        pick = lambda spec: P(*(spec[i] for i in dims))
+        return dataclasses.replace(self, spec=pick(self.spec), whole=pick(self.whole))
 
     def insert(self, index: int) -> "Gather":
         """For a stack along a new, whole dimension `index`."""
-        index %= self.ndim + 1
         add = lambda spec: P(*spec[:index], None, *spec[index:])
         return dataclasses.replace(self, spec=add(self.spec), whole=add(self.whole))
+
+    def accumulated(self) -> "Gather":
+        """For a cotangent that a loop sums."""
+        return dataclasses.replace(self, whole_first=True)
 
     def constrain(self, x: jax.Array, spec: P) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, specs.sharding(self.mesh, spec))
 
     def top(self, x: jax.Array) -> jax.Array:
-        """`x` whole in the compute dtype, with no cotangent: what stages 1 and 2 gather once a step."""
-        return self._forward(jax.lax.stop_gradient(x))
-
-    def __call__(self, x: jax.Array, gathered: jax.Array | None = None) -> jax.Array:
-        """A read: `x` whole, or `gathered` where that was done before; its cotangent is scattered to `x`."""
-        return _gather(self)(x) if gathered is None else _read(self)(x, gathered)
-
-    def _forward(self, x):
-        x = x.astype(self.compute)
+        """`x` whole in the compute dtype, with no cotangent."""
+        x = jax.lax.stop_gradient(x).astype(self.compute)
         return self.constrain(self.constrain(x, self.spec), self.whole) if self.sharded else x
+
+    def read(self, x: jax.Array, gathered: jax.Array, dtype: str | None = None) -> jax.Array:
+        """`gathered`, in the wider `dtype` if one is named, whose cotangent is scattered to `x`."""
+        return _read(dataclasses.replace(self, params=str(x.dtype)), dtype or self.compute)(x, gathered)
 
     def _backward(self, ct):
         if not self.per_device:
@@ -124,17 +123,9 @@ def _sum(x, axis):
 
 
 @functools.lru_cache(maxsize=4096)
-def _gather(g: Gather):
-    gather = jax.custom_vjp(g._forward)
-    # the rule inlines the body: a call would hide it from checkpoint policies
-    gather.defvjp(lambda x: (g._forward(x), None), lambda _, ct: (g._backward(ct),))
-    return gather
-
-
-@functools.lru_cache(maxsize=4096)
-def _read(g: Gather):
-    read = jax.custom_vjp(lambda x, gathered: gathered)
-    read.defvjp(lambda x, gathered: (gathered, None), lambda _, ct: (g._backward(ct), None))
+def _read(g: Gather, dtype: str):
+    read = jax.custom_vjp(lambda x, gathered: gathered.astype(dtype))
+    read.defvjp(lambda x, gathered: (gathered.astype(dtype), None), lambda _, ct: (g._backward(ct), None))
     return read
 
 

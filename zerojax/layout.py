@@ -27,6 +27,18 @@ def path_of(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def param_name(path: str) -> str | None:
+    """The name of a parameter from its path in a training state, also in one of several states; None for any other leaf.
+
+    >>> param_name("params/embed/kernel"), param_name("critic/params/kernel"), param_name("opt_state/0/mu/kernel")
+    ('embed/kernel', 'critic/kernel', None)
+    """
+    keys = path.split("/")
+    if "params" not in keys or "opt_state" in keys[:keys.index("params")]:
+        return None
+    return "/".join(keys[:keys.index("params")] + keys[keys.index("params") + 1:])
+
+
 def describe(tree: Tree, bases: Sequence[P] | None = None, scanned: Sequence[int | None] | None = None) -> tuple[Leaf, ...]:
     """One `Leaf` for each array of `tree`; `bases` and `scanned` are in the order of its leaves."""
     flat = jax.tree.leaves_with_path(tree)
@@ -58,15 +70,24 @@ def _whole(placed: Placement) -> Placement:
 
 def place_state(policy: Policy, params: Sequence[Leaf], tree: Tree) -> list[Placement]:
     """A `Placement` for each leaf of `tree` (optimizer state, or a whole training state), given the parameters."""
-    known = {leaf.path: (leaf.shape, place(policy, leaf)) for leaf in params}
+    known = {}
+    for leaf in params:
+        for ending in endings(leaf.path):
+            known.setdefault((ending, leaf.shape), []).append((leaf.path.removesuffix(ending), place(policy, leaf)))
     return [_inherit(known, leaf) or place_other(policy, leaf) for leaf in describe(tree)]
 
 
 def _inherit(known: dict, leaf: Leaf) -> Placement | None:
-    return next((known[e][1] for e in _endings(leaf.path) if e in known and known[e][0] == leaf.shape), None)
+    """The placement of the parameter whose path is this leaf's, but for keys between and before."""
+    for ending in endings(leaf.path):
+        lead = leaf.path.removesuffix(ending).split("/")
+        for before, placed in known.get((ending, leaf.shape), ()):
+            if set(before.split("/")) <= set(lead):
+                return placed
+    return None
 
 
-def _endings(path: str):
+def endings(path: str):
     """Of "a/b/c": itself, "b/c", "c"."""
     keys = path.split("/")
     return ("/".join(keys[i:]) for i in range(len(keys)))
@@ -139,10 +160,10 @@ class Layout:
 
 def _alike(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows in groups: a parameter first, then what has its path's ending, shape and spec (an optimizer's momenta)."""
-    params = {row.path.removeprefix("params/") for row in rows if row.path.startswith("params/")}
+    params = {param_name(row.path) for row in rows}
     groups = {}
     for row in rows:
-        owner = next((e for e in _endings(row.path) if e in params), row.path)
+        owner = next((e for e in endings(row.path) if e in params), row.path)
         groups.setdefault((owner, row.shape, row.dtype, row.spec), []).append(row)
     return list(groups.values())
 

@@ -18,6 +18,15 @@ ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 KINDS = {"params": "parameters", "opt_state": "optimizer state", "model_state": "model state"}
 
 
+def kind_of(path: str) -> str | None:
+    """A leaf's kind by its path in a state, also in one of several states.
+
+    >>> kind_of("critic/opt_state/0/mu/kernel")
+    'optimizer state'
+    """
+    return next((KINDS[key] for key in path.split("/") if key in KINDS), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes on each device.
@@ -62,7 +71,7 @@ def account(demand: Demand, layout: Layout, batch: float, figures: Mapping[str, 
     """
     at_rest = dict.fromkeys(KINDS.values(), 0.0)
     for row in layout.rows:
-        kind = KINDS.get(row.path.split("/")[0])
+        kind = kind_of(row.path)
         if kind:
             at_rest[kind] += row.bytes
     fresh = figures["output"] - figures["alias"]
@@ -101,4 +110,4 @@ def _size(demand: Demand) -> int:
 
 def _optimizer(layout: Layout) -> float:
     """Bytes of the optimizer state if ZeRO left it whole; axes of the model's own still divide it."""
-    return sum(row.gathered_bytes for row in layout.rows if row.path.startswith("opt_state"))
+    return sum(row.gathered_bytes for row in layout.rows if kind_of(row.path) == KINDS["opt_state"])

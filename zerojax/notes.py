@@ -11,7 +11,7 @@ from zerojax.audit import Demand, Finding
 from zerojax.collectives import Collective
 from zerojax.hlo import Program
 from zerojax.layout import ELSEWHERE, Layout
-from zerojax.memory import ITEMSIZE, KINDS, Memory
+from zerojax.memory import ITEMSIZE, Memory, kind_of
 from zerojax.tables import size
 
 SAVED, COMBINED = 0.3, 0.25  # of all parameters, of the peak: what is worth a word
@@ -35,7 +35,7 @@ def of(demand: Demand, layout: Layout, figures: Mapping[str, int], account: Memo
 def _whole_leaves(layout: Layout):
     groups = collections.defaultdict(list)
     for row in layout.whole:
-        if "stage 0" not in row.reason and row.path.split("/")[0] in KINDS:
+        if "stage 0" not in row.reason and kind_of(row.path):
             groups[row.reason].append(row)
     for reason, rows in groups.items():
         first = max(rows, key=lambda r: r.bytes)

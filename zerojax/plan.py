@@ -262,7 +262,7 @@ def title(demand: Demand, topology: Topology | None) -> str:
         hosts = f"{topology.hosts} host{'s' if topology.hosts > 1 else ''} of {topology.per_host}"
         what = f"{topology.devices} x {topology.gpu.name} ({hosts})"
     axes = ", ".join(f"{name}={n}" for name, n in p.mesh.shape.items())
-    way = "per device" if demand.per_device else "one loss"
+    way = ("per device" if demand.per_device else "one loss") + (f" ({demand.why})" if demand.why else "")
     return (f"stage {p.stage} on {what}, {axes}; compute {p.precision.computes}, reduce {p.precision.reduces}, {way}; "
             f"{demand.accumulate} microbatch{'es' if demand.accumulate > 1 else ''}")
 

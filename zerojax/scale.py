@@ -27,12 +27,12 @@ class NoScale(struct.PyTreeNode):
         return {}
 
 
-class DynamicScale(struct.PyTreeNode):
+class LossScale(struct.PyTreeNode):
     """A loss scale that looks for the largest that does not overflow.
 
     The seed is also divided by the weight, so that float16 sees the gradient of the mean.
 
-    >>> s = DynamicScale.start()
+    >>> s = LossScale.start()
     >>> float(s.update(False).value), float(s.update(False).update(False).value)
     (65536.0, 32768.0)
     """
@@ -44,7 +44,7 @@ class DynamicScale(struct.PyTreeNode):
     hysteresis: int = struct.field(pytree_node=False, default=2)
 
     @classmethod
-    def start(cls, value: float = 2.0**16, window: int = 1000, hysteresis: int = 2) -> "DynamicScale":
+    def start(cls, value: float = 2.0**16, window: int = 1000, hysteresis: int = 2) -> "LossScale":
         return cls(jnp.float32(value), jnp.int32(0), jnp.int32(hysteresis), window, hysteresis)
 
     def _nonzero(self, weight):
@@ -57,7 +57,7 @@ class DynamicScale(struct.PyTreeNode):
         factor = self._nonzero(weight) / self.value
         return jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), grads)
 
-    def update(self, finite) -> "DynamicScale":
+    def update(self, finite) -> "LossScale":
         """After a step whose gradient was finite or not."""
         finite = jnp.asarray(finite)
         good = jnp.where(finite, self.good + 1, 0)
@@ -71,6 +71,6 @@ class DynamicScale(struct.PyTreeNode):
         return {"loss_scale": self.value}
 
 
-def for_dtype(compute: str) -> NoScale | DynamicScale:
+def for_dtype(compute: str) -> NoScale | LossScale:
     """float16 needs scaling, nothing else does."""
-    return DynamicScale.start() if compute == "float16" else NoScale()
+    return LossScale.start() if compute == "float16" else NoScale()

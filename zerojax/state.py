@@ -9,13 +9,10 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from zerojax import census, layout, scale, specs
+from zerojax import layout, models, scale, scanned, specs, trees
 from zerojax.errors import ModelError
-from zerojax.linen import Linen
-from zerojax.nnx import Nnx
 from zerojax.policy import Policy
 from zerojax.specs import Leaf, Placement
-from zerojax.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +62,6 @@ def _cast(policy: Policy, params):
     return jax.tree.map(lambda x: jnp.asarray(x, policy.precision.params), params)
 
 
-def _kind(model):
-    return next(kind for kind in (Nnx, Linen, Tree) if kind.is_one(model))
-
-
 def survey(policy: Policy, init_fn, args) -> tuple[Model, list]:
     """Traces `init_fn` and describes its parameters; with the treedefs of params and model state.
 
@@ -80,7 +73,7 @@ def survey(policy: Policy, init_fn, args) -> tuple[Model, list]:
 
     def traced(*args):
         model = init_fn(*args)
-        found["kind"], params, state, found["bases"] = _kind(model).split(model)
+        found["kind"], params, state, found["bases"] = models.kind_of(model).split(model)
         found["treedefs"] = [jax.tree.structure(tree) for tree in (params, state)]
         return _cast(policy, params)
 
@@ -89,7 +82,7 @@ def survey(policy: Policy, init_fn, args) -> tuple[Model, list]:
         kind = type(found["kind"]).__name__
         raise ModelError(f"init_fn returned a model ({kind}) without a floating array: there is nothing to train. "
                          "Return the parameters, as model.init(key, x) or a module.")
-    leaves = layout.describe(params, found["bases"], census.stacked(jaxpr))
+    leaves = layout.describe(params, found["bases"], scanned.stacked(jaxpr))
     specs.check_rules([leaf.path for leaf in leaves], policy.rules)
     _check_static(found["kind"])
     return Model(found["kind"], leaves), found["treedefs"]
@@ -154,9 +147,8 @@ def report(policy: Policy, state: TrainState) -> layout.Layout:
 
 def _first_key(args):
     """The state's key: folded from the first key among init's arguments, of the new kind or the old, else key(0)."""
-    typed = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key) and x.shape == ()
-    plain = lambda x: x.dtype == jnp.uint32 and x.shape == jax.random.key_data(jax.random.key(0)).shape
-    keys = [x for x in jax.tree.leaves(args) if hasattr(x, "dtype") and (typed(x) or plain(x))]
+    typed = lambda x: trees.is_key(x) and x.shape == ()
+    keys = [x for x in jax.tree.leaves(args) if hasattr(x, "dtype") and (typed(x) or trees.is_old_key(x))]
     if not keys:
         return jax.random.key(0)
     return jax.random.fold_in(keys[0] if typed(keys[0]) else jax.random.wrap_key_data(keys[0]), 0x5EED)

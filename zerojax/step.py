@@ -1,13 +1,10 @@
 """The training step: one jitted function, traced once for a state and batch of given shapes.
 
-    params (shards) --gather once (stages 1, 2)--> w
-    for each microbatch:   loss reads params, gathering (3) or not -> gradients, scattered where read (2, 3) or kept (1)
-    reduce what was kept   -> gradients (shards) / summed weight
+    gradients of the mean, at their specs (see `gradients`)
     norm, clip, finite?    -> optax update on shards, or the state as it was
 """
 
 import collections
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,74 +12,17 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh
-from jax.sharding import PartitionSpec as P
 
-from zerojax import agreement, data, fingerprint, gradients, layout, plan, specs
+from zerojax import agreement, data, fingerprint, layout, loss, plan, specs, transforms
 from zerojax import state as states
 from zerojax.audit import Demand
 from zerojax.errors import ModelError, NonFiniteError, PolicyError
-from zerojax.gradients import Differentiator, Objective
+from zerojax.gradients import Differentiator
 from zerojax.loss import Loss
 from zerojax.plan import Plan
 from zerojax.policy import Policy
 from zerojax.state import TrainState
-
-
-def objective(loss_fn: Callable, state: TrainState) -> Objective:
-    return Objective(loss_fn, state.model.kind, state.model.leaves, jax.tree.structure(state.params))
-
-
-def differentiator(policy: Policy, loss_fn: Callable, state: TrainState, batch: Any, rng) -> Differentiator:
-    """Studies the loss over one microbatch, and picks each parameter's pair and the way to differentiate."""
-    aim, params = objective(loss_fn, state), jax.tree.leaves(state.params)
-    found = gradients.study(policy, aim, params, state.model_state, batch, rng)
-    by_part = gradients.per_device(policy, found)
-    places = [layout.place(policy, leaf) for leaf in aim.leaves]
-    readers = gradients.readers(policy, aim.leaves, places, found.reads, by_part)
-    return Differentiator(policy, aim, readers, found.reads, by_part)
-
-
-def _accumulated(diff: Differentiator, state: TrainState, batch, accumulate: int, rng):
-    """(gradients of the summed total, `Loss` summed over the batch). `batch` is `[B, ...]`."""
-    params = jax.tree.leaves(state.params)
-    gathered = gradients.gather_once(diff.policy, diff.readers, params)
-    dtype = diff.policy.precision.accumulate
-
-    def one(model_state, micro, index):
-        key = jax.random.fold_in(rng, index)
-        grads, loss = diff(params, gathered, model_state, micro, key, state.scale)
-        return [g.astype(dtype) for g in grads], loss
-
-    if accumulate == 1:
-        return one(state.model_state, batch, 0)
-
-    def body(carry, xs):
-        grads, model_state = carry
-        new, loss = one(model_state, *xs)
-        grads = _constrain(diff, [a + b for a, b in zip(grads, new, strict=True)])
-        return (grads, loss.model_state), loss.replace(model_state=None)
-
-    zeros = _constrain(diff, [jnp.zeros(_shape(diff, g, x), dtype) for g, x in zip(diff.readers, params, strict=True)])
-    micro = data.microbatches(diff.policy, batch, accumulate)
-    (grads, model_state), losses = jax.lax.scan(body, (zeros, state.model_state), (micro, jnp.arange(accumulate)))
-    return grads, jax.tree.map(lambda x: x.sum(0), losses).replace(model_state=model_state)
-
-
-def _shape(diff, reader, x):
-    return (diff.policy.parts, *x.shape) if reader.local else x.shape
-
-
-def _constrain(diff, grads):
-    """Kept gradients over the parts, scattered ones at their spec."""
-    spec = lambda g: P(diff.policy.batch_axes, *g.whole) if g.local else g.spec
-    return [g.constrain(x, spec(g)) for g, x in zip(diff.readers, grads, strict=True)]
-
-
-def _reduced(diff, grads, weight):
-    """Gradients of the mean, each at its spec, in the parameters' dtype."""
-    whole = [g.sum_parts(x) if g.local else x for g, x in zip(diff.readers, grads, strict=True)]
-    mean = [(x.astype(jnp.promote_types(x.dtype, jnp.float32)) / weight).astype(diff.policy.precision.params) for x in whole]
-    return [g.constrain(x, g.spec) for g, x in zip(diff.readers, mean, strict=True)]
+from zerojax.transforms import Call
 
 
 def norm(tree) -> jax.Array:
@@ -102,8 +42,7 @@ class TrainStep:
 
     def __init__(self, policy: Policy, loss_fn, tx, *, accumulate: int, clip_norm: float | None, max_skipped: int | None,
                  compiler_options: dict | None):
-        if not isinstance(accumulate, int) or accumulate < 1:
-            raise PolicyError(f"train_step(accumulate={accumulate}): write a number of microbatches, 1 or more.")
+        transforms.check_accumulate("train_step", accumulate)
         if clip_norm is not None and not clip_norm > 0:
             raise PolicyError(f"train_step(clip_norm={clip_norm}): write a positive norm, or None not to clip.")
         if max_skipped is not None and max_skipped < 1:
@@ -155,13 +94,19 @@ class TrainStep:
         data.check_mesh(self.policy, (state, batch))
         batch = data.placed(self.policy, batch)
         places = jax.tree.leaves(states.lying(self.policy, state).params, is_leaf=lambda x: isinstance(x, specs.Placement))
-        demand = Demand(self.policy, state.model.leaves, tuple(places), self.accumulate, self._per_device(state, batch))
+        per_device, why = self._way(state, batch)
+        demand = Demand(self.policy, state.model.leaves, tuple(places), self.accumulate, per_device, why)
         return plan.make(demand, states.report(self.policy, state), data.local_bytes(batch), self._jitted, (state, batch), {},
                          self.compiler_options, cache=cache)
 
-    def _per_device(self, state, batch) -> bool:
+    def _way(self, state, batch) -> tuple[bool, str]:
         found = []
-        jax.eval_shape(lambda state, batch: found.append(self._studied(state, batch).per_device), state, batch)
+
+        def studied(state, batch):
+            _, diff = self._studied(state, batch)
+            found.append((diff.per_device, diff.why))
+
+        jax.eval_shape(studied, state, batch)
         return found[0]
 
     def _raise_if_stuck(self, state):
@@ -176,21 +121,16 @@ class TrainStep:
                 "at the lowest loss scale.")
 
     def _step(self, state: TrainState, batch):
-        diff = self._studied(state, batch)
-        places = states.placements(self.policy, state)
-        batch = jax.lax.with_sharding_constraint(batch, data.sharding(self.policy))
-        with gradients.arrays_wanted():
-            grads, loss = _accumulated(diff, state, batch, self.accumulate, jax.random.fold_in(state.rng, state.step))
-        grads = jax.tree.structure(state.params).unflatten(_reduced(diff, grads, loss.weight))
-        return self._finish(state, grads, loss, places)
+        call, diff = self._studied(state, batch)
+        grads, loss, _ = diff(call.parts.flat, state.model_state, call.inputs, state.scale)
+        return self._finish(state, jax.tree.structure(state.params).unflatten(grads), loss, states.placements(self.policy, state))
 
-    def _studied(self, state, batch) -> Differentiator:
+    def _studied(self, state, batch) -> tuple[Call, Differentiator]:
         _check_state(state)
         self._check_optimizer(state)
         data.check(self.policy, batch, self.accumulate)
-        micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // self.accumulate, *x.shape[1:]), x.dtype), batch)
-        with gradients.arrays_wanted():
-            return differentiator(self.policy, self.loss_fn, state, micro, jax.random.fold_in(state.rng, state.step))
+        call = _call(self.policy, self.loss_fn, state, batch, state.step)
+        return call, call.differentiator(self.policy, self.accumulate)
 
     def _check_optimizer(self, state):
         ours = jax.eval_shape(self.tx.init, state.params)
@@ -231,6 +171,15 @@ def _check_state(state):
                          "for a training state of your own use zero.create and zero.jit.")
 
 
+_EVALUATION = 0xFFFFFFFF  # in place of a step's number
+
+
+def _call(policy: Policy, loss_fn, state: TrainState, batch, number) -> Call:
+    """The loss of a state and a batch, with the key of a step."""
+    judge = lambda model, batch, rng: loss.call(loss_fn, model, batch, rng)
+    return Call.of(policy, judge, state, (batch, jax.random.fold_in(state.rng, number)), {})
+
+
 def _fields(loss_fn, jitted, state, batch) -> dict:
     return {"loss_fn": fingerprint.of_function(loss_fn), "state": fingerprint.shapes(state), "batch": fingerprint.shapes(batch),
             "program": fingerprint.of_program(jitted, state, batch)}
@@ -252,16 +201,7 @@ class EvalStep:
         _check_state(state)
         data.check(self.policy, batch)
         batch = jax.lax.with_sharding_constraint(batch, data.sharding(self.policy))
-        aim, params, rng = objective(self.loss_fn, state), jax.tree.leaves(state.params), jax.random.fold_in(state.rng, 0xFFFFFFFF)
-        with gradients.arrays_wanted():
-            return self._evaluated(aim, params, state, batch, rng)
-
-    def _evaluated(self, aim, params, state, batch, rng):
-        reads = gradients.study(self.policy, aim, params, state.model_state, batch, rng).reads
-        places = [layout.place(self.policy, leaf) for leaf in aim.leaves]
-        readers = gradients.readers(self.policy, aim.leaves, places, reads, False)
-        gathered = gradients.gather_once(self.policy, readers, params)
-        boxed = gradients.boxes(aim.kind.box, aim.leaves, readers, params, gathered, reads)
-        loss, _ = aim(boxed, state.model_state, batch, rng)
-        metrics = {"loss": loss.total / loss.weight, "weight": loss.weight}
-        return metrics if loss.aux is None else metrics | {"aux": jax.tree.map(lambda x: x / loss.weight, loss.aux)}
+        judge = lambda model, batch, rng: loss.normalise(loss.call(self.loss_fn, model, batch, rng)).replace(model_state=None)
+        result = transforms.gathered(self.policy, judge, 0)(state, batch, jax.random.fold_in(state.rng, _EVALUATION))
+        metrics = {"loss": result.total / result.weight, "weight": result.weight}
+        return metrics if result.aux is None else metrics | {"aux": jax.tree.map(lambda x: x / result.weight, result.aux)}

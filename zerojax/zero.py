@@ -2,22 +2,23 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 from flax.core import meta
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import agreement, census, data, fingerprint, layout, loop, plan, specs
+from zerojax import agreement, data, fingerprint, layout, plan, scanned, specs, transforms
 from zerojax import state as states
 from zerojax.audit import Demand
 from zerojax.errors import ModelError, PolicyError
+from zerojax.jitted import Jitted
 from zerojax.layout import Layout
 from zerojax.plan import Plan
 from zerojax.policy import Policy
+from zerojax.scale import LossScale
 from zerojax.specs import Leaf, Placement
 from zerojax.state import TrainState
 from zerojax.step import EvalStep, TrainStep
@@ -25,7 +26,9 @@ from zerojax.step import EvalStep, TrainStep
 
 def _specs(state) -> list:
     """The mesh axes that linen's metadata names for each leaf."""
-    return jax.tree.leaves(nn.get_partition_spec(state), is_leaf=lambda s: s is None or isinstance(s, P))
+    boxed = lambda x: isinstance(x, meta.AxisMetadata)
+    leaves = jax.tree.leaves(state, is_leaf=boxed)
+    return [x.get_partition_spec() if boxed(x) else P() for x in leaves]
 
 
 def _shapes(state):
@@ -118,47 +121,89 @@ class Zero(Policy):
     def _placed(self, make):
         """A sharding for each leaf of what `make` makes."""
         abstract = jax.eval_shape(make)
-        params, places = self._ruled(abstract, census.stacked(jax.make_jaxpr(make)()))
-        specs.check_rules([leaf.path for leaf in params], self.rules)
+        params, places = self._ruled(abstract, scanned.stacked(jax.make_jaxpr(make)()))
+        specs.check_rules([leaf.path for leaf in params.values()], self.rules)
         return jax.tree.structure(abstract).unflatten([specs.sharding(self.mesh, p.spec) for p in places])
 
-    def _ruled(self, state, scanned=None) -> tuple[list[Leaf], list[Placement]]:
-        """Of an abstract state of the user's own: its parameters, and where the policy wants each leaf."""
-        bases = [spec or P() for spec in _specs(state)]
+    def _ruled(self, state, scanned=None) -> tuple[dict[int, Leaf], list[Placement]]:
+        """The parameters of an abstract state of the user's own, by their place among its leaves; and where the policy wants
+        each leaf."""
+        bases = _specs(state)
         state = meta.unbox(state)  # of `nn.with_partitioning`'s boxes: their names are read, their arrays are the leaves
-        ours = {f"params/{leaf.path}" for leaf in layout.describe(loop.params_of(state))}
-        leaves = [leaf for leaf in layout.describe(state, bases, scanned) if leaf.path in ours]
-        params = [dataclasses.replace(leaf, path=leaf.path.removeprefix("params/")) for leaf in leaves]
-        return params, layout.place_state(self, params, state)
+        leaves = layout.describe(state, bases, scanned)
+        names = {i: name for i, leaf in enumerate(leaves) if (name := layout.param_name(leaf.path))}
+        params = {i: dataclasses.replace(leaves[i], path=name) for i, name in names.items()}
+        return params, layout.place_state(self, list(params.values()), state)
 
-    def view(self, tree: Any) -> Any:
-        """Parameters as a loss function of your own shall see them: each read gathers as the stage says.
+    def gathered(self, fn: Callable, argnums: int | Sequence[int] = 0) -> Callable:
+        """`fn`, with the parameters in those arguments gathered where it reads them, as the stage says.
 
-        Given the params of a state, that tree. Given a `TrainState`, what `init_fn` returned: linen's variables, a module.
-        Call it inside the function that is differentiated, in a function under `zero.jit`. It sees one loss: gradients
-        are reduced in the compute dtype, and stage 1 reduces where stage 2 does.
+        For evaluation, sampling, teachers, several models in a step; also for `jax.grad`, which then sees one loss over the
+        whole batch: its gradients are sharded, reduced in the compute dtype. Call it within `zero.jit` (or `jax.jit`).
+
+        Args:
+          fn: of any arguments; is given parameters whole, as arrays in the compute dtype.
+          argnums: which arguments hold parameters: a pytree of arrays, an NNX module, or what `init` returned, of which `fn`
+            is given the model. Variables that `fn` changes in an NNX module are changed in the one given, but for its
+            `Param`s.
+
+        >>> import jax.numpy as jnp, zerojax as zj
+        >>> zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:2]), min_shard=1)
+        >>> predict = zero.jit(zero.gathered(lambda params, x: x @ params["w"]), donate=False)
+        >>> predict({"w": jnp.ones((4, 2))}, jnp.ones((2, 4))).tolist()
+        [[4.0, 4.0], [4.0, 4.0]]
+        """
+        return transforms.gathered(self, fn, argnums)
+
+    def value_and_grad(self, loss_fn: Callable, *, accumulate: int = 1, has_aux: bool = False,
+                       batch_argnums: int | Sequence[int] = 1, scale: LossScale | None = None) -> Callable:
+        """As `jax.value_and_grad` by the first argument, with parameters gathered and gradients reduced as the stage says.
+
+        Args:
+          loss_fn: `loss_fn(params, batch, ...)`; returns a floating scalar, the mean, or `zj.Loss(total, weight)`, whose mean
+            is differentiated. `params` is a pytree of arrays, an NNX module, or what `init` returned, of which it is given
+            the model. Keys among the other arguments differ between microbatches and devices' parts.
+          accumulate: microbatches; examples a, a + accumulate, ... form microbatch a.
+          has_aux: it returns (that, aux): of a batch that is split, arrays of examples; or a `Loss`, whose sums over the whole
+            batch are then the aux.
+          batch_argnums: arguments whose arrays are split by their first dimension.
+          scale: a `zj.LossScale`, for float16; the gradients come back without it.
+
+        Returns:
+          a function with the arguments of `loss_fn` that returns (value, gradients), or ((value, aux), gradients). Gradients
+          have the tree, dtypes and shardings of the parameters; an NNX module's are an `nnx.State`, as of `nnx.grad`.
 
         Raises:
-          ModelError: not the tree of the state's parameters.
-          PolicyError: the policy asks for a reduction of its own dtype, or for gradients per device.
-        """
-        if not isinstance(tree, TrainState):
-            return loop.view(self, tree)
-        kind = tree.model.kind
-        return kind.join(loop.view(self, tree.params, tree.model.leaves, kind.box), tree.model_state)
+          BatchError, LossError, PolicyError: as `train_step`.
 
-    def jit(self, fn: Callable | None = None, *, donate: bool = True, static_argnames=(), compiler_options: dict | None = None):
+        >>> import jax.numpy as jnp, zerojax as zj
+        >>> zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:2]), min_shard=1)
+        >>> loss = lambda params, x: zj.Loss((x @ params["w"]).sum(), x.shape[0])
+        >>> step = zero.jit(lambda state, x: zero.value_and_grad(loss)(state["params"], x), donate=False)
+        >>> value, grads = step({"params": {"w": jnp.ones((4, 2))}}, jnp.ones((2, 4)))
+        >>> float(value), grads["w"].sharding.spec
+        (8.0, P('data',))
+        """
+        return transforms.value_and_grad(self, loss_fn, accumulate=accumulate, has_aux=has_aux, batch_argnums=batch_argnums,
+                                         scale=scale)
+
+    def jit(self, fn: Callable | None = None, *, donate: bool = True, batch_argnums: int | Sequence[int] | Mapping[int, Any] = 1,
+            static_argnames=(), compiler_options: dict | None = None):
         """`jax.jit` for `fn(state, batch, ...)`: shardings follow the state, the batch is split over devices.
 
         Args:
-          fn: the second argument is the batch: its arrays are split by their first dimension, scalars are not. A state in what
-            it returns lies where the one given lay.
+          fn: a state in what it returns is placed where the one given was.
           donate: the state's memory is reused; write False for functions that do not return it, as evaluation.
+          batch_argnums: arguments that are batches, also by name: their arrays are split by their first dimension, scalars are
+            not. A dict says how: {1: P("data"), 2: {"nodes": P("data"), "globals": P()}}; () splits none.
           static_argnames, compiler_options: as jit's; static arguments are given by name.
+
+        Warns:
+          of parameters that `fn` multiplies without `gathered` or `value_and_grad`.
         """
         options = {"donate_argnums": (0,) if donate else (), "static_argnames": static_argnames,
-                   "compiler_options": compiler_options}
-        return functools.partial(loop.Jitted, self, **options) if fn is None else loop.Jitted(self, fn, **options)
+                   "compiler_options": compiler_options, "batch_argnums": batch_argnums}
+        return functools.partial(Jitted, self, **options) if fn is None else Jitted(self, fn, **options)
 
     def train_step(self, loss_fn: Callable, tx, *, accumulate: int = 1, clip_norm: float | None = None,
                    max_skipped: int | None = 50, compiler_options: dict | None = None) -> TrainStep:
@@ -253,7 +298,7 @@ class Zero(Policy):
         data.check_mesh(self, (state, args, kwargs))
         if isinstance(fn, TrainStep):
             return fn.plan(state, *args, cache=cache)
-        fn = fn.of(state) if isinstance(fn, loop.Jitted) else fn
+        fn = fn.of(state, *args, **kwargs) if isinstance(fn, Jitted) else fn
         if not hasattr(fn, "trace"):
             raise ModelError(f"zero.plan takes a jitted function, not {fn!r}; write zero.plan(jax.jit(fn), state, ...).")
         leaves, places = self._params(state)
@@ -270,9 +315,9 @@ class Zero(Policy):
         if isinstance(state, TrainState):
             places = jax.tree.leaves(states.lying(self, state).params, is_leaf=lambda x: isinstance(x, Placement))
             return state.model.leaves, tuple(places)
-        leaves, _ = self._ruled(_shapes(state))
-        places = dict(zip((leaf.path for leaf in layout.describe(state)), self._places(state), strict=True))
-        return tuple(leaves), tuple(places[f"params/{leaf.path}"] for leaf in leaves)
+        params, _ = self._ruled(_shapes(state))
+        places = self._places(state)
+        return tuple(params.values()), tuple(places[i] for i in params)
 
     def share(self) -> tuple[int, int]:
         """Which share of every batch this process brings to `feed`, and of how many: (0, 1) for one process.

@@ -66,8 +66,9 @@ def own_loop(zero, loss, tx):
     """A step as a user of linen writes it."""
 
     def step(state, batch):
-        mean = lambda params: (r := loss({"params": zero.view(params)}, batch)).total / r.weight
-        updates, opt_state = tx.update(jax.grad(mean)(state.params), state.opt_state, state.params)
+        mean = lambda params, batch: (r := loss({"params": params}, batch)).total / r.weight
+        _, grads = zero.value_and_grad(mean)(state.params, batch)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
         return state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
 
     return step

@@ -73,7 +73,7 @@ class Own:
 
     def contiguous_microbatches(self, state, batch):
         def body(grads, micro):
-            new = jax.grad(lambda params: self.mean(self.zero.view(params), micro))(state["params"])
+            new = jax.grad(self.zero.gathered(self.mean))(state["params"], micro)
             return jax.tree.map(jnp.add, grads, new), None
 
         zeros = jax.tree.map(jnp.zeros_like, state["params"])
@@ -81,7 +81,7 @@ class Own:
 
     def gathers_fp32(self, state, batch):
         wide = zj.Zero(self.zero.mesh, 3)
-        return self.finish(state, jax.grad(lambda params: self.mean(wide.view(params), batch))(state["params"]))
+        return self.finish(state, jax.grad(wide.gathered(self.mean))(state["params"], batch))
 
 
 WRONG = {
@@ -226,7 +226,7 @@ def test_what_a_user_should_know_is_found(zero, case, own):
     """No remat, not donated: gathered weights are kept, the state is in memory twice."""
     wide = models.language(models.Transformer(remat=False))
     step = lambda state, batch: Own(zero, wide, own).finish(
-        state, jax.grad(lambda p: Own(zero, wide, own).mean(zero.view(p), batch))(state["params"]))
+        state, zero.value_and_grad(Own(zero, wide, own).mean)(state["params"], batch)[1])
     plan = zero.plan(zero.jit(step, donate=False), own, case.batch(8))
     plan.check()
     text = "\n".join(map(str, plan.findings))

@@ -1,0 +1,186 @@
+"""A loss as a program, and the choice between the two ways to differentiate it.
+
+global       one loss over the whole microbatch; XLA finds the partial sums and reduces them. Right for any loss.
+per device   vmap over the batch's parts, one a device; each reduction is an operation of the program. Right for sums over
+             examples whose program can be split so.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+from jax.sharding import PartitionSpec as P
+
+from zerojax import rewrite, specs
+from zerojax.errors import ModelError, PolicyError, ZeroError
+from zerojax.loss import Loss, normalise
+from zerojax.policy import Policy
+from zerojax.specs import Leaf
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A loss function of a model of a known kind.
+
+    Attributes:
+      loss_fn: `loss_fn(model, inputs)`, of a list of arrays; returns a scalar or a `Loss`; with `has_aux`, that or (that, aux).
+      batch: which of the inputs are split by their first dimension into microbatches and parts.
+      kind, leaves, treedef: of the model; its parameters, in the order of the leaves of `treedef`.
+      unsplit: why its inputs cannot be split, or "".
+    """
+
+    loss_fn: Callable
+    batch: tuple[bool, ...]
+    kind: Any
+    leaves: tuple[Leaf, ...]
+    treedef: Any
+    has_aux: bool = False
+    unsplit: str = ""
+
+    def __call__(self, params: list, model_state: Tree, inputs: list) -> tuple[Loss, Any, bool]:
+        """(the loss with the model's state after it, aux, whether the function returned a `Loss`)."""
+        model = self.kind.join(self.treedef.unflatten(params), model_state)
+        result = self.loss_fn(model, inputs)
+        result, aux = result if self.has_aux and not isinstance(result, Loss) else (result, None)
+        loss = normalise(result)
+        after = self.kind.state_after(model, model_state)
+        after = after if loss.model_state is None else self.kind.merged(after, loss.model_state)
+        return loss.replace(model_state=after), aux, isinstance(result, Loss)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """An objective as traced for inputs of some shapes.
+
+    Attributes:
+      jaxpr: of parameters in the compute dtype, model state and inputs; out: the tree of its results, a `Loss` and aux.
+      is_sum: the function returned a `Loss`.
+      written: which leaves of the model's state it changed.
+      obstacles: what in it keeps a device from differentiating its own part, in the user's terms.
+    """
+
+    jaxpr: Any
+    out: Any
+    is_sum: bool
+    written: tuple[bool, ...]
+    obstacles: tuple[str, ...]
+
+    def __call__(self, params: Sequence, model_state: Tree, inputs: list) -> tuple[Loss, Any]:
+        """As the objective; parameters may be pending."""
+        results = rewrite.evaluate(self.jaxpr, [*params, *jax.tree.leaves(model_state), *inputs])
+        return jax.tree.structure(self.out).unflatten(rewrite.arrays(results))
+
+    @property
+    def aux(self) -> list:
+        """Shapes of the leaves of aux."""
+        return jax.tree.leaves(self.out[1])
+
+
+def trace(policy: Policy, objective: Objective, params: list, model_state: Tree, inputs: list) -> Program:
+    """The objective's program. Raises what the loss raises, before anything is compiled."""
+    found = {}
+
+    def traced(params, model_state, inputs):
+        loss, aux, found["is_sum"] = objective(params, model_state, inputs)
+        pairs = zip(jax.tree.leaves(loss.model_state), jax.tree.leaves(model_state), strict=True)
+        found["written"] = tuple(after is not before for after, before in pairs)
+        return loss, aux
+
+    avals = [jax.ShapeDtypeStruct(x.shape, policy.precision.compute or x.dtype) for x in params]
+    try:
+        jaxpr, out = jax.make_jaxpr(traced, return_shape=True)(avals, model_state, inputs)
+    except NameError as error:
+        if "axis name" not in str(error):
+            raise
+        raise ModelError(f"the loss uses a mapped axis, as under pmap or vmap(axis_name=...) ({error}), but it sees the whole "
+                         "batch here: leave out psum, pmean and axis_name (BatchNorm's too).") from error
+    return Program(jaxpr, out, found["is_sum"], found["written"], _obstacles(policy, objective, jaxpr, model_state, found))
+
+
+def _obstacles(policy: Policy, objective: Objective, jaxpr, model_state, found) -> tuple[str, ...]:
+    floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(model_state)]
+    written = any(w and f for w, f in zip(found["written"], floating, strict=True))
+    of_state = "returns new model state" if written else "is of a model with floating state" if any(floating) else ""
+    return tuple(dict.fromkeys(filter(None, [objective.unsplit, of_state, *_in_program(set(policy.batch_axes), jaxpr)])))
+
+
+def _in_program(axes: set[str], jaxpr) -> Iterator[str]:
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    of_platform = {v for eqn in jaxpr.eqns if eqn.primitive.name == "platform_index" for v in eqn.outvars}
+    for eqn in jaxpr.eqns:
+        name, p = eqn.primitive.name, eqn.params
+        if name == "sharding_constraint":
+            pinned = sorted(axes & set(specs.axes_of(getattr(p["sharding"], "spec", P()))))
+            yield from [f"constrains activations over {pinned}"] * bool(pinned)
+        elif name == "shard_map":
+            mapped = sorted(axes & set(p.get("newly_manual_axes") or p["mesh"].axis_names))
+            yield from [f"has a shard_map over {mapped}"] * bool(mapped)
+        elif name == "conv_general_dilated":
+            yield "has a convolution"  # XLA partitions the gradient of a vmapped one wrongly (jax 0.10 to 0.12)
+        elif name == "cond" and not isinstance(eqn.invars[0], jex.Literal) and eqn.invars[0] not in of_platform:
+            yield "chooses by lax.cond or switch"  # on the batch as a whole, or on a key: each part would choose for itself
+        elif name in ("pure_callback", "io_callback") or p.get("ordered"):
+            yield f"calls the host ({name})"
+        for inner in jex.jaxprs_in_params(p):
+            yield from _in_program(axes, inner)
+
+
+def choose(policy: Policy, program: Program) -> tuple[bool, str]:
+    """(whether each device differentiates its own part, why or why not).
+
+    Raises:
+      PolicyError: a wish that the other way alone can fulfil.
+    """
+    p, obstacles = policy.precision, program.obstacles
+    if policy.gradients == "per_device":
+        _check_per_device(obstacles)
+        return True, "as asked"
+    why = None if program.is_sum and not obstacles else obstacles[0] if program.is_sum else "returns a bare mean"
+    why = "is asked to be global" if policy.gradients == "global" and why is None else why
+    if why and p.reduces != p.computes:
+        raise PolicyError(
+            f"Precision(compute={p.computes!r}, reduce={p.reduces!r}): with one loss over the whole batch (this one {why}), XLA "
+            f"reduces in the dtype of the product, {p.computes}. {_instead(why)}, so that each device differentiates its own part, "
+            f"or leave reduce={p.computes!r}.")
+    return (False, f"the loss {why}") if why else (True, "the loss is a sum over examples")
+
+
+def given_up(policy: Policy, error: Exception) -> tuple[bool, str]:
+    """One loss and why, after an `error` in the program of one device's part of a batch; raised again where that was wished for."""
+    p = policy.precision
+    if "out_axes" in str(error):
+        why = "writes integers of the batch into the model's state, and each device would have its own"
+    else:
+        why = f"cannot be split over the batch: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if policy.gradients == "per_device" or p.reduces != p.computes:
+        if isinstance(error, ZeroError):
+            raise error
+        wish = 'gradients="per_device"' if policy.gradients else f"Precision(reduce={p.reduces!r}), which needs it"
+        raise PolicyError(f'{wish}: the loss {why}; write gradients="global" and leave reduce as compute.') from error
+    return False, f"the loss {why}"
+
+
+# what may be insisted on: right if no example sees another, as the user then says
+_JUDGED = ("is of a model with floating state",)
+_INSTEAD = {
+    "returns a bare mean": "Return zj.Loss(total, weight)",
+    "returns new model state": "Return zj.Loss without it",
+    "is of a model with floating state": 'If no example sees another, write gradients="per_device"',
+    "is asked to be global": 'Write gradients="per_device"',
+}
+
+
+def _instead(why: str) -> str:
+    return _INSTEAD.get(why, "Write the loss without that")
+
+
+def _check_per_device(obstacles: Sequence[str]):
+    for why in obstacles:
+        if why not in _JUDGED:
+            raise PolicyError(f'gradients="per_device": the loss {why}, which no device can do for its own part of the '
+                              'batch alone; write it without that, or write gradients="global".')

@@ -1,0 +1,182 @@
+"""`gathered` and `value_and_grad`: functions of parameters at rest, from functions of whole ones."""
+
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from zerojax import data, frame, gradients, layout, models, rewrite
+from zerojax.errors import PolicyError
+from zerojax.gradients import Differentiator
+from zerojax.policy import Policy
+from zerojax.scale import NoScale
+from zerojax.specs import Leaf, Placement
+from zerojax.state import TrainState
+from zerojax.study import Objective
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A model taken apart.
+
+    Attributes:
+      model: as it was given: a `TrainState`, an NNX module, or a pytree.
+      kind, params, model_state: see `models`.
+      leaves, places: of the parameters, in the order of the leaves of `params`.
+    """
+
+    model: Any
+    kind: Any
+    params: Tree
+    model_state: Tree
+    leaves: tuple[Leaf, ...]
+    places: list[Placement]
+
+    @classmethod
+    def of(cls, policy: Policy, model: Any) -> "Parts":
+        if isinstance(model, TrainState):
+            kind, params, model_state, leaves = model.model.kind, model.params, model.model_state, model.model.leaves
+        else:
+            kind, params, model_state, specs = (models.Nnx if isinstance(model, nnx.Module) else models.Tree).split(model)
+            leaves = layout.describe(params, specs)
+        return cls(model, kind, params, model_state, leaves, frame.places(policy, leaves))
+
+    @property
+    def flat(self) -> list:
+        return jax.tree.leaves(self.params)
+
+    def avals(self, policy: Policy) -> list:
+        """The parameters as a program sees them, in the compute dtype."""
+        return [jax.ShapeDtypeStruct(x.shape, policy.precision.compute or x.dtype) for x in self.flat]
+
+    def join(self, params: list, model_state: Tree) -> Any:
+        return self.kind.join(jax.tree.structure(self.params).unflatten(params), model_state)
+
+    def update(self, model_state: Tree) -> None:
+        """What a function changed in an NNX module's variables is changed in the one it was given."""
+        if isinstance(self.model, nnx.Module):
+            nnx.update(self.model, model_state)
+
+
+def _is_array(x) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+
+
+def _divided(tree: Tree) -> tuple[list, Callable[[list], Tree]]:
+    """A tree's arrays, and what puts them back among its other leaves."""
+    flat, treedef = jax.tree.flatten(tree)
+    arrays = [x for x in flat if _is_array(x)]
+
+    def put(arrays):
+        rest = iter(arrays)
+        return treedef.unflatten([next(rest) if _is_array(x) else x for x in flat])
+
+    return arrays, put
+
+
+def gathered(policy: Policy, fn: Callable, argnums: int | Collection[int]) -> Callable:
+    """See `Zero.gathered`."""
+    at = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    def run(*args, **kwargs):
+        parts = [Parts.of(policy, args[i]) for i in at]
+        inputs, put = _divided((tuple(None if i in at else x for i, x in enumerate(args)), kwargs))
+        found = {}
+
+        def traced(params, states, inputs):
+            given, named = put(inputs)
+            whole = dict(zip(at, (p.join(*both) for p, *both in zip(parts, params, states, strict=True)), strict=True))
+            result, found["put"] = _divided(fn(*(whole.get(i, x) for i, x in enumerate(given)), **named))
+            return result, [p.kind.state_after(whole[i], state) for i, p, state in zip(at, parts, states, strict=True)]
+
+        states = [p.model_state for p in parts]
+        jaxpr, out = jax.make_jaxpr(traced, return_shape=True)([p.avals(policy) for p in parts], states, inputs)
+        leaves, places, flat = ([x for p in parts for x in getattr(p, name)] for name in ("leaves", "places", "flat"))
+        pairs = gradients.pairs(policy, leaves, places, jaxpr)
+        given = gradients.opened(leaves, pairs, flat, gradients.gather_once(policy, pairs, flat))
+        results = rewrite.arrays(rewrite.evaluate(jaxpr, [*given, *jax.tree.leaves((states, inputs))]))
+        result, states = jax.tree.structure(out).unflatten(results)
+        for p, state in zip(parts, states, strict=True):
+            p.update(state)
+        return found["put"](result)
+
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A loss function with what it is called with: the model taken apart, other arrays, and which of these are the batch's."""
+
+    parts: Parts
+    objective: Objective
+    inputs: list
+
+    @classmethod
+    def of(cls, policy: Policy, loss_fn: Callable, model: Any, args: tuple, kwargs: dict, *, batch: Collection[int] = (1,),
+           has_aux: bool = False) -> "Call":
+        parts = Parts.of(policy, model)
+        inputs, put = _divided((args, kwargs))
+        flags = [i in batch and jnp.ndim(x) > 0 for i, arg in enumerate(args, 1) for x in jax.tree.leaves(arg) if _is_array(x)]
+        flags += [False] * (len(inputs) - len(flags))
+
+        def call(model, inputs):
+            args, kwargs = put(inputs)
+            return loss_fn(model, *args, **kwargs)
+
+        objective = Objective(call, tuple(flags), parts.kind, parts.leaves, jax.tree.structure(parts.params), has_aux,
+                              _unsplit(inputs, flags))
+        split = jax.lax.with_sharding_constraint([x for x, flag in zip(inputs, flags, strict=True) if flag], data.sharding(policy))
+        rest = iter(split)
+        return cls(parts, objective, [next(rest) if flag else x for x, flag in zip(inputs, flags, strict=True)])
+
+    def differentiator(self, policy: Policy, accumulate: int) -> Differentiator:
+        return gradients.differentiator(policy, self.objective, self.parts.places, self.parts.flat, self.parts.model_state,
+                                        self.inputs, accumulate)
+
+
+def _unsplit(inputs, flags) -> str:
+    """Why these inputs cannot be split into parts; or ""."""
+    batch = [x for x, flag in zip(inputs, flags, strict=True) if flag]
+    if not batch:
+        return "is given no batch to split"
+    alike = [x.shape for x, flag in zip(inputs, flags, strict=True) if not flag and x.shape[:1] == batch[0].shape[:1]]
+    return f"is given an array of the batch's length, of shape {alike[0]}, that batch_argnums does not name" if alike else ""
+
+
+def value_and_grad(policy: Policy, loss_fn: Callable, *, accumulate: int = 1, has_aux: bool = False,
+                   batch_argnums: int | Collection[int] = 1, scale: Any = None) -> Callable:
+    """See `Zero.value_and_grad`."""
+    check_accumulate("value_and_grad", accumulate)
+    batch = (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums)
+
+    def run(model, *args, **kwargs):
+        call = Call.of(policy, loss_fn, model, args, kwargs, batch=batch, has_aux=has_aux)
+        data.check(policy, [x for x, split in zip(call.inputs, call.objective.batch, strict=True) if split], accumulate)
+        diff = call.differentiator(policy, accumulate)
+        grads, loss, aux = diff(call.parts.flat, call.parts.model_state, call.inputs, scale or NoScale())
+        call.parts.update(loss.model_state)
+        value = loss.total / loss.weight
+        grads = _as_given(call.parts, grads)
+        return ((value, loss if diff.program.is_sum and aux is None else aux), grads) if has_aux else (value, grads)
+
+    return run
+
+
+def _as_given(parts: Parts, grads: list) -> Tree:
+    """Gradients as jax.grad and nnx.grad return them: in the tree of what was differentiated."""
+    tree = jax.tree.structure(parts.params).unflatten(grads)
+    if not isinstance(parts.model, nnx.Module):
+        return tree
+    state = nnx.state(parts.model, nnx.Param)
+    return jax.tree.structure(state).unflatten(grads)
+
+
+def check_accumulate(where: str, accumulate: Any) -> None:
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise PolicyError(f"{where}(accumulate={accumulate}): write a number of microbatches, 1 or more.")

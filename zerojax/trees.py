@@ -1,0 +1,28 @@
+"""Leaves of pytrees: which are random keys."""
+
+import jax
+import jax.numpy as jnp
+
+
+def is_key(x) -> bool:
+    """Whether an array holds typed random keys."""
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def is_old_key(x) -> bool:
+    """Whether an array may be one random key of the old kind, as `jax.random.PRNGKey` makes.
+
+    >>> is_old_key(jax.random.PRNGKey(0)), is_old_key(jax.random.key(0))
+    (True, False)
+    """
+    return x.dtype == jnp.uint32 and x.shape == jax.random.key_data(jax.random.key(0)).shape
+
+
+def fold(x: jax.Array, number) -> jax.Array:
+    """A key, or each of an array of keys, with a number folded in; any other array as it is."""
+    if is_old_key(x):
+        return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(x), number))
+    if not is_key(x):
+        return x
+    one = lambda key: jax.random.fold_in(key, number)
+    return jnp.vectorize(one)(x) if x.ndim else one(x)
