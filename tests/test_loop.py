@@ -1,5 +1,8 @@
 """A training loop of the user's own under `zero.jit`, with `zero.value_and_grad` and `zero.gathered`."""
 
+import functools
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ import pytest
 import zoo
 from flax import nnx
 from flax.training.train_state import TrainState
+from jax.sharding import PartitionSpec as P
 
 import zerojax as zj
 
@@ -150,3 +154,135 @@ def test_the_batch_is_checked_and_spread():
     state = zero.create(lambda: {"params": {"w": jnp.ones((8, 16))}})
     with pytest.raises(zj.BatchError, match="12 examples"):
         zero.jit(lambda s, x: x.sum(), donate=False)(state, np.ones((12, 8)))
+
+
+def test_a_step_may_take_its_labels_out_of_the_batch():
+    zero = _zero(3)
+
+    @zero.jit
+    def step(state, batch):
+        def loss(params, batch):
+            labels = batch.pop("labels")
+            return jnp.square(batch["inputs"] @ params["w"] - labels).mean()
+
+        value, _ = zero.value_and_grad(loss)(state["params"], batch)
+        return state, (value, batch.pop("labels").sum())
+
+    batch = {"inputs": np.ones((8, 8), np.float32), "labels": np.ones((8, 16), np.float32)}
+    _, (value, total) = step(zero.create(lambda: {"params": {"w": jnp.ones((8, 16))}}), batch)
+    assert (float(value), float(total)) == (49.0, 128.0) and set(batch) == {"inputs", "labels"}
+
+
+def test_the_function_is_traced_once_for_a_layout():
+    zero, calls = _zero(3), []
+
+    @zero.jit(donate=False)
+    def step(state, x):
+        calls.append(x.shape)
+        return zero.value_and_grad(lambda p, x: (x @ p["w"]).mean())(state["params"], x)
+
+    state = zero.create(lambda: {"params": {"w": jnp.ones((8, 16))}})
+    for rows in (8, 8, 16):
+        step(state, np.ones((rows, 8), np.float32))
+    assert calls == [(8, 8), (16, 8)]
+
+
+def _bare(zero, state, x):
+    return jax.value_and_grad(lambda p: (x @ p["w"].astype(jnp.bfloat16).T).mean())(state["params"])
+
+
+def test_parameters_that_are_multiplied_bare_are_told_of():
+    make = lambda: {"params": {"w": jnp.ones((16, 8)), "b": jnp.ones(8)}, "opt_state": {"w": jnp.ones((8, 8))}}
+    x, zero = np.ones((8, 8), np.float32), _zero(3)
+    step = zero.jit(functools.partial(_bare, zero), donate=False)
+    with pytest.warns(UserWarning, match=r"params/w are multiplied without having been gathered.*zero\.value_and_grad"):
+        step(zero.create(make), x)
+    whole = _zero(0)
+    silent = [(zero, step), (whole, whole.jit(functools.partial(_bare, whole), donate=False)),
+              (zero, zero.jit(lambda s, x: zero.gathered(_bare, 1)(zero, s, x)[0], donate=False)),
+              (zero, zero.jit(lambda s, x: s["opt_state"]["w"] @ s["opt_state"]["w"] + s["params"]["w"].sum(), donate=False))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for policy, run in silent:
+            run(policy.create(make), x)
+
+
+def test_batches_in_other_arguments_whole_and_split_as_said():
+    zero, make = _zero(3), lambda: {"params": {"w": jnp.ones((8, 16))}}
+    x, y = np.ones((8, 8), np.float32), np.ones((3, 16), np.float32)
+    seen = lambda *xs: [x.sharding.spec for x in xs]
+    pair = zero.jit(lambda state, x, n, y: (x, y), donate=False, batch_argnums=(1, 3))
+    assert seen(*pair(zero.create(make), x, 2, x)) == [P("data"), P("data")]
+    named = zero.jit(lambda state, x, y: (x, y), donate=False, batch_argnums={1: P(None, "data"), 2: {"a": P("data"), "b": P()}})
+    out, tree = named(zero.create(make), x, y={"a": x, "b": y})
+    assert seen(out, tree["a"], tree["b"]) == [P(None, "data"), P("data"), P()]
+    with pytest.raises(zj.BatchError, match="3 examples"):
+        pair(zero.create(make), x, 2, y)
+
+
+def test_an_array_of_the_batchs_length_beside_it_is_not_split():
+    """Nor is the batch then, unless that is insisted on."""
+    zero, x, y = _zero(3), np.ones((16, 8), np.float32), np.arange(16.0, dtype=np.float32)
+    loss = lambda p, x, y: zj.Loss(((x @ p["w"]).sum(1) - y).sum(), len(x))
+    state = zero.create(lambda: {"params": {"w": jnp.ones((8, 16))}})
+    run = lambda zero, **options: zero.jit(lambda s, x, y: zero.value_and_grad(loss, **options)(s["params"], x, y)[0],
+                                           donate=False, batch_argnums=(1, 2))(state, x, y)
+    assert float(run(zero)) == float(run(zero, batch_argnums=(1, 2), accumulate=2)) == 128 - 7.5
+    with pytest.raises(zj.BatchError, match=r"\(16,\).*batch_argnums"):
+        run(zero, accumulate=2)
+    with pytest.raises(zj.PolicyError, match=r"\(16,\).*batch_argnums"):
+        run(_zero(3, gradients="per_device"))
+
+
+def test_keys_differ_between_microbatches_and_parts():
+    loss = lambda p, x, key: zj.Loss((x @ p["w"]).sum(), 1.0, {"u": (u := jax.random.uniform(key)), "u2": u * u})
+    for key in (jax.random.key(0), jax.random.PRNGKey(0)):
+        for options, draws in (({"gradients": "global"}, 4), ({"gradients": "per_device"}, 8)):
+            zero, accumulate = _zero(3, **options), 4 if options["gradients"] == "global" else 1
+            run = zero.jit(lambda s, x, key, zero=zero, n=accumulate: zero.value_and_grad(loss, has_aux=True, accumulate=n)(
+                s["params"], x, key)[0][1], donate=False)
+            out = run(zero.create(lambda: {"params": {"w": jnp.ones((8, 16))}}), np.ones((32, 8), np.float32), key)
+            assert float(out.weight) == draws
+            assert float(out.aux["u2"] / draws - (out.aux["u"] / draws) ** 2) > 1e-3
+
+
+def test_aux_of_examples_comes_back_in_their_order():
+    x = np.arange(32.0, dtype=np.float32)[:, None] * np.ones((1, 8), np.float32)
+    loss = lambda p, x: (zj.Loss((x @ p["w"]).sum(), len(x)), {"rows": x[:, 0]})
+    for settings, n in (({}, 1), ({}, 2), ({"gradients": "global"}, 4)):
+        zero = _zero(3, **settings)
+        run = zero.jit(lambda s, x, zero=zero, n=n: zero.value_and_grad(loss, has_aux=True, accumulate=n)(s["params"], x)[0][1])
+        aux = run(zero.create(lambda: {"params": {"w": jnp.ones((8, 16))}}), x)
+        np.testing.assert_array_equal(aux["rows"], x[:, 0])
+    scalar = lambda p, x: ((x @ p["w"]).mean(), x.max())
+    with pytest.raises(zj.LossError, match=r"shape \(\), which is not of the 16 examples.*zj\.Loss"):
+        zero.jit(lambda s, x: zero.value_and_grad(scalar, has_aux=True, accumulate=2)(s["params"], x))(
+            zero.create(lambda: {"params": {"w": jnp.ones((8, 16))}}), x)
+
+
+def test_states_of_several_models_are_laid_out_and_planned_as_one():
+    def trained(seed):
+        model = nn.scan(_Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=8)()
+        params = model.init(jax.random.key(seed), jnp.ones((1, 8)), None)["params"]
+        return TrainState.create(apply_fn=model.apply, params=params, tx=optax.adam(1e-3))
+
+    make = lambda: {"actor": trained(0), "critic": trained(1)}
+    rows = _zero(3).layout(_zero(3).create(make)).rows
+    kernels = {row.path: row.spec for row in rows if row.path.endswith("kernel")}
+    assert len(kernels) == 6 and set(kernels.values()) == {P(None, None, "data")}  # no optimizer state along the scanned one
+    zero = zj.Zero(zj.make_mesh(topology="h200:1x8"), 3, min_shard=1)
+
+    @zero.jit
+    def step(state, x):
+        mean = lambda params, x: jnp.square(state["actor"].apply_fn({"params": params}, x, None)[0]).mean()
+        new = {k: s.apply_gradients(grads=zero.value_and_grad(mean)(s.params, x)[1]) for k, s in state.items()}
+        return new
+
+    kinds = step.plan(zero.create(make), jax.ShapeDtypeStruct((8, 8), "float32")).memory.kinds
+    assert kinds["parameters"] == 2 * 4 * (8 * 64 + 64) / 8 and kinds["optimizer state"] > 2 * kinds["parameters"]
+
+
+class _Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.tanh(nn.Dense(8)(x)), None

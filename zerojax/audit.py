@@ -178,12 +178,16 @@ def _foreign_reduction(demand: Demand, c: Collective, s: Shape, sharded: Mapping
     computes = HLO_NAMES[demand.policy.precision.computes]
     cast = (f"; or the model computes in {s.dtype} where Precision(compute=...) says {computes}, and the cast keeps XLA from "
             "reducing to shards: give its layers that dtype, or return zj.Loss" if c.backward and s.dtype != computes else "")
+    if sharded and "scatter" in c.op_name and c.trips > demand.accumulate:
+        return ("the gradient of a table that is looked up in a loop is summed in each turn: look it up before the loop, or return "
+                "zj.Loss, so that each device adds up its own part's first")
     if sharded:
         return ("the gradient of a sharded parameter is summed whole on every device; a reduce-scatter would leave each its shard. "
                 "It is not read through zerojax, or twice behind one read (gradients='per_device' adds both first)" + cast)
     return ("activations are summed over the batch's devices, as in tensor parallelism, or gradients are summed whole where a "
-            "reduce-scatter would leave each device its shard: parameters are not read through zerojax, or the model contracts "
-            "over the batch" + cast)
+            "reduce-scatter would leave each device its shard: parameters are not read through zerojax, the model contracts over "
+            "the batch, or a table is looked up at places that do not depend on the example (positions: make them a parameter of "
+            "their own shape, or return zj.Loss)" + cast)
 
 
 def _whole(demand: Demand) -> int:

@@ -22,8 +22,9 @@ def of(arguments: Any) -> Iterator[None]:
     """Within it, arrays are placed as these shapes with shardings."""
     known = {}
     for path, x in jax.tree.leaves_with_path(arguments):
-        for ending in layout.endings(layout.path_of(path)):
-            known.setdefault(ending, []).append(x)
+        for name in {full := layout.path_of(path), full.removesuffix("/value")}:  # of NNX's variables, and linen's boxes
+            for ending in layout.endings(name):
+                known.setdefault(ending, []).append(x)
     token = _frame.set(known)
     try:
         yield

@@ -102,8 +102,8 @@ class Jitted:
                 held[var] = name
         bare = sorted(set().union(*(names for eqn, names in rewrite.uses(jaxpr, held) if eqn.primitive.name in _PRODUCTS)))
         if bare:
-            names = ", ".join(bare[:3]) + " and others" * (len(bare) > 3)
-            warnings.warn(f"zero.jit({self.__name__}): {names} are multiplied without having been gathered, so that XLA may "
+            names, name = ", ".join(bare[:3]) + " and others" * (len(bare) > 3), getattr(self.fn, "__name__", self.fn)
+            warnings.warn(f"zero.jit({name}): {names} are multiplied without having been gathered, so that XLA may "
                           "move activations in their place (tensor parallelism). Write zero.value_and_grad(loss)(params, batch) "
                           "for jax.value_and_grad, or zero.gathered(fn)(params, ...) for fn.", stacklevel=3)
 

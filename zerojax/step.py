@@ -129,8 +129,14 @@ class TrainStep:
         _check_state(state)
         self._check_optimizer(state)
         data.check(self.policy, batch, self.accumulate)
-        call = _call(self.policy, self.loss_fn, state, batch, state.step)
-        return call, call.differentiator(self.policy, self.accumulate)
+        call = self._call(state, batch)
+        return call, call.differentiator(self.policy)
+
+    def _call(self, state, batch) -> Call:
+        """The loss of a state and a batch, with the step's key."""
+        judge = lambda model, batch, rng: loss.call(self.loss_fn, model, batch, rng)
+        key = jax.random.fold_in(state.rng, state.step)
+        return Call.of(self.policy, judge, state, (batch, key), {}, accumulate=self.accumulate)
 
     def _check_optimizer(self, state):
         ours = jax.eval_shape(self.tx.init, state.params)
@@ -172,12 +178,6 @@ def _check_state(state):
 
 
 _EVALUATION = 0xFFFFFFFF  # in place of a step's number
-
-
-def _call(policy: Policy, loss_fn, state: TrainState, batch, number) -> Call:
-    """The loss of a state and a batch, with the key of a step."""
-    judge = lambda model, batch, rng: loss.call(loss_fn, model, batch, rng)
-    return Call.of(policy, judge, state, (batch, jax.random.fold_in(state.rng, number)), {})
 
 
 def _fields(loss_fn, jitted, state, batch) -> dict:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from zerojax import data, frame, gradients, layout, models, rewrite
-from zerojax.errors import PolicyError
+from zerojax.errors import BatchError, PolicyError
 from zerojax.gradients import Differentiator
 from zerojax.policy import Policy
 from zerojax.scale import NoScale
@@ -111,15 +111,16 @@ def gathered(policy: Policy, fn: Callable, argnums: int | Collection[int]) -> Ca
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A loss function with what it is called with: the model taken apart, other arrays, and which of these are the batch's."""
+    """A loss function with what it is called with: the model taken apart, and other arrays. Raises `BatchError`."""
 
     parts: Parts
     objective: Objective
     inputs: list
+    accumulate: int
 
     @classmethod
     def of(cls, policy: Policy, loss_fn: Callable, model: Any, args: tuple, kwargs: dict, *, batch: Collection[int] = (1,),
-           has_aux: bool = False) -> "Call":
+           has_aux: bool = False, accumulate: int = 1) -> "Call":
         parts = Parts.of(policy, model)
         inputs, put = _divided((args, kwargs))
         flags = [i in batch and jnp.ndim(x) > 0 for i, arg in enumerate(args, 1) for x in jax.tree.leaves(arg) if _is_array(x)]
@@ -131,13 +132,18 @@ class Call:
 
         objective = Objective(call, tuple(flags), parts.kind, parts.leaves, jax.tree.structure(parts.params), has_aux,
                               _unsplit(inputs, flags))
-        split = jax.lax.with_sharding_constraint([x for x, flag in zip(inputs, flags, strict=True) if flag], data.sharding(policy))
-        rest = iter(split)
-        return cls(parts, objective, [next(rest) if flag else x for x, flag in zip(inputs, flags, strict=True)])
+        split = [x for x, flag in zip(inputs, flags, strict=True) if flag]
+        if split or accumulate > 1:
+            data.check(policy, split, accumulate)
+        if accumulate > 1 and objective.unsplit:
+            raise BatchError(f"accumulate={accumulate}, but the loss {objective.unsplit}; name all arguments that are batches: "
+                             "batch_argnums=(1, 2).")
+        split = iter(jax.lax.with_sharding_constraint(split, data.sharding(policy)))
+        return cls(parts, objective, [next(split) if flag else x for x, flag in zip(inputs, flags, strict=True)], accumulate)
 
-    def differentiator(self, policy: Policy, accumulate: int) -> Differentiator:
+    def differentiator(self, policy: Policy) -> Differentiator:
         return gradients.differentiator(policy, self.objective, self.parts.places, self.parts.flat, self.parts.model_state,
-                                        self.inputs, accumulate)
+                                        self.inputs, self.accumulate)
 
 
 def _unsplit(inputs, flags) -> str:
@@ -156,9 +162,8 @@ def value_and_grad(policy: Policy, loss_fn: Callable, *, accumulate: int = 1, ha
     batch = (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums)
 
     def run(model, *args, **kwargs):
-        call = Call.of(policy, loss_fn, model, args, kwargs, batch=batch, has_aux=has_aux)
-        data.check(policy, [x for x, split in zip(call.inputs, call.objective.batch, strict=True) if split], accumulate)
-        diff = call.differentiator(policy, accumulate)
+        call = Call.of(policy, loss_fn, model, args, kwargs, batch=batch, has_aux=has_aux, accumulate=accumulate)
+        diff = call.differentiator(policy)
         grads, loss, aux = diff(call.parts.flat, call.parts.model_state, call.inputs, scale or NoScale())
         call.parts.update(loss.model_state)
         value = loss.total / loss.weight

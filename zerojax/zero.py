@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 from flax.core import meta
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -29,6 +30,12 @@ def _specs(state) -> list:
     boxed = lambda x: isinstance(x, meta.AxisMetadata)
     leaves = jax.tree.leaves(state, is_leaf=boxed)
     return [x.get_partition_spec() if boxed(x) else P() for x in leaves]
+
+
+def _nnx_names(state) -> dict[int, str]:
+    """The paths of an NNX state's parameters, by their place among its leaves."""
+    flat = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return {i: layout.path_of(path) for i, (path, x) in enumerate(flat) if isinstance(x, nnx.Param)}
 
 
 def _shapes(state):
@@ -131,7 +138,7 @@ class Zero(Policy):
         bases = _specs(state)
         state = meta.unbox(state)  # of `nn.with_partitioning`'s boxes: their names are read, their arrays are the leaves
         leaves = layout.describe(state, bases, scanned)
-        names = {i: name for i, leaf in enumerate(leaves) if (name := layout.param_name(leaf.path))}
+        names = {i: name for i, leaf in enumerate(leaves) if (name := layout.param_name(leaf.path))} or _nnx_names(state)
         params = {i: dataclasses.replace(leaves[i], path=name) for i, name in names.items()}
         return params, layout.place_state(self, list(params.values()), state)
 

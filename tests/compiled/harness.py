@@ -14,7 +14,8 @@ from zerojax import collectives, hlo, theory, topology
 from zerojax.layout import path_of
 
 LARGE = 64 * 1024  # bytes; smaller collectives are those of scalars, and of leaves left whole
-WAYS = {"global": "global", "per_device": "per_device", "own": None}
+WAYS = {"global": "global", "per_device": "per_device", "own": None, "own_sum": None}
+BY_PARTS = ("per_device", "own_sum")
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
 
 
@@ -22,7 +23,7 @@ ITEMSIZE = {"bfloat16": 2, "float32": 4}
 class Spec:
     """One program: a model of `models.CASES`, a policy, and the batch per device and microbatch.
 
-    The way is one to differentiate, or "own": a loop of the user's own, which has one loss.
+    The way is one to differentiate, or a loop of the user's own whose loss is a mean ("own") or a sum ("own_sum").
     """
 
     case: str
@@ -62,12 +63,14 @@ def nbytes(tree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def own_loop(zero, loss, tx):
+def own_loop(zero, loss, tx, spec):
     """A step as a user of linen writes it."""
 
     def step(state, batch):
-        mean = lambda params, batch: (r := loss({"params": params}, batch)).total / r.weight
-        _, grads = zero.value_and_grad(mean)(state.params, batch)
+        total = lambda params, batch: loss({"params": params}, batch)
+        mean = lambda params, batch: (r := total(params, batch)).total / r.weight
+        how = total if spec.way in BY_PARTS else mean
+        _, grads = zero.value_and_grad(how, accumulate=spec.accumulate)(state.params, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         return state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
 
@@ -80,8 +83,8 @@ def program(spec: Spec) -> Program:
     case, tx = models.CASES[spec.case](), optax.adam(1e-3)
     zero = zj.Zero(mesh, spec.stage, gradients=WAYS[spec.way], precision=zj.Precision(compute="bfloat16", reduce=spec.reduce))
     state, batch = zero.abstract(case.init, tx, *case.example), case.batch(mesh.size * spec.accumulate * spec.rows)
-    if spec.way == "own":
-        step = zero.jit(own_loop(zero, case.loss, tx), compiler_options=topology.COMPILER_OPTIONS)
+    if spec.way.startswith("own"):
+        step = zero.jit(own_loop(zero, case.loss, tx, spec), compiler_options=topology.COMPILER_OPTIONS)
     else:
         step = zero.train_step(case.loss, tx, accumulate=spec.accumulate, compiler_options=topology.COMPILER_OPTIONS)
     compiled = step.lower(state, batch).compile()
@@ -97,7 +100,7 @@ def expected(p: Program) -> dict[str, float]:
     for path, x in jax.tree.leaves_with_path(p.params):
         if x.sharding.is_fully_replicated:
             continue
-        wire = theory.wire(p.spec.stage, p.spec.accumulate, per_device=p.spec.way == "per_device",
+        wire = theory.wire(p.spec.stage, p.spec.accumulate, per_device=p.spec.way in BY_PARTS,
                            regathered=bool(re.match(again, path_of(path))))
         reduced = x.size * wire.reduced * ITEMSIZE[p.spec.reduce]
         out["all-gather"] += x.size * wire.gathered * 2 * (shards - 1) / shards

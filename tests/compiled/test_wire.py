@@ -4,7 +4,7 @@ import itertools
 
 import jax
 import pytest
-from harness import LARGE, Program, Spec, expected, program
+from harness import BY_PARTS, LARGE, Program, Spec, expected, program
 from jax.sharding import PartitionSpec as P
 
 from zerojax import audit, layout, specs, theory
@@ -29,6 +29,7 @@ DEFAULT = [
     Spec("nnx", 2, "per_device", 4),
     Spec("scanned", 3, "own"),
     Spec("rnn", 2, "own"),
+    Spec("scanned", 1, "own_sum", 4, reduce="float32"),
 ]
 MORE = [
     Spec("scanned", 3, "global", replicas=2, topology="h200:2x8", rows=8),
@@ -60,7 +61,7 @@ def test_the_plans_check_explains_everything(compiled):
     leaves = layout.describe(compiled.params)
     zero = compiled.zero
     places = [Placement(specs.full(x.sharding.spec, x.ndim), P(*[None] * x.ndim)) for x in jax.tree.leaves(compiled.params)]
-    demand = audit.Demand(zero, leaves, tuple(places), compiled.spec.accumulate, compiled.spec.way == "per_device")
+    demand = audit.Demand(zero, leaves, tuple(places), compiled.spec.accumulate, compiled.spec.way in BY_PARTS)
     assert audit.collectives_of(demand, compiled.collectives) == []
 
 
