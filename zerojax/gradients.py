@@ -51,9 +51,8 @@ def opened(leaves: Sequence[Leaf], pairs: Sequence[Gather], params: Sequence, ga
     """The parameters as a program is given them: pending where they are sharded, else whole in the compute dtype."""
 
     def one(leaf, pair, x, whole):
-        if pair.sharded:
-            return rewrite.Pending.of(x, whole, pair, pair.compute, leaf.path)
-        return pair.read(x, pair.top(x)) if pair.per_device else x.astype(pair.compute)
+        pending = lambda: rewrite.Pending.of(x, whole, pair, pair.compute, leaf.path)
+        return pending() if pair.sharded else x.astype(pair.compute)
 
     return list(map(one, leaves, pairs, params, gathered))
 
@@ -116,11 +115,10 @@ class Differentiator:
         grads, = pull(scale.seed(weight))
         return scale.unscale(grads, weight), loss, aux
 
-    def forward(self, params: list, model_state: Tree, inputs: list) -> Any:
-        """The losses of the parts of a microbatch; raises where the program cannot be split over them."""
-        gathered = [None] * len(params)
-        run = lambda *args: ([], *self.program(opened(self.objective.leaves, self.pairs, params, gathered), *args[2:4]))
-        return self._parts(params, gathered, model_state, inputs, None, run)
+    def forward(self, whole: list, model_state: Tree, inputs: list) -> Any:
+        """The losses of the parts of a microbatch, of whole parameters; raises where the program cannot be split over them."""
+        run = lambda whole, _, model_state, mine, scale: ([], *self.program(whole, model_state, mine))
+        return self._parts(whole, [], model_state, inputs, None, run)
 
     def check_aux(self, inputs: list) -> None:
         """Raises `LossError` for aux that the parts of a split batch cannot be put together of."""
@@ -206,7 +204,7 @@ def differentiator(policy: Policy, objective: Objective, places: Sequence[Placem
         try:
             by_parts = made(True, why, traced(policy.parts))
             by_parts.check_aux(inputs)
-            jax.eval_shape(by_parts.forward, params, model_state, _cut(objective, inputs, accumulate))
+            jax.eval_shape(by_parts.forward, study.avals(policy, params), model_state, _cut(objective, inputs, accumulate))
             return by_parts
         except Exception as error:  # whatever the user's function or a rule of jax's raises for a part of a batch
             per_device, why = study.given_up(policy, error)

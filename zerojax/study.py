@@ -81,6 +81,11 @@ class Program:
         return jax.tree.leaves(self.out[1])
 
 
+def avals(policy: Policy, params: Sequence) -> list[jax.ShapeDtypeStruct]:
+    """Parameters as a program sees them: whole, in the compute dtype."""
+    return [jax.ShapeDtypeStruct(x.shape, policy.precision.compute or x.dtype) for x in params]
+
+
 def trace(policy: Policy, objective: Objective, params: list, model_state: Tree, inputs: list) -> Program:
     """The objective's program. Raises what the loss raises, before anything is compiled."""
     found = {}
@@ -91,9 +96,8 @@ def trace(policy: Policy, objective: Objective, params: list, model_state: Tree,
         found["written"] = tuple(after is not before for after, before in pairs)
         return loss, aux
 
-    avals = [jax.ShapeDtypeStruct(x.shape, policy.precision.compute or x.dtype) for x in params]
     try:
-        jaxpr, out = jax.make_jaxpr(traced, return_shape=True)(avals, model_state, inputs)
+        jaxpr, out = jax.make_jaxpr(traced, return_shape=True)(avals(policy, params), model_state, inputs)
     except NameError as error:
         if "axis name" not in str(error):
             raise

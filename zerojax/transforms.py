@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from zerojax import data, frame, gradients, layout, models, rewrite
+from zerojax import data, frame, gradients, layout, models, rewrite, study
 from zerojax.errors import BatchError, PolicyError
 from zerojax.gradients import Differentiator
 from zerojax.policy import Policy
@@ -50,10 +50,6 @@ class Parts:
     @property
     def flat(self) -> list:
         return jax.tree.leaves(self.params)
-
-    def avals(self, policy: Policy) -> list:
-        """The parameters as a program sees them, in the compute dtype."""
-        return [jax.ShapeDtypeStruct(x.shape, policy.precision.compute or x.dtype) for x in self.flat]
 
     def join(self, params: list, model_state: Tree) -> Any:
         return self.kind.join(jax.tree.structure(self.params).unflatten(params), model_state)
@@ -96,7 +92,7 @@ def gathered(policy: Policy, fn: Callable, argnums: int | Collection[int]) -> Ca
             return result, [p.kind.state_after(whole[i], state) for i, p, state in zip(at, parts, states, strict=True)]
 
         states = [p.model_state for p in parts]
-        jaxpr, out = jax.make_jaxpr(traced, return_shape=True)([p.avals(policy) for p in parts], states, inputs)
+        jaxpr, out = jax.make_jaxpr(traced, return_shape=True)([study.avals(policy, p.flat) for p in parts], states, inputs)
         leaves, places, flat = ([x for p in parts for x in getattr(p, name)] for name in ("leaves", "places", "flat"))
         pairs = gradients.pairs(policy, leaves, places, jaxpr)
         given = gradients.opened(leaves, pairs, flat, gradients.gather_once(policy, pairs, flat))
