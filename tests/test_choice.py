@@ -91,6 +91,17 @@ def _scaled_by_callback(p, x):
     return _sum(x @ p["w"] * scale)
 
 
+def _looped(p, x):
+    h = x @ p["w"]
+    small = jax.lax.while_loop(lambda c: jnp.abs(c).max() > 0.1, lambda c: 0.7 * c, jax.lax.stop_gradient(h))
+    return zj.Loss((h * small).sum(), len(x))
+
+
+def _taught(p, x):
+    teacher = lambda t, x: x @ t["w"]
+    return _sum(x @ p["w"] - _zero().gathered(teacher)(jax.tree.map(lambda w: 2 * w, _weights()), x))
+
+
 OBSTACLES = {
     "shard_map": (_ring, "has a shard_map over ['data']"),
     "shard_map in a custom_vjp": (_ring_vjp, "has a shard_map over ['data']"),
@@ -98,6 +109,8 @@ OBSTACLES = {
     "switch on a key": (lambda p, x, rng: _sum(jax.lax.switch(jax.random.randint(rng, (), 0, 2), [lambda y: y, lambda y: 2 * y],
                                                               x @ p["w"])), "lax.cond or switch"),
     "pure_callback": (_scaled_by_callback, "calls the host (pure_callback)"),
+    "while_loop on data": (_looped, "has a loop of unknown length"),
+    "zero.gathered inside": (_taught, "gathers other parameters itself (zero.gathered)"),
     "constraint": (_pinned, "constrains activations over ['data']"),
     "size of its batch": (_fixed, "cannot be split over the batch: TypeError"),
     "mean": (lambda p, x: jnp.square(x @ p["w"]).mean(), "returns a bare mean"),

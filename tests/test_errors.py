@@ -89,8 +89,6 @@ ERRORS = {
                              zj.LayoutError, ["(9, 16)", "dimension 0 of 9", "by 8"]),
     "rule too long": (lambda: _state(_zero(rules={"w": P(None, None, "data")})), zj.LayoutError, ["3 dimensions", "has 2"]),
     "rule of no axis": (lambda: _state(_zero(rules={"w": P("fsdp")})), zj.LayoutError, ["['fsdp']", "('data',)"]),
-    "scan over the shards": (lambda: _step(_slices, shape=(8, 3, 3)),
-                             zj.LayoutError, ["w: a scan", "dimension 0", "Zero(rules={'w'"]),
     "fp32 reduction of one loss": (lambda: _step(_mean, _zero(precision=MIXED)), zj.PolicyError,
                                    ["reduce='float32'", "bare mean", "zj.Loss(total, weight)", "reduce='bfloat16'"]),
     "state per device": (_batch_norm_per_device, zj.PolicyError, ["per_device", "model state", 'gradients="global"']),
@@ -112,6 +110,14 @@ def test_says_what_was_given_and_what_to_write(name):
         provoke()
     assert isinstance(caught.value, zj.ZeroError) and isinstance(caught.value, (ValueError, RuntimeError))
     assert [w for w in words if w not in str(caught.value)] == [], str(caught.value)
+
+
+def test_a_scan_over_the_shards_says_what_to_write():
+    """And is right: all slices are gathered before it."""
+    with pytest.warns(UserWarning, match=r"w: a scan slices its dimension 0.*Zero\(rules=\{'w': P\(None, 'data'\)\}\)"):
+        state, metrics = _step(_slices, shape=(8, 3, 3))
+    np.testing.assert_allclose(metrics["loss"], 8 * 9 + X.sum())
+    np.testing.assert_allclose(state.params["w"], np.full((8, 3, 3), 0.9), rtol=1e-6)
 
 
 def test_nothing_is_half_done():

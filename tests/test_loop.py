@@ -286,3 +286,117 @@ class _Layer(nn.Module):
     @nn.compact
     def __call__(self, x, _):
         return nn.tanh(nn.Dense(8)(x)), None
+
+
+def _square():
+    return {"w": jnp.asarray(np.random.default_rng(0).normal(size=(8, 8)) / 3, jnp.float32)}
+
+
+ROWS = np.random.default_rng(1).normal(size=(16, 8)).astype(np.float32)
+_fit = lambda p, x: jnp.square(jnp.tanh(x @ p["w"]) - 1).mean()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_derivatives_of_derivatives(stage):
+    """Taken outside of the verbs: a penalty on the gradient's norm, one step of MAML, the gradient of a value."""
+    zero, params = _zero(stage), _square()
+
+    def outer(grad, value):
+        step = lambda p: jax.tree.map(lambda w, g: w - 0.5 * g, p, grad(p, ROWS))
+        return {"penalty": lambda p: optax.global_norm(grad(p, ROWS)), "maml": lambda p: value(step(p), ROWS),
+                "value": lambda p: value(p, ROWS)}
+
+    both = zero.value_and_grad(_fit)
+    ways = [outer(jax.grad(zero.gathered(_fit)), zero.gathered(_fit)),
+            outer(lambda p, x: both(p, x)[1], lambda p, x: both(p, x)[0])]
+    for way in ways:
+        for name, plain in outer(jax.grad(_fit), _fit).items():
+            want = jax.grad(plain)(params)["w"]
+            np.testing.assert_allclose(jax.jit(jax.grad(way[name]))(params)["w"], want, atol=1e-5 * np.abs(want).max(), rtol=0)
+
+
+def test_gradients_per_device_are_not_differentiated_again():
+    loss = lambda p, x: zj.Loss(_fit(p, x) * len(x), len(x))
+    with pytest.raises(zj.PolicyError, match=r"differentiated itself.*zero\.gathered"):
+        jax.grad(lambda p: _zero(3).value_and_grad(loss)(p, ROWS)[0])(_square())
+
+
+def test_an_array_of_the_batchs_length_that_is_closed_over_is_not_split():
+    zero, y = _zero(3), ROWS[:, ::-1] * 1.0
+
+    def run(value_and_grad, x, y, **options):
+        return value_and_grad(lambda p, x: zj.Loss(jnp.square(x @ p["w"] - y).sum(), x.shape[0]), **options)
+
+    for rows in (8, 16):
+        x, wanted = ROWS[:rows], y[:rows]
+        ours = jax.jit(lambda p, x, y: run(zero.value_and_grad, x, y)(p, x))(_square(), x, wanted)
+        mean = lambda p, x=x, wanted=wanted: jnp.square(x @ p["w"] - wanted).sum() / len(x)
+        value, grads = jax.value_and_grad(mean)(_square())
+        np.testing.assert_allclose(ours[0], value, rtol=1e-5)
+        np.testing.assert_allclose(ours[1]["w"], grads["w"], rtol=1e-4, atol=1e-5)
+    one = zj.Zero(zj.make_mesh(devices=jax.devices()[:1]))
+    with pytest.raises(zj.BatchError, match="closes over an array of the batch's length"):  # one row would broadcast
+        jax.jit(lambda p, x, y: run(one.value_and_grad, x, y, accumulate=16)(p, x))(_square(), ROWS, y)
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+def test_keys_that_are_closed_over_differ_between_microbatches_and_parts(make):
+    def masks(zero, key, **options):
+        def loss(p, x):
+            mask = jax.random.bernoulli(key, 0.5, x.shape)
+            return zj.Loss(((x * mask) @ p["w"]).sum(), len(x)), mask
+
+        return zero.value_and_grad(loss, has_aux=True, **options)(_square(), ROWS)[0][1]
+
+    parts = np.asarray(jax.jit(lambda key: masks(_zero(3), key))(make(1))).reshape(8, 2, 8)
+    assert (parts != parts[:1]).any((1, 2))[1:].all()
+    micro = np.asarray(jax.jit(lambda key: masks(_zero(3, gradients="global"), key, accumulate=2))(make(1)))
+    assert (micro[::2] != micro[1::2]).any()
+
+
+def test_integers_that_look_like_a_key_are_none():
+    h = lambda p, x, n: _fit(p, x) * n[0].astype(jnp.float32)
+    run = jax.jit(lambda n: _zero(3).value_and_grad(h, accumulate=2)(_square(), ROWS, n)[0])
+    np.testing.assert_allclose(run(jnp.array([100, 7], jnp.uint32)), 100 * _fit(_square(), ROWS), rtol=1e-5)
+
+
+def test_aux_of_as_many_rows_as_a_part_is_no_array_of_examples():
+    loss = lambda p, x: (zj.Loss(jnp.square(x @ p["w"]).sum(), len(x)), jnp.stack([x.sum(), x.max()]))
+    aux = jax.jit(lambda p, x: _zero(3).value_and_grad(loss, has_aux=True)(p, x)[0][1])(_square(), ROWS)
+    np.testing.assert_allclose(aux, [ROWS.sum(), ROWS.max()], rtol=1e-4)
+    one = zj.Zero(zj.make_mesh(devices=jax.devices()[:1]))
+    with pytest.raises(zj.LossError, match=r"shape \(2,\), which is not of the 2 examples"):
+        jax.jit(lambda p, x: one.value_and_grad(loss, has_aux=True, accumulate=8)(p, x))(_square(), ROWS)
+
+
+def test_complex_parameters():
+    params = {"c": _square()["w"] + 1j * _square()["w"].T}
+    h = lambda p, x: jnp.square(jnp.abs(x @ p["c"])).mean()
+    want = jax.grad(h)(params, ROWS)["c"]
+    for options in ({}, {"accumulate": 2}):
+        got = jax.jit(lambda p, x, options=options: _zero(3).value_and_grad(h, **options)(p, x)[1]["c"])(params, ROWS)
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=0)
+
+
+def test_a_parameter_is_placed_as_the_argument_that_it_is():
+    zero = _zero(3)
+    state = {"average": jax.device_put(_square(), jax.NamedSharding(zero.mesh, P())), "params": zero.create(_square)}
+
+    @zero.jit(donate=False)
+    def grads(state, x):
+        renamed = {"other": state["params"]["w"]}
+        return zero.value_and_grad(_fit)(state["params"], x)[1]["w"], jax.grad(
+            zero.gathered(lambda p, x: _fit({"w": p["other"]}, x)))(renamed, x)["other"]
+
+    assert [g.sharding.spec for g in grads(state, ROWS)] == [P(None, "data")] * 2
+
+
+def test_argument_numbers():
+    zero = _zero(3)
+    np.testing.assert_allclose(zero.gathered(lambda x, p: _fit(p, x), -1)(ROWS, _square()), _fit(_square(), ROWS), rtol=1e-5)
+    with pytest.raises(zj.PolicyError, match="argnums=2, but the function was called with 2 arguments"):
+        zero.gathered(_fit, 2)(_square(), ROWS)
+    with pytest.raises(zj.LossError, match="has_aux=True, but the loss returned"):
+        zero.value_and_grad(_fit, has_aux=True)(_square(), ROWS)
+    with pytest.raises(zj.LossError, match="with has_aux=True"):
+        zero.value_and_grad(lambda p, x: zj.Loss(_fit(p, x), 1.0, {"a": 1.0}))(_square(), ROWS)

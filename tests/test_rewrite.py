@@ -141,6 +141,18 @@ def indexed_by_a_value(p, x):
     return fit(x @ p["layers"][best]) + fit(jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p["layers"][i]), x))
 
 
+@jax.jit
+def _one_of(stack, i, x):
+    return jnp.tanh(x @ jax.lax.dynamic_index_in_dim(stack, i, 0, keepdims=False))
+
+
+def called_for_each(p, x):
+    """jax keeps one jaxpr for all calls of a jitted function."""
+    for i in range(3):
+        x = _one_of(p["layers"], i, x)
+    return fit(x)
+
+
 def scanned(p, x):
     layer = jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), h.mean()))
     x, means = jax.lax.scan(layer, x, p["layers"], reverse=True)
@@ -308,6 +320,7 @@ CASES = {
     "custom_vjp": Case(_square, lambda p, x: _clipped(p, x).sum(1).mean(), whole=True),
     "w[i]": Case(_stack, indexed),
     "w[value]": Case(_stack, indexed_by_a_value),
+    "jit(w, i)": Case(_stack, called_for_each),
     "scan": Case(_stack, scanned),
     "scan in scan": Case(_stack, scanned_with_state),
     "tied": Case(_square, tied),

@@ -141,5 +141,5 @@ def microbatches(policy: Policy, batch: Any, accumulate: int) -> Any:
     send each device's examples to others (an all-to-all).
     """
     spec = NamedSharding(policy.mesh, P(None, policy.batch_axes))
-    split = lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+    split = lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(split(x), spec), batch)

@@ -5,39 +5,62 @@ Within jit, arrays have no shardings; `transforms` asks here where the parameter
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.core import Tracer
+from jax.sharding import Sharding
 
 from zerojax import layout
 from zerojax.policy import Policy
 from zerojax.specs import Leaf, Placement
 
-_frame: contextvars.ContextVar[Mapping[str, list] | None] = contextvars.ContextVar("zerojax_frame", default=None)
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """Shardings of the arguments: by the traced array itself, which is kept so that its id stays its own; by path and shape."""
+
+    traced: Mapping[int, tuple[Any, Sharding | None]]
+    named: Mapping[tuple[str, tuple[int, ...]], set]
+
+    @classmethod
+    def of(cls, arguments: Any, shardings: Sequence[Sharding | None]) -> "Frame":
+        traced, named = {}, {}
+        for (path, x), sharding in zip(jax.tree.leaves_with_path(arguments), shardings, strict=True):
+            traced[id(x)] = x, sharding
+            name = layout.path_of(path)
+            for ending in {*layout.endings(name), *layout.endings(name.removesuffix("/value"))}:  # NNX's variables have values
+                named.setdefault((ending, jax.numpy.shape(x)), set()).add(sharding)
+        return cls(traced, named)
+
+    def sharding(self, leaf: Leaf, x: Any) -> Sharding | None:
+        """Where a parameter is placed: as the argument that it is, else as all arguments whose paths end in its path."""
+        if not isinstance(x, Tracer):
+            return getattr(x, "sharding", None)
+        if id(x) in self.traced:
+            return self.traced[id(x)][1]
+        like = self.named.get((leaf.path, leaf.shape), ())
+        return next(iter(like)) if len(like) == 1 else None
+
+
+_NOTHING = Frame({}, {})
+_frame = contextvars.ContextVar("zerojax_frame", default=_NOTHING)
 
 
 @contextlib.contextmanager
-def of(arguments: Any) -> Iterator[None]:
-    """Within it, arrays are placed as these shapes with shardings."""
-    known = {}
-    for path, x in jax.tree.leaves_with_path(arguments):
-        for name in {full := layout.path_of(path), full.removesuffix("/value")}:  # of NNX's variables, and linen's boxes
-            for ending in layout.endings(name):
-                known.setdefault(ending, []).append(x)
-    token = _frame.set(known)
+def within(arguments: Any, shardings: Sequence[Sharding | None]) -> Iterator[None]:
+    """A function of these traced arguments is traced."""
+    token = _frame.set(Frame.of(arguments, shardings))
     try:
         yield
     finally:
         _frame.reset(token)
 
 
-def places(policy: Policy, leaves: Sequence[Leaf]) -> list[Placement]:
-    """Where parameters are at rest: as an argument whose path ends in theirs and which has their shape, else by the rules."""
-    known = _frame.get() or {}
-
-    def place(leaf):
-        like = next((x for x in known.get(leaf.path, ()) if x.shape == leaf.shape), None)
-        return layout.placed(policy, layout.place(policy, leaf), getattr(like, "sharding", None), leaf.shape)
-
-    return list(map(place, leaves))
+def places(policy: Policy, leaves: Sequence[Leaf], params: Sequence[Any]) -> list[Placement]:
+    """Where parameters are at rest; by the policy's rules where nothing is known."""
+    frame = _frame.get()
+    return [layout.placed(policy, layout.place(policy, leaf), frame.sharding(leaf, x), leaf.shape)
+            for leaf, x in zip(leaves, params, strict=True)]

@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 from zerojax import specs
 
 PARTS = "zerojax_parts"  # the mapped axis over which each device differentiates its own part
+SCOPE = "zerojax"  # the name of the pair's constraints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +73,13 @@ class Gather:
         pick = lambda spec: P(*(spec[i] for i in dims))
         return dataclasses.replace(self, spec=pick(self.spec), whole=pick(self.whole))
 
-    def insert(self, index: int) -> "Gather":
-        """For a stack along a new, whole dimension `index`."""
-        add = lambda spec: P(*spec[:index], None, *spec[index:])
-        return dataclasses.replace(self, spec=add(self.spec), whole=add(self.whole))
-
     def accumulated(self) -> "Gather":
         """For a cotangent that a loop sums."""
         return dataclasses.replace(self, whole_first=True)
 
     def constrain(self, x: jax.Array, spec: P) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, specs.sharding(self.mesh, spec))
+        with jax.named_scope(SCOPE):
+            return jax.lax.with_sharding_constraint(x, specs.sharding(self.mesh, spec))
 
     def top(self, x: jax.Array) -> jax.Array:
         """`x` whole in the compute dtype, with no cotangent."""
@@ -125,13 +122,14 @@ def _sum(x, axis):
 @functools.lru_cache(maxsize=4096)
 def _read(g: Gather, dtype: str):
     read = jax.custom_vjp(lambda x, gathered: gathered.astype(dtype))
-    read.defvjp(lambda x, gathered: (gathered.astype(dtype), None), lambda _, ct: (g._backward(ct), None))
+    # the rule calls the function, so that a second derivative sees x
+    read.defvjp(lambda x, gathered: (read(x, gathered), None), lambda _, ct: (g._backward(ct), None))
     return read
 
 
 @functools.lru_cache(maxsize=4096)
 def _scatter(g: Gather):
-    """`(ct, part)`: summed over the parts. `part` is mapped over `PARTS` alone, which tells that axis from a user's vmap."""
+    """`(ct, part)`: summed over the parts, over which `part` is mapped."""
 
     @jax.custom_batching.custom_vmap
     def scatter(ct, part):
@@ -139,11 +137,7 @@ def _scatter(g: Gather):
 
     @scatter.def_vmap
     def batched(size, mapped, ct, part):
-        ct_mapped, part_mapped = mapped
-        if not part_mapped:  # a user's own vmap: one more whole dimension in front
-            return _scatter(g.insert(0))(ct, part), True
-        if not ct_mapped:  # the same for every part
-            ct = jnp.broadcast_to(ct, (size, *ct.shape))
-        return g.sum_parts(ct), False
+        ct_mapped, _ = mapped  # or it is the same for every part
+        return g.sum_parts(ct if ct_mapped else jnp.broadcast_to(ct, (size, *ct.shape))), False
 
     return scatter

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zerojax import data, rewrite, study, trees
-from zerojax.errors import LossError
+from zerojax.errors import BatchError, LossError
 from zerojax.gather import PARTS, Gather
 from zerojax.loss import Loss
 from zerojax.policy import Policy
@@ -33,7 +33,7 @@ def pairs(policy: Policy, leaves: Sequence[Leaf], places: Sequence[Placement], j
 
     def pair(leaf, place):
         local = per_device and (policy.stage <= 1 or not place.sharded)
-        compute = policy.precision.compute or leaf.dtype
+        compute = study.compute_dtype(policy, leaf.dtype)
         reduce = policy.precision.reduce or compute
         return Gather(policy.mesh, place.spec, place.whole, leaf.dtype, compute, reduce, policy.axes, policy.replica_axis,
                       per_device, local, whole_first=policy.replica_axis is None, wide=wide.get(leaf.path, ""),
@@ -63,7 +63,7 @@ class Differentiator:
 
     Attributes:
       program: the objective for a microbatch, or for one device's part of it.
-      pairs, places: of the parameters, in the objective's order.
+      pairs: of the parameters, in the objective's order.
       per_device: the way to differentiate; why: the reason, for people.
       accumulate: number of microbatches.
     """
@@ -85,21 +85,20 @@ class Differentiator:
     def _accumulated(self, params, gathered, model_state, inputs, scale):
         dtype = self.policy.precision.accumulate
 
-        def one(model_state, micro):
-            run = self._parts if self.per_device else self._pull
-            grads, loss, aux = run(params, gathered, model_state, micro, scale)
-            return [g.astype(dtype) for g in grads], loss, aux
-
+        run = lambda made, *args: (made._parts if made.per_device else made._pull)(params, gathered, *args, scale)
         if self.accumulate == 1:
-            return one(model_state, inputs)
+            return run(self, model_state, inputs)
 
         def body(carry, xs):
             (grads, model_state), (micro, index) = carry, xs
-            new, loss, aux = one(model_state, self._merged(micro, [trees.fold(x, index) for x in self._rest(inputs)]))
-            grads = self._kept([a + b for a, b in zip(grads, new, strict=True)])
+            made, mine = self._folded(self._merged(micro, self._rest(inputs)), index)
+            new, loss, aux = run(made, model_state, mine)
+            grads = self._kept([a + b.astype(a.dtype) for a, b in zip(grads, new, strict=True)])
             return (grads, loss.model_state), (loss.replace(model_state=None), aux)
 
-        zeros = self._kept([jnp.zeros(self._shape(g, x), dtype) for g, x in zip(self.pairs, params, strict=True)])
+        # complex and float64 gradients stay as wide as they are
+        wide = lambda x: dtype if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != jnp.float64 else x.dtype
+        zeros = self._kept([jnp.zeros(self._shape(g, x), wide(x)) for g, x in zip(self.pairs, params, strict=True)])
         micro = data.microbatches(self.policy, self._batch(inputs), self.accumulate)
         (grads, model_state), (losses, aux) = jax.lax.scan(body, (zeros, model_state), (micro, jnp.arange(self.accumulate)))
         aux = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), aux)
@@ -117,33 +116,23 @@ class Differentiator:
 
     def forward(self, whole: list, model_state: Tree, inputs: list) -> Any:
         """The losses of the parts of a microbatch, of whole parameters; raises where the program cannot be split over them."""
-        run = lambda whole, _, model_state, mine, scale: ([], *self.program(whole, model_state, mine))
+        run = lambda made, whole, _, model_state, mine, scale: ([], *made.program(whole, model_state, mine))
         return self._parts(whole, [], model_state, inputs, None, run)
 
-    def check_aux(self, inputs: list) -> None:
-        """Raises `LossError` for aux that the parts of a split batch cannot be put together of."""
-        split = self.accumulate * (self.policy.parts if self.per_device else 1)
-        examples = [x.shape[0] // split for x in self._batch(inputs)]
-        odd = [x.shape for x in jax.tree.leaves(self.program.aux) if x.shape[:1] != tuple(examples[:1])]
-        if split > 1 and odd:
-            raise LossError(f"aux holds an array of shape {odd[0]}, which is not of the {examples[0]} examples of one of the "
-                            f"{split} parts that the batch is split into, so that they cannot be put together; return sums "
-                            "as zj.Loss(total, weight, aux), or write accumulate=1 and Zero(gradients='global').")
-
     def _parts(self, params, gathered, model_state, inputs, scale, run=None):
-        run = run or self._pull
+        grads_out = [] if run else [0 if g.local else None for g in self.pairs]
+        run = run or Differentiator._pull
         n, axes = self.policy.parts, self.policy.batch_axes
         sharding = NamedSharding(self.policy.mesh, P(axes))
-        split = lambda x: jax.lax.with_sharding_constraint(x.reshape(n, -1, *x.shape[1:]), sharding)
+        split = lambda x: jax.lax.with_sharding_constraint(x.reshape(n, x.shape[0] // n, *x.shape[1:]), sharding)
 
         def part(batch, index):
-            mine = self._merged(batch, [trees.fold(x, index) for x in self._rest(inputs)])
+            made, mine = self._folded(self._merged(batch, self._rest(inputs)), index)
             state = jax.tree.map(lambda x: trees.fold(x, index) if trees.is_key(x) else x, model_state)
-            grads, loss, aux = run(params, gathered, state, mine, scale)
+            grads, loss, aux = run(made, params, gathered, state, mine, scale)
             return grads, loss.replace(model_state=None), aux, *self._counted(loss.model_state)
 
-        out = ([0 if g.local else None for g in self.pairs] if run == self._pull else [], 0, 0, None, 0)
-        mapped = jax.vmap(part, out_axes=out, axis_name=PARTS, spmd_axis_name=axes)
+        mapped = jax.vmap(part, out_axes=(grads_out, 0, 0, None, 0), axis_name=PARTS, spmd_axis_name=axes)
         grads, loss, aux, counts, keys = mapped([split(x) for x in self._batch(inputs)], jnp.arange(n))
         loss, aux = jax.tree.map(lambda x: x.sum(0), loss), jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), aux)
         return grads, loss.replace(model_state=self._recounted(model_state, counts, keys)), aux
@@ -159,6 +148,11 @@ class Differentiator:
         leaves, treedef = jax.tree.flatten(state)
         new = zip(leaves, counts, keys, strict=True)
         return treedef.unflatten([x if c is None and k is None else k[0] if c is None else c for x, c, k in new])
+
+    def _folded(self, inputs: list, number) -> tuple["Differentiator", list]:
+        """It and its inputs, with a number folded into the random keys of both."""
+        program, inputs = self.program.folded(inputs, number)
+        return dataclasses.replace(self, program=program), inputs
 
     def _batch(self, inputs):
         return [x for x, split in zip(inputs, self.objective.batch, strict=True) if split]
@@ -193,27 +187,42 @@ def differentiator(policy: Policy, objective: Objective, places: Sequence[Placem
     Raises:
       PolicyError: a wish that the way to differentiate cannot fulfil. LossError: aux that is not of examples, of a split batch.
     """
+    traced = lambda rows: study.trace(policy, objective, params, model_state, _cut(objective, inputs, rows))
+
     def made(per_device: bool, why: str, program: Program) -> Differentiator:
         pair = tuple(pairs(policy, objective.leaves, places, program.jaxpr, per_device))
         return Differentiator(policy, objective, program, pair, per_device, why, accumulate)
 
-    traced = lambda parts: study.trace(policy, objective, params, model_state, _cut(objective, inputs, accumulate * parts))
-    whole = traced(1)
+    rows = objective.examples // accumulate
+    part, whole = rows // policy.parts, traced(rows)
+    if accumulate > 1 and (why := next((o for o in whole.obstacles if o.startswith(study.CLOSES_OVER)), "")):
+        raise BatchError(f"accumulate={accumulate}, but the loss {why}, which is not split with the batch; pass it as an argument "
+                         "and name it in batch_argnums.")
+    if accumulate > 1 and whole.aux:
+        _check_aux(whole, rows, traced(2 * rows), 2 * rows)
     per_device, why = study.choose(policy, whole)
     if per_device:
         try:
-            by_parts = made(True, why, traced(policy.parts))
-            by_parts.check_aux(inputs)
-            jax.eval_shape(by_parts.forward, study.avals(policy, params), model_state, _cut(objective, inputs, accumulate))
+            by_parts = made(True, why, traced(part))
+            if part < rows:
+                _check_aux(by_parts.program, part, whole, rows)
+            jax.eval_shape(by_parts.forward, study.avals(policy, params), model_state, _cut(objective, inputs, rows))
             return by_parts
         except Exception as error:  # whatever the user's function or a rule of jax's raises for a part of a batch
             per_device, why = study.given_up(policy, error)
-    one_loss = made(per_device, why, whole)
-    one_loss.check_aux(inputs)
-    return one_loss
+    return made(per_device, why, whole)
 
 
-def _cut(objective: Objective, inputs, n: int) -> list:
-    """Inputs as shapes, those of the batch an `n`th of it."""
-    return [jax.ShapeDtypeStruct((x.shape[0] // n, *x.shape[1:]), x.dtype) if split else x
+def _check_aux(program: Program, rows: int, other: Program, other_rows: int) -> None:
+    """Raises `LossError` for aux whose first dimension does not grow with the batch, in programs of so many rows."""
+    for a, b in zip(program.aux, other.aux, strict=True):
+        if (a.shape[:1], b.shape[:1]) != ((rows,), (other_rows,)):
+            raise LossError(f"aux holds an array of shape {a.shape}, which is not of the {rows} examples of a part that the batch "
+                            "is split into, so that parts cannot be put together; return sums as zj.Loss(total, weight, aux), or "
+                            "write accumulate=1 and Zero(gradients='global').")
+
+
+def _cut(objective: Objective, inputs, rows: int) -> list:
+    """Inputs as shapes, those of the batch of so many rows."""
+    return [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) if split else x
             for x, split in zip(inputs, objective.batch, strict=True)]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import agreement, data, fingerprint, frame, layout, rewrite
+from zerojax import agreement, data, fingerprint, frame, layout, rewrite, specs
 from zerojax.plan import Plan
 
 
@@ -71,13 +71,13 @@ class Jitted:
     def _traced(self, shardings, state, *args, **kwargs):
         self._fresh = True
         given = self._placed(state, args, kwargs)
-        flat, treedef = jax.tree.flatten(given)
+        flat, treedef = jax.tree.flatten(state)
         known = treedef.unflatten([jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=s)
-                                   for x, s in zip(flat, shardings, strict=True)])
+                                   for x, s in zip(flat, shardings, strict=False)])  # the state's are the first
         args = [self._spread(i, x) if i in self._splits else x for i, x in enumerate(args, 1)]
         kwargs = {k: x if (i := self._split_of(k)) is None else self._spread(i, x) for k, x in kwargs.items()}
-        with frame.of(known):
-            return _kept(self.fn(state, *args, **kwargs), known[0])
+        with frame.within(given, shardings):
+            return _kept(self.fn(state, *args, **kwargs), known)
 
     def _spread(self, index: int, batch):
         """A batch over the devices: by its first dimension, or as the specs say."""
@@ -95,11 +95,8 @@ class Jitted:
         self._fresh = False
         traced = self.of(state, *args, **kwargs).trace(state, *args, **kwargs).jaxpr
         jaxpr = getattr(traced, "jaxpr", traced)
-        held = {}
-        for (path, x), var in zip(jax.tree.leaves_with_path(state), jaxpr.invars, strict=False):
-            name = layout.path_of(path)
-            if "params" in name.split("/") and "opt_state" not in name.split("/") and _is_spread(self.policy, x):
-                held[var] = name
+        paths = [(layout.path_of(path), x) for path, x in jax.tree.leaves_with_path(state)]
+        held = {var: name for (name, x), var in zip(paths, jaxpr.invars, strict=False) if _is_read(self.policy, name, x)}
         bare = sorted(set().union(*(names for eqn, names in rewrite.uses(jaxpr, held) if eqn.primitive.name in _PRODUCTS)))
         if bare:
             names, name = ", ".join(bare[:3]) + " and others" * (len(bare) > 3), getattr(self.fn, "__name__", self.fn)
@@ -108,9 +105,10 @@ class Jitted:
                           "for jax.value_and_grad, or zero.gathered(fn)(params, ...) for fn.", stacklevel=3)
 
 
-def _is_spread(policy, x) -> bool:
-    spec = getattr(getattr(x, "sharding", None), "spec", P())
-    return any(a in policy.axes for entry in spec for a in (entry if isinstance(entry, tuple) else (entry,)))
+def _is_read(policy, name: str, x) -> bool:
+    """Whether an array of the state is one that ZeRO spreads for a model to read: not optimizer state."""
+    spread = set(specs.axes_of(getattr(getattr(x, "sharding", None), "spec", P()))) & set(policy.axes)
+    return bool(spread) and "opt_state" not in name.split("/") and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 _PRODUCTS = {"dot_general", "conv_general_dilated", "gather"}

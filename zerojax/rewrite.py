@@ -1,9 +1,9 @@
-"""Where a program reads its parameters: its jaxpr evaluated again, each sharded parameter pending until an equation reads it.
+"""Where a program reads its parameters: its jaxpr evaluated again, each sharded one pending until an equation reads it.
 
 | equation | a pending parameter |
 |---|---|
 | scan that slices it (a whole dimension) | stays pending in the body, that dimension dropped: gathered in the loop |
-| scan or while that does not slice it | is read before the loop: XLA accumulates inside, reduces once |
+| any other scan, while | is read before the loop: XLA accumulates inside, reduces once |
 | remat | stays pending inside: gathered again in the backward pass |
 | jit, closed call | is inlined, same scope |
 | slice, squeeze, split of whole dimensions | each piece is pending, so that it is gathered alone |
@@ -16,6 +16,7 @@ loss each use has a scatter of its own: XLA adds the shards, where it would sum 
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,6 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 from jax.sharding import Sharding
 
-from zerojax.errors import LayoutError
 from zerojax.gather import Gather
 
 
@@ -110,7 +110,7 @@ class Pending:
     def read(self, dtype: str | None = None, accumulated: bool = False) -> jax.Array:
         return self._turned(self.parameter.read(dtype or self.dtype, accumulated))
 
-    def turn(self, permutation) -> "Pending":
+    def transpose(self, permutation) -> "Pending":
         return Pending(self.parameter, tuple(self.order[i] for i in permutation), self.dtype)
 
     def widen(self, dtype: str) -> "Pending":
@@ -122,16 +122,10 @@ class Pending:
         gathered = [None] * len(xs) if self.gathered is None else how(self.gathered)
         return [Pending.of(x, g, pair, self.dtype, self.parameter.path) for x, g in zip(xs, gathered, strict=True)]
 
-    def turn_of_loop(self) -> "Pending":
+    def sliced(self) -> "Pending":
         """It, as a scan over its first dimension has sliced its arrays."""
-        pair = self.pair
-        if pair.at_rest(0):
-            raise LayoutError(
-                f"{self.parameter.path}: a scan slices its dimension 0, over which it is sharded ({pair.spec}), so that "
-                f"every slice would be on one device. Zero(rules={{{self.parameter.path!r}: P(None, 'data')}}) shards the "
-                f"next dimension if it divides; {{{self.parameter.path!r}: P()}} leaves it whole.")
-        return Pending.of(self.parameter.x, self.parameter.gathered, pair.only(tuple(range(1, len(pair.spec)))), self.dtype,
-                          self.parameter.path)
+        rest = self.pair.only(tuple(range(1, len(self.pair.spec))))
+        return Pending.of(self.parameter.x, self.parameter.gathered, rest, self.dtype, self.parameter.path)
 
 
 def arrays(xs: Sequence[Any]) -> list[Any]:
@@ -139,9 +133,12 @@ def arrays(xs: Sequence[Any]) -> list[Any]:
     return [x.read() if isinstance(x, Pending) else x for x in xs]
 
 
-def evaluate(jaxpr, args: Sequence[Any]) -> list[Any]:
-    """The results of a jaxpr (closed, or without constants), of which `args` may be pending, as its results then may be."""
-    inner, consts = getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+def evaluate(jaxpr, args: Sequence[Any], consts: Sequence[Any] | None = None) -> list[Any]:
+    """The results of a jaxpr (closed, or without constants), of which `args` may be pending, as its results then may be.
+
+    `consts` are in place of its own.
+    """
+    inner, consts = getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ()) if consts is None else consts
     env = dict(zip([*inner.constvars, *inner.invars], [*consts, *args], strict=True))
     value = lambda v: v.val if isinstance(v, jex.Literal) else env[v]
     plain = []  # equations in a row that nothing pending enters
@@ -208,7 +205,7 @@ def wider(a, b) -> bool:
 def _run(jaxpr, eqns: Sequence, value: Callable) -> dict:
     """The results of some of a jaxpr's equations, by variable, as jax itself evaluates them."""
     made = [v for eqn in eqns for v in eqn.outvars]
-    needed = list(dict.fromkeys(v for eqn in eqns for v in _variables(eqn)) - dict.fromkeys(made).keys())
+    needed = [v for v in dict.fromkeys(v for eqn in eqns for v in _variables(eqn)) if v not in set(made)]
     part = jaxpr.replace(constvars=[], invars=needed, outvars=made, eqns=list(eqns))
     return dict(zip(made, jax.core.eval_jaxpr(part, (), *map(value, needed)), strict=True))
 
@@ -265,16 +262,28 @@ def _scan(jaxpr, eqn, args):
     before_xs = stacked(eqn.invars, inner.invars).count(False)
     carries = stacked(eqn.outvars, inner.outvars).count(False)
     consts, carry, xs = args[:before_xs - carries], args[before_xs - carries:before_xs], args[before_xs:]
+    xs = [_whole_if_split(x) for x in xs]
     if not any(isinstance(x, Pending) for x in xs):
-        return None
+        return None if xs == args[before_xs:] else _alone(jaxpr, eqn, [*arrays([*consts, *carry]), *xs])
     consts = [x.read(accumulated=True) if isinstance(x, Pending) else x for x in consts]
 
     def turn(carry, xs):
-        outs = arrays(evaluate(body, [*consts, *carry, *(x.turn_of_loop() if isinstance(x, Pending) else x for x in xs)]))
+        outs = arrays(evaluate(body, [*consts, *carry, *(x.sliced() if isinstance(x, Pending) else x for x in xs)]))
         return outs[:carries], outs[carries:]
 
     carry, ys = jax.lax.scan(turn, arrays(carry), xs, length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
     return [*carry, *ys]
+
+
+def _whole_if_split(x):
+    """What a scan slices, read before it if the mesh splits the sliced dimension: each slice would be on one device."""
+    if not isinstance(x, Pending) or not x.pair.at_rest(0):
+        return x
+    path = x.parameter.path
+    warnings.warn(f"{path}: a scan slices its dimension 0, over which it is sharded ({x.pair.spec}), so that all slices are "
+                  f"gathered before the scan. Zero(rules={{{path!r}: P(None, 'data')}}) shards the next dimension if it divides; "
+                  f"{{{path!r}: P()}} leaves it whole.", stacklevel=2)
+    return x.read(accumulated=True)
 
 
 def _remat(jaxpr, eqn, args):
@@ -294,7 +303,7 @@ def _call(jaxpr, eqn, args):
 
 
 def _transpose(jaxpr, eqn, args):
-    return [args[0].turn(eqn.params["permutation"])]
+    return [args[0].transpose(eqn.params["permutation"])]
 
 
 def _cast(jaxpr, eqn, args):
@@ -324,8 +333,10 @@ def _cut(jaxpr, eqn, args):
         return None
     if min(map(math.prod, shapes)) < x.pair.least:
         return None
-    key = (x.order, x.dtype, eqn.primitive.name, str(eqn.params))
-    return x.parameter.pieces(key if len(args) == 1 else eqn, lambda: x.cut(lambda x: _alone(jaxpr, eqn, [x, *args[1:]]), pair))
+    cut = lambda: x.cut(lambda x: _alone(jaxpr, eqn, [x, *args[1:]]), pair)
+    if len(args) > 1:  # at places that are values: equal equations, as of a jit that is called twice, cut other pieces
+        return cut()
+    return x.parameter.pieces((x.order, x.dtype, eqn.primitive.name, str(eqn.params)), cut)
 
 
 _RULES = {"scan": _scan, "remat2": _remat, "checkpoint": _remat, "transpose": _transpose, "convert_element_type": _cast,

@@ -11,16 +11,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend import core as jex
 from jax.sharding import PartitionSpec as P
 
-from zerojax import rewrite, specs
-from zerojax.errors import ModelError, PolicyError, ZeroError
+from zerojax import rewrite, specs, trees
+from zerojax.errors import LossError, ModelError, PolicyError, ZeroError
+from zerojax.gather import SCOPE
 from zerojax.loss import Loss, normalise
 from zerojax.policy import Policy
 from zerojax.specs import Leaf
 
 Tree = Any
+
+
+CLOSES_OVER = "closes over an array of the batch's length"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Objective:
       loss_fn: `loss_fn(model, inputs)`, of a list of arrays; returns a scalar or a `Loss`; with `has_aux`, that or (that, aux).
       batch: which of the inputs are split by their first dimension into microbatches and parts.
       kind, leaves, treedef: of the model; its parameters, in the order of the leaves of `treedef`.
-      unsplit: why its inputs cannot be split, or "".
+      unsplit: why its inputs cannot be split, or "". examples: in the whole batch; 0 of none.
     """
 
     loss_fn: Callable
@@ -41,16 +46,24 @@ class Objective:
     treedef: Any
     has_aux: bool = False
     unsplit: str = ""
+    examples: int = 0
 
     def __call__(self, params: list, model_state: Tree, inputs: list) -> tuple[Loss, Any, bool]:
         """(the loss with the model's state after it, aux, whether the function returned a `Loss`)."""
         model = self.kind.join(self.treedef.unflatten(params), model_state)
-        result = self.loss_fn(model, inputs)
-        result, aux = result if self.has_aux and not isinstance(result, Loss) else (result, None)
+        result, aux = self.loss_fn(model, inputs), None
+        if self.has_aux and not isinstance(result, Loss):
+            result, aux = _pair(result)
         loss = normalise(result)
         after = self.kind.state_after(model, model_state)
         after = after if loss.model_state is None else self.kind.merged(after, loss.model_state)
         return loss.replace(model_state=after), aux, isinstance(result, Loss)
+
+
+def _pair(result):
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise LossError(f"has_aux=True, but the loss returned a {type(result).__name__}; return (loss, aux), or zj.Loss.")
+    return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +72,8 @@ class Program:
 
     Attributes:
       jaxpr: of parameters in the compute dtype, model state and inputs; out: the tree of its results, a `Loss` and aux.
+      consts: values that the function closes over.
+      keys: which of consts and inputs it draws random numbers from.
       is_sum: the function returned a `Loss`.
       written: which leaves of the model's state it changed.
       obstacles: what in it keeps a device from differentiating its own part, in the user's terms.
@@ -66,14 +81,22 @@ class Program:
 
     jaxpr: Any
     out: Any
+    consts: tuple
+    keys: tuple[bool, ...]
     is_sum: bool
     written: tuple[bool, ...]
     obstacles: tuple[str, ...]
 
     def __call__(self, params: Sequence, model_state: Tree, inputs: list) -> tuple[Loss, Any]:
         """As the objective; parameters may be pending."""
-        results = rewrite.evaluate(self.jaxpr, [*params, *jax.tree.leaves(model_state), *inputs])
+        results = rewrite.evaluate(self.jaxpr, [*params, *jax.tree.leaves(model_state), *inputs], self.consts)
         return jax.tree.structure(self.out).unflatten(rewrite.arrays(results))
+
+    def folded(self, inputs: list, number) -> tuple["Program", list]:
+        """The program and its inputs with a number folded into their random keys."""
+        new = [trees.fold(x, number) if key else x for x, key in zip([*self.consts, *inputs], self.keys, strict=True)]
+        n = len(self.consts)
+        return dataclasses.replace(self, consts=tuple(new[:n])), new[n:]
 
     @property
     def aux(self) -> list:
@@ -83,7 +106,12 @@ class Program:
 
 def avals(policy: Policy, params: Sequence) -> list[jax.ShapeDtypeStruct]:
     """Parameters as a program sees them: whole, in the compute dtype."""
-    return [jax.ShapeDtypeStruct(x.shape, policy.precision.compute or x.dtype) for x in params]
+    return [jax.ShapeDtypeStruct(x.shape, compute_dtype(policy, x.dtype)) for x in params]
+
+
+def compute_dtype(policy: Policy, dtype) -> str:
+    """The dtype that a parameter is read in: the policy's, but for complex ones."""
+    return policy.precision.compute if policy.precision.compute and jnp.issubdtype(dtype, jnp.floating) else str(dtype)
 
 
 def trace(policy: Policy, objective: Objective, params: list, model_state: Tree, inputs: list) -> Program:
@@ -103,14 +131,31 @@ def trace(policy: Policy, objective: Objective, params: list, model_state: Tree,
             raise
         raise ModelError(f"the loss uses a mapped axis, as under pmap or vmap(axis_name=...) ({error}), but it sees the whole "
                          "batch here: leave out psum, pmean and axis_name (BatchNorm's too).") from error
-    return Program(jaxpr, out, found["is_sum"], found["written"], _obstacles(policy, objective, jaxpr, model_state, found))
+    obstacles = _obstacles(policy, objective, jaxpr, model_state, found)
+    return Program(jaxpr, out, tuple(jaxpr.consts), _keys(jaxpr, len(inputs)), found["is_sum"], found["written"], obstacles)
+
+
+def _keys(jaxpr, inputs: int) -> tuple[bool, ...]:
+    """Which of the constants and the last arguments are random keys: typed, or wrapped as such."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    variables = [*inner.constvars, *inner.invars[len(inner.invars) - inputs:]]
+    old = {v: str(i) for i, v in enumerate(variables) if trees.is_old_key(v.aval)}
+    wrapped = {name for eqn, names in rewrite.uses(inner, old) if eqn.primitive.name == "random_wrap" for name in names}
+    return tuple(trees.is_key(v.aval) or str(i) in wrapped for i, v in enumerate(variables))
 
 
 def _obstacles(policy: Policy, objective: Objective, jaxpr, model_state, found) -> tuple[str, ...]:
     floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(model_state)]
     written = any(w and f for w, f in zip(found["written"], floating, strict=True))
     of_state = "returns new model state" if written else "is of a model with floating state" if any(floating) else ""
-    return tuple(dict.fromkeys(filter(None, [objective.unsplit, of_state, *_in_program(set(policy.batch_axes), jaxpr)])))
+    closed = _closed_over(objective, jaxpr)
+    return tuple(dict.fromkeys(filter(None, [objective.unsplit, of_state, closed, *_in_program(set(policy.batch_axes), jaxpr)])))
+
+
+def _closed_over(objective: Objective, jaxpr) -> str:
+    """A value of the surrounding program that may be the batch's: it would not be split with it."""
+    like = [x.shape for x in jaxpr.consts if isinstance(x, Tracer) and x.shape[:1] == (objective.examples,)]
+    return f"{CLOSES_OVER}, of shape {like[0]}" if like else ""
 
 
 def _in_program(axes: set[str], jaxpr) -> Iterator[str]:
@@ -120,7 +165,9 @@ def _in_program(axes: set[str], jaxpr) -> Iterator[str]:
         name, p = eqn.primitive.name, eqn.params
         if name == "sharding_constraint":
             pinned = sorted(axes & set(specs.axes_of(getattr(p["sharding"], "spec", P()))))
-            yield from [f"constrains activations over {pinned}"] * bool(pinned)
+            ours = SCOPE in str(eqn.source_info.name_stack).split("/")
+            why = _GATHERS if ours else f"constrains activations over {pinned}"
+            yield from [why] * bool(pinned)
         elif name == "shard_map":
             mapped = sorted(axes & set(p.get("newly_manual_axes") or p["mesh"].axis_names))
             yield from [f"has a shard_map over {mapped}"] * bool(mapped)
@@ -128,6 +175,8 @@ def _in_program(axes: set[str], jaxpr) -> Iterator[str]:
             yield "has a convolution"  # XLA partitions the gradient of a vmapped one wrongly (jax 0.10 to 0.12)
         elif name == "cond" and not isinstance(eqn.invars[0], jex.Literal) and eqn.invars[0] not in of_platform:
             yield "chooses by lax.cond or switch"  # on the batch as a whole, or on a key: each part would choose for itself
+        elif name == "while":
+            yield "has a loop of unknown length (while_loop)"  # each part would turn as often as it wants itself
         elif name in ("pure_callback", "io_callback") or p.get("ordered"):
             yield f"calls the host ({name})"
         for inner in jex.jaxprs_in_params(p):
@@ -157,6 +206,8 @@ def choose(policy: Policy, program: Program) -> tuple[bool, str]:
 def given_up(policy: Policy, error: Exception) -> tuple[bool, str]:
     """One loss and why, after an `error` in the program of one device's part of a batch; raised again where that was wished for."""
     p = policy.precision
+    if isinstance(error, ZeroError) and not isinstance(error, LossError):
+        raise error
     if "out_axes" in str(error):
         why = "writes integers of the batch into the model's state, and each device would have its own"
     else:
@@ -171,7 +222,9 @@ def given_up(policy: Policy, error: Exception) -> tuple[bool, str]:
 
 # what may be insisted on: right if no example sees another, as the user then says
 _JUDGED = ("is of a model with floating state",)
+_GATHERS = "gathers other parameters itself (zero.gathered)"
 _INSTEAD = {
+    _GATHERS: "Gather them before, and pass the result as a batch (batch_argnums)",
     "returns a bare mean": "Return zj.Loss(total, weight)",
     "returns new model state": "Return zj.Loss without it",
     "is of a model with floating state": 'If no example sees another, write gradients="per_device"',

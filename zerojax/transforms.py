@@ -1,6 +1,7 @@
 """`gathered` and `value_and_grad`: functions of parameters at rest, from functions of whole ones."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from zerojax import data, frame, gradients, layout, models, rewrite, study
-from zerojax.errors import BatchError, PolicyError
+from zerojax.errors import BatchError, LossError, PolicyError
 from zerojax.gradients import Differentiator
 from zerojax.policy import Policy
 from zerojax.scale import NoScale
@@ -45,7 +46,7 @@ class Parts:
         else:
             kind, params, model_state, specs = (models.Nnx if isinstance(model, nnx.Module) else models.Tree).split(model)
             leaves = layout.describe(params, specs)
-        return cls(model, kind, params, model_state, leaves, frame.places(policy, leaves))
+        return cls(model, kind, params, model_state, leaves, frame.places(policy, leaves, jax.tree.leaves(params)))
 
     @property
     def flat(self) -> list:
@@ -78,9 +79,9 @@ def _divided(tree: Tree) -> tuple[list, Callable[[list], Tree]]:
 
 def gathered(policy: Policy, fn: Callable, argnums: int | Collection[int]) -> Callable:
     """See `Zero.gathered`."""
-    at = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
     def run(*args, **kwargs):
+        at = numbers("argnums", argnums, len(args))
         parts = [Parts.of(policy, args[i]) for i in at]
         inputs, put = _divided((tuple(None if i in at else x for i, x in enumerate(args)), kwargs))
         found = {}
@@ -126,9 +127,9 @@ class Call:
             args, kwargs = put(inputs)
             return loss_fn(model, *args, **kwargs)
 
-        objective = Objective(call, tuple(flags), parts.kind, parts.leaves, jax.tree.structure(parts.params), has_aux,
-                              _unsplit(inputs, flags))
         split = [x for x, flag in zip(inputs, flags, strict=True) if flag]
+        objective = Objective(call, tuple(flags), parts.kind, parts.leaves, jax.tree.structure(parts.params), has_aux,
+                              _unsplit(inputs, flags), split[0].shape[0] if split else 0)
         if split or accumulate > 1:
             data.check(policy, split, accumulate)
         if accumulate > 1 and objective.unsplit:
@@ -155,18 +156,35 @@ def value_and_grad(policy: Policy, loss_fn: Callable, *, accumulate: int = 1, ha
                    batch_argnums: int | Collection[int] = 1, scale: Any = None) -> Callable:
     """See `Zero.value_and_grad`."""
     check_accumulate("value_and_grad", accumulate)
-    batch = (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums)
 
     def run(model, *args, **kwargs):
+        batch = numbers("batch_argnums", batch_argnums if args else (), 1 + len(args))
         call = Call.of(policy, loss_fn, model, args, kwargs, batch=batch, has_aux=has_aux, accumulate=accumulate)
         diff = call.differentiator(policy)
-        grads, loss, aux = diff(call.parts.flat, call.parts.model_state, call.inputs, scale or NoScale())
+        params = _once(call.parts.flat) if diff.per_device else call.parts.flat
+        grads, loss, aux = diff(params, call.parts.model_state, call.inputs, scale or NoScale())
+        if loss.aux is not None and not has_aux:
+            raise LossError("the loss returned zj.Loss(aux=...), which value_and_grad returns with has_aux=True.")
         call.parts.update(loss.model_state)
         value = loss.total / loss.weight
         grads = _as_given(call.parts, grads)
         return ((value, loss if diff.program.is_sum and aux is None else aux), grads) if has_aux else (value, grads)
 
     return run
+
+
+@jax.custom_vjp
+def _once(params: list) -> list:
+    """`params`, which are not to be differentiated again: sums over parts are not linear in them as written."""
+    return params
+
+
+def _not_again(_, ct):
+    raise PolicyError("zero.value_and_grad was differentiated itself, but each device has differentiated its own part of the "
+                      "batch; write Zero(gradients='global'), or differentiate zero.gathered(loss).")
+
+
+_once.defvjp(lambda params: (params, None), _not_again)
 
 
 def _as_given(parts: Parts, grads: list) -> Tree:
@@ -176,6 +194,18 @@ def _as_given(parts: Parts, grads: list) -> Tree:
         return tree
     state = nnx.state(parts.model, nnx.Param)
     return jax.tree.structure(state).unflatten(grads)
+
+
+def numbers(name: str, given: int | Collection[int], count: int) -> tuple[int, ...]:
+    """Argument numbers as jax takes them, also from the end, of `count` arguments.
+
+    >>> numbers("argnums", -1, 3)
+    (2,)
+    """
+    flat = tuple(map(operator.index, given if isinstance(given, Collection) else (given,)))
+    if any(not -count <= i < count for i in flat):
+        raise PolicyError(f"{name}={given!r}, but the function was called with {count} arguments by position; write numbers below.")
+    return tuple(i % count for i in flat)
 
 
 def check_accumulate(where: str, accumulate: Any) -> None:

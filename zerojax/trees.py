@@ -19,10 +19,8 @@ def is_old_key(x) -> bool:
 
 
 def fold(x: jax.Array, number) -> jax.Array:
-    """A key, or each of an array of keys, with a number folded in; any other array as it is."""
-    if is_old_key(x):
-        return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(x), number))
+    """A key, of either kind, or each of an array of keys, with a number folded in."""
     if not is_key(x):
-        return x
+        return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(x), number))
     one = lambda key: jax.random.fold_in(key, number)
     return jnp.vectorize(one)(x) if x.ndim else one(x)

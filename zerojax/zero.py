@@ -64,8 +64,9 @@ class Zero(Policy):
       replica_axis: the axis of copies (hybrid sharding); "replica" if the mesh has one.
       gradients: "global", one loss over the whole batch (any model); "per_device", each device differentiates its part
         (exact when the loss is a sum over examples: `zj.Loss`. A bare mean becomes the mean of the devices' means, as
-        in DDP). None: per device when the loss function returns a `Loss` and the model has no floating state (as batch
-        statistics) and constrains no activations over ZeRO's axes.
+        in DDP). None: per device when the loss function returns a `Loss`, the model has no floating state (as batch
+        statistics), and nothing in the loss's program stands against it: convolutions, shard_map or constraints over
+        ZeRO's axes, cond, while_loop, callbacks, closed-over arrays of the batch's length.
       rules: regex for a parameter's whole path, as "blocks/.*/kernel", to the spec it shall have.
       min_shard: leaves of fewer elements stay whole.
 
@@ -146,7 +147,8 @@ class Zero(Policy):
         """`fn`, with the parameters in those arguments gathered where it reads them, as the stage says.
 
         For evaluation, sampling, teachers, several models in a step; also for `jax.grad`, which then sees one loss over the
-        whole batch: its gradients are sharded, reduced in the compute dtype. Call it within `zero.jit` (or `jax.jit`).
+        whole batch: its gradients are sharded, reduced in the compute dtype, and may be differentiated again in reverse mode.
+        Call it within `zero.jit` (or `jax.jit`).
 
         Args:
           fn: of any arguments; is given parameters whole, as arrays in the compute dtype.
