@@ -183,7 +183,8 @@ def _foreign_reduction(demand: Demand, c: Collective, s: Shape, sharded: Mapping
                 "zj.Loss, so that each device adds up its own part's first")
     if sharded:
         return ("the gradient of a sharded parameter is summed whole on every device; a reduce-scatter would leave each its shard. "
-                "It is not read through zerojax, or twice behind one read (gradients='per_device' adds both first)" + cast)
+                "It is not read through zerojax, or looked up at places that do not depend on the example (positions), or twice "
+                "behind one read (gradients='per_device' adds up first)" + cast)
     return ("activations are summed over the batch's devices, as in tensor parallelism, or gradients are summed whole where a "
             "reduce-scatter would leave each device its shard: parameters are not read through zerojax, the model contracts over "
             "the batch, or a table is looked up at places that do not depend on the example (positions: make them a parameter of "

@@ -1,5 +1,7 @@
 """Training state, born sharded: no device ever holds it whole."""
 
+import contextlib
+import copy
 import dataclasses
 import functools
 from typing import Any
@@ -89,12 +91,16 @@ def survey(policy: Policy, init_fn, args) -> tuple[Model, list]:
 
 
 def _check_static(kind):
-    try:
+    """jit compares static values to find what it compiled; it can do without their hash."""
+    with contextlib.suppress(TypeError):
         hash(kind)
-    except TypeError as error:
-        raise ModelError(f"the model keeps something beside its parameters that can't be compared ({error}): an array, list or "
-                         "dict as a plain attribute or static field. Make it an nnx.Variable, a leaf or a tuple, or build it "
-                         "where it is used.") from None
+        return
+    try:
+        bool(kind == copy.deepcopy(kind))
+    except Exception as error:  # whatever == of the user's raises
+        raise ModelError(f"the model keeps something beside its parameters that can't be compared ({error}), as an array in a "
+                         "plain attribute or static field. Make it an nnx.Variable or a leaf, or build it where it is "
+                         "used.") from None
 
 
 def builder(policy: Policy, model: Model, treedefs: list, init_fn, tx, rng):

@@ -152,8 +152,9 @@ def planned(name, form, stage):
 @pytest.mark.parametrize("form", ["mean", "sum"])
 @pytest.mark.parametrize("name", CASES)
 def test_sends_what_zero_sends(name, form):
+    """Or the plan says why not: XLA differs between versions in what it moves out of a loop."""
     plan = planned(name, form, 2)
-    if (name, form) in EXPLAINED:
+    if (name, form) in EXPLAINED and plan.sent > 1.01 * plan.zero_bytes:
         with pytest.raises(zj.PlanError, match=EXPLAINED[name, form]):
             plan.check()
     else:
