@@ -176,14 +176,14 @@ def test_a_step_may_take_its_labels_out_of_the_batch():
 def test_the_function_is_traced_once_for_a_layout():
     zero, calls = _zero(3), []
 
-    @zero.jit(donate=False)
+    @zero.jit
     def step(state, x):
         calls.append(x.shape)
-        return zero.value_and_grad(lambda p, x: (x @ p["w"]).mean())(state["params"], x)
+        return state, zero.value_and_grad(lambda p, x: (x @ p["w"]).mean())(state["params"], x)[0]
 
     state = zero.create(lambda: {"params": {"w": jnp.ones((8, 16))}})
     for rows in (8, 8, 16):
-        step(state, np.ones((rows, 8), np.float32))
+        state, _ = step(state, np.ones((rows, 8), np.float32))
     assert calls == [(8, 8), (16, 8)]
 
 
@@ -218,6 +218,8 @@ def test_batches_in_other_arguments_whole_and_split_as_said():
     assert seen(out, tree["a"], tree["b"]) == [P(None, "data"), P("data"), P()]
     with pytest.raises(zj.BatchError, match="3 examples"):
         pair(zero.create(make), x, 2, y)
+    predict = zero.jit(zero.gathered(lambda state, batch: (batch, state["params"]["w"].sum())[0]), donate=False)
+    assert seen(predict(zero.create(make), batch=x)) == [P("data")]
 
 
 def test_an_array_of_the_batchs_length_beside_it_is_not_split():

@@ -28,7 +28,8 @@ class Jitted:
         self._agreed, self._fresh = agreement.Once(), False
 
     def __call__(self, state, *args, **kwargs):
-        data.check_shared(self.policy, [x for i, x in enumerate(args, 1) if i in self._splits])
+        batches = [x for i, x in enumerate(args, 1) if i in self._splits]
+        data.check_shared(self.policy, batches + [x for k, x in kwargs.items() if self._split_of(k) is not None])
         self._agreed(self.policy, "zero.jit", lambda: {
             "fn": fingerprint.of_function(self.fn),
             "program": fingerprint.of_program(self.of(state, *args, **kwargs), state, *args, **kwargs)}, state, args, kwargs)

@@ -261,17 +261,17 @@ def _scan(jaxpr, eqn, args):
     stacked = lambda outer, inner: [len(o.aval.shape) > len(i.aval.shape) for o, i in zip(outer, inner, strict=True)]
     before_xs = stacked(eqn.invars, inner.invars).count(False)
     carries = stacked(eqn.outvars, inner.outvars).count(False)
-    consts, carry, xs = args[:before_xs - carries], args[before_xs - carries:before_xs], args[before_xs:]
-    xs = [_whole_if_split(x) for x in xs]
+    xs = [_whole_if_split(x) for x in args[before_xs:]]
+    before = [_operand(eqn, args, x) for x in args[:before_xs]]
     if not any(isinstance(x, Pending) for x in xs):
-        return None if xs == args[before_xs:] else _alone(jaxpr, eqn, [*arrays([*consts, *carry]), *xs])
-    consts = [x.read(accumulated=True) if isinstance(x, Pending) else x for x in consts]
+        return _alone(jaxpr, eqn, [*before, *xs])
+    consts, carry = before[:before_xs - carries], before[before_xs - carries:]
 
     def turn(carry, xs):
         outs = arrays(evaluate(body, [*consts, *carry, *(x.sliced() if isinstance(x, Pending) else x for x in xs)]))
         return outs[:carries], outs[carries:]
 
-    carry, ys = jax.lax.scan(turn, arrays(carry), xs, length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
+    carry, ys = jax.lax.scan(turn, carry, xs, length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
     return [*carry, *ys]
 
 

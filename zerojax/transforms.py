@@ -1,6 +1,7 @@
 """`gathered` and `value_and_grad`: functions of parameters at rest, from functions of whole ones."""
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Collection
 from typing import Any
@@ -80,6 +81,7 @@ def _divided(tree: Tree) -> tuple[list, Callable[[list], Tree]]:
 def gathered(policy: Policy, fn: Callable, argnums: int | Collection[int]) -> Callable:
     """See `Zero.gathered`."""
 
+    @functools.wraps(fn)
     def run(*args, **kwargs):
         at = numbers("argnums", argnums, len(args))
         parts = [Parts.of(policy, args[i]) for i in at]
@@ -157,6 +159,7 @@ def value_and_grad(policy: Policy, loss_fn: Callable, *, accumulate: int = 1, ha
     """See `Zero.value_and_grad`."""
     check_accumulate("value_and_grad", accumulate)
 
+    @functools.wraps(loss_fn)
     def run(model, *args, **kwargs):
         batch = numbers("batch_argnums", batch_argnums if args else (), 1 + len(args))
         call = Call.of(policy, loss_fn, model, args, kwargs, batch=batch, has_aux=has_aux, accumulate=accumulate)
