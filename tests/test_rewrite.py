@@ -370,7 +370,7 @@ def close(ours, theirs):
 SUMS = ("penalty", "hessian", "names", "returned")  # what they add to a mean is no mean over parts
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", CASES)
 def test_a_loop_of_ones_own_equals_one_device(name, stage):
     case, zero = CASES[name], _zero(stage)
