@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import eval_jaxpr
 from jax.extend import core as jex
 from jax.sharding import Sharding
 
@@ -138,7 +139,8 @@ def evaluate(jaxpr, args: Sequence[Any], consts: Sequence[Any] | None = None) ->
 
     `consts` are in place of its own.
     """
-    inner, consts = getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ()) if consts is None else consts
+    inner, own = getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+    consts = consts or own
     env = dict(zip([*inner.constvars, *inner.invars], [*consts, *args], strict=True))
     value = lambda v: v.val if isinstance(v, jex.Literal) else env[v]
     plain = []  # equations in a row that nothing pending enters
@@ -207,7 +209,7 @@ def _run(jaxpr, eqns: Sequence, value: Callable) -> dict:
     made = [v for eqn in eqns for v in eqn.outvars]
     needed = [v for v in dict.fromkeys(v for eqn in eqns for v in _variables(eqn)) if v not in set(made)]
     part = jaxpr.replace(constvars=[], invars=needed, outvars=made, eqns=list(eqns))
-    return dict(zip(made, jax.core.eval_jaxpr(part, (), *map(value, needed)), strict=True))
+    return dict(zip(made, eval_jaxpr(part, (), *map(value, needed)), strict=True))
 
 
 def _alone(jaxpr, eqn, args: Sequence[Any]) -> list[Any]:
@@ -234,7 +236,7 @@ def _at(jaxpr, eqn, run: Callable) -> Any:
     """`run()`, as if the equation's line had called it."""
     call = _Call(run)
     place = eqn.replace(primitive=call, params={}, invars=[], outvars=[])
-    jax.core.eval_jaxpr(jaxpr.replace(constvars=[], invars=[], outvars=[], eqns=[place]), ())
+    eval_jaxpr(jaxpr.replace(constvars=[], invars=[], outvars=[], eqns=[place]), ())
     return call.result
 
 

@@ -23,7 +23,7 @@ def _stacked(var, made) -> int | None:
         return None
     eqn, i = made[var]
     inner = next(iter(jex.jaxprs_in_params(eqn.params)), None)
-    if eqn.primitive.name == "scan":
+    if eqn.primitive.name == "scan" and inner:
         return 0 if len(var.aval.shape) > len(inner.outvars[i].aval.shape) else None  # a result a turn, not a carry
     if eqn.primitive.name == "transpose":
         axis = _stacked(eqn.invars[0], made)
