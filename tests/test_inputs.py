@@ -375,34 +375,6 @@ def test_a_static_function_that_init_makes_anew():
     np.testing.assert_allclose(metrics["loss"], np.maximum(X.sum(1), 0).mean(), rtol=1e-5)
 
 
-@dataclasses.dataclass
-class Config:
-    """With == and without a hash, as tunix's and openpi's."""
-
-    width: int = 8
-    sizes: list = dataclasses.field(default_factory=lambda: [8, 16])
-
-
-class Configured(nnx.Module):
-    def __init__(self, config, rngs):
-        self.config, self.dense = config, nnx.Linear(config.width, config.sizes[1], rngs=rngs)
-
-
-def test_modules_that_keep_an_ordinary_config():
-    calls, zero = [], _zero()
-
-    def loss(module, x):
-        calls.append(module.config.width)
-        return module.dense(x).mean()
-
-    step = zero.train_step(loss, TX)
-    for _ in range(2):
-        state = zero.init(lambda: Configured(Config(), nnx.Rngs(0)), TX)
-        state, metrics = step(state, X)
-        state, metrics = step(state, X)
-    assert calls == [8] and np.isfinite(metrics["loss"])
-
-
 class Constant(nnx.Module):
     def __init__(self, rngs):
         self.dense, self.constant = nnx.Linear(8, 16, rngs=rngs), jnp.arange(16.0)
