@@ -139,9 +139,8 @@ def evaluate(jaxpr, args: Sequence[Any], consts: Sequence[Any] | None = None) ->
 
     `consts` are in place of its own.
     """
-    inner, own = getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
-    consts = consts or own
-    env = dict(zip([*inner.constvars, *inner.invars], [*consts, *args], strict=True))
+    inner, closed = getattr(jaxpr, "jaxpr", jaxpr), consts or getattr(jaxpr, "consts", ())
+    env = dict(zip([*inner.constvars, *inner.invars], [*closed, *args], strict=True))
     value = lambda v: v.val if isinstance(v, jex.Literal) else env[v]
     plain = []  # equations in a row that nothing pending enters
 
