@@ -98,10 +98,40 @@ def test_nnx_sharding_metadata_is_extended():
     assert state.params["dense"]["kernel"].sharding.spec == P("data", "model")
 
 
-def test_logical_names_that_no_mesh_axis_has_are_free():
-    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
-    state = _zero().init(nn.Dense(16, kernel_init=init).init, optax.sgd(1.0), jax.random.key(0), jnp.ones((8, 8)))
+def _named(*names, logical=True):
+    box = nn.with_logical_partitioning if logical else nn.with_partitioning
+    return nn.Dense(16, kernel_init=box(nn.initializers.lecun_normal(), names)).init
+
+
+@pytest.mark.parametrize("logical", [True, False])
+def test_logical_names_follow_the_rules_in_force(logical):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    zero = zj.Zero(mesh, min_shard=1)
+    with nn.logical_axis_rules([("embed", None), ("mlp", "model")]):
+        state = zero.init(_named("embed", "mlp", logical=logical), optax.sgd(1.0), jax.random.key(0), jnp.ones((8, 8)))
+    assert state.params["kernel"].sharding.spec == P("data", "model")
+
+
+@pytest.mark.parametrize("logical", [True, False])
+def test_a_name_that_is_no_axis_and_in_no_rule_is_an_error(logical):
+    with pytest.raises(zj.LayoutError, match=r"kernel of shape \(8, 16\).*P\('embed', 'mlp'\); \['embed', 'mlp'\] are no axes"):
+        _zero().init(_named("embed", "mlp", logical=logical), optax.sgd(1.0), jax.random.key(0), jnp.ones((8, 8)))
+
+
+def test_a_name_that_a_rule_leaves_free_is_free():
+    with nn.logical_axis_rules([("embed", None), ("mlp", None)]):
+        state = _zero().init(_named("embed", "mlp"), optax.sgd(1.0), jax.random.key(0), jnp.ones((8, 8)))
     assert state.params["kernel"].sharding.spec == P(None, "data")
+
+
+def test_nnx_names_follow_the_rules_in_force():
+    init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("embed", "mlp"))
+    make = lambda: nnx.Linear(8, 16, kernel_init=init, rngs=nnx.Rngs(0))
+    with nnx.use_eager_sharding(False):
+        with nn.logical_axis_rules([("embed", None), ("mlp", None)]):
+            assert _zero().init(make, optax.sgd(1.0)).params["kernel"].sharding.spec == P(None, "data")
+        with pytest.raises(zj.LayoutError, match="are no axes of the mesh"):
+            _zero().init(make, optax.sgd(1.0))
 
 
 def test_rules_place_parameters_and_their_optimizer_state():

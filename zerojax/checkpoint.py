@@ -350,7 +350,7 @@ def _note(step, state, leaves, zero, data_state, metrics) -> Manifest:
     digests = digest.of([x if hasattr(x, "dtype") else manifest.number(x) for x in leaves.values()])
     entries = {path: manifest.entry_of(x, d) for (path, x), d in zip(leaves.items(), digests, strict=True)}
     meshes = [x.sharding.mesh for x in leaves.values() if isinstance(getattr(x, "sharding", None), NamedSharding)]
-    precision = None if zero is None else vars(zero.precision)
+    precision = None if zero is None else zero.precision.as_dict()
     return Manifest(step, entries, manifest.optimizer_of(state), dict(meshes[0].shape) if meshes else {},
                     zero.stage if zero else None, precision, _positions(data_state), jax.device_get(metrics))
 

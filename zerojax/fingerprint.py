@@ -35,7 +35,7 @@ def of_policy(policy: Policy) -> dict:
     mesh = policy.mesh
     devices = [f"{d.process_index}:{d.id}" for d in getattr(mesh.devices, "flat", ())]
     return {"versions": versions(), "mesh": {"axes": dict(mesh.shape), "devices": " ".join(devices)},
-            "policy": {"stage": policy.stage, "precision": vars(policy.precision), "gradients": policy.gradients,
+            "policy": {"stage": policy.stage, "precision": policy.precision.as_dict(), "gradients": policy.gradients,
                        "axis": policy.axes, "replica_axis": policy.replica_axis, "min_shard": policy.min_shard,
                        "rules": [f"{pattern}: {spec}" for pattern, spec in policy.rules.items()]}}
 

@@ -33,8 +33,7 @@ def pairs(policy: Policy, leaves: Sequence[Leaf], places: Sequence[Placement], j
 
     def pair(leaf, place):
         local = per_device and (policy.stage <= 1 or not place.sharded)
-        compute = study.compute_dtype(policy, leaf.dtype)
-        reduce = policy.precision.reduce or compute
+        compute, reduce = (of(leaf.path, leaf.dtype) for of in (policy.precision.computed, policy.precision.reduced))
         return Gather(policy.mesh, place.spec, place.whole, leaf.dtype, compute, reduce, policy.axes, policy.replica_axis,
                       per_device, local, whole_first=policy.replica_axis is None, wide=wide.get(leaf.path, ""),
                       least=policy.min_shard)
@@ -42,19 +41,26 @@ def pairs(policy: Policy, leaves: Sequence[Leaf], places: Sequence[Placement], j
     return list(map(pair, leaves, places))
 
 
+def state_pairs(policy: Policy, leaves: Sequence[Leaf], places: Sequence[Placement], per_device: bool = False) -> list[Gather]:
+    """The pair for each leaf of a model's state, which is gathered as it is and has no gradient."""
+    return [Gather(policy.mesh, place.spec, place.whole, leaf.dtype, leaf.dtype, leaf.dtype, policy.axes, policy.replica_axis,
+                   per_device, least=policy.min_shard) for leaf, place in zip(leaves, places, strict=True)]
+
+
 def gather_once(policy: Policy, pairs: Sequence[Gather], params: Sequence) -> list:
     """What is gathered at the start of a step: stages 1 and 2 all that is sharded, else nothing."""
     return [g.top(x) if policy.stage in (1, 2) and g.sharded else None for g, x in zip(pairs, params, strict=True)]
 
 
-def opened(leaves: Sequence[Leaf], pairs: Sequence[Gather], params: Sequence, gathered: Sequence) -> list:
-    """The parameters as a program is given them: pending where they are sharded, else whole in the compute dtype."""
+def opened(leaves: Sequence[Leaf], pairs: Sequence[Gather], xs: Sequence, gathered: Sequence | None = None) -> list:
+    """Parameters or state as a program is given them: pending where they are sharded, else whole in the compute dtype."""
 
     def one(leaf, pair, x, whole):
-        pending = lambda: rewrite.Pending.of(x, whole, pair, pair.compute, leaf.path)
-        return pending() if pair.sharded else x.astype(pair.compute)
+        if pair.sharded:
+            return rewrite.Pending.of(x, whole, pair, pair.compute, leaf.path)
+        return x if leaf.dtype == pair.compute else x.astype(pair.compute)
 
-    return list(map(one, leaves, pairs, params, gathered))
+    return list(map(one, leaves, pairs, xs, gathered or [None] * len(xs)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Differentiator:
 
     Attributes:
       program: the objective for a microbatch, or for one device's part of it.
-      pairs: of the parameters, in the objective's order.
+      pairs, state_pairs: of the parameters, in the objective's order, and of the model's state.
       per_device: the way to differentiate; why: the reason, for people.
       accumulate: number of microbatches.
     """
@@ -72,12 +78,14 @@ class Differentiator:
     objective: Objective
     program: Program
     pairs: tuple[Gather, ...]
+    state_pairs: tuple[Gather, ...]
     per_device: bool
     why: str
     accumulate: int = 1
 
     def __call__(self, params: list, model_state: Tree, inputs: list, scale) -> tuple[list, Loss, Tree]:
-        """(gradients of the mean, each at its spec in the parameter's dtype; the `Loss` summed over the batch; aux)."""
+        """(gradients of the mean by what is trained, each at its spec in the parameter's dtype; the `Loss` summed over the batch;
+        aux)."""
         gathered = gather_once(self.policy, self.pairs, params)
         grads, loss, aux = self._accumulated(params, gathered, model_state, inputs, scale)
         return self._reduced(grads, loss.weight), loss, aux
@@ -87,40 +95,48 @@ class Differentiator:
 
         run = lambda made, *args: (made._parts if made.per_device else made._pull)(params, gathered, *args, scale)
         if self.accumulate == 1:
-            return run(self, model_state, inputs)
+            grads, loss, aux = run(self, model_state, inputs)
+            return grads, self._at_rest(loss), aux
 
         def body(carry, xs):
             (grads, model_state), (micro, index) = carry, xs
             made, mine = self._folded(self._merged(micro, self._rest(inputs)), index)
             new, loss, aux = run(made, model_state, mine)
+            loss = self._at_rest(loss)
             grads = self._kept([a + b.astype(a.dtype) for a, b in zip(grads, new, strict=True)])
             return (grads, loss.model_state), (loss.replace(model_state=None), aux)
 
         # complex and float64 gradients stay as wide as they are
         wide = lambda x: dtype if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != jnp.float64 else x.dtype
-        zeros = self._kept([jnp.zeros(self._shape(g, x), wide(x)) for g, x in zip(self.pairs, params, strict=True)])
+        trained = zip(self._trained(self.pairs), self._trained(params), strict=True)
+        zeros = self._kept([jnp.zeros(self._shape(g, x), wide(x)) for g, x in trained])
         micro = data.microbatches(self.policy, self._batch(inputs), self.accumulate)
         (grads, model_state), (losses, aux) = jax.lax.scan(body, (zeros, model_state), (micro, jnp.arange(self.accumulate)))
         aux = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), aux)
         return grads, jax.tree.map(lambda x: x.sum(0), losses).replace(model_state=model_state), aux
 
     def _pull(self, params, gathered, model_state, inputs, scale):
-        def total(params):
-            loss, aux = self.program(opened(self.objective.leaves, self.pairs, params, gathered), model_state, inputs)
+        objective = self.objective
+
+        def total(trained):
+            new = iter(trained)
+            xs = [x if leaf.frozen else next(new) for leaf, x in zip(objective.leaves, params, strict=True)]
+            state = opened(objective.state, self.state_pairs, jax.tree.leaves(model_state))
+            loss, aux = self.program(opened(objective.leaves, self.pairs, xs, gathered), state, inputs)
             return loss.total, (loss, aux)
 
-        _, pull, (loss, aux) = jax.vjp(total, params, has_aux=True)
+        _, pull, (loss, aux) = jax.vjp(total, self._trained(params), has_aux=True)
         weight = jax.lax.pmean(loss.weight, PARTS) if self.per_device and scale.metrics() else loss.weight
         grads, = pull(scale.seed(weight))
         return scale.unscale(grads, weight), loss, aux
 
     def forward(self, whole: list, model_state: Tree, inputs: list) -> Any:
         """The losses of the parts of a microbatch, of whole parameters; raises where the program cannot be split over them."""
-        run = lambda made, whole, _, model_state, mine, scale: ([], *made.program(whole, model_state, mine))
+        run = lambda made, whole, _, model_state, mine, scale: ([], *made.program(whole, jax.tree.leaves(model_state), mine))
         return self._parts(whole, [], model_state, inputs, None, run)
 
     def _parts(self, params, gathered, model_state, inputs, scale, run=None):
-        grads_out = [] if run else [0 if g.local else None for g in self.pairs]
+        grads_out = [] if run else [0 if g.local else None for g in self._trained(self.pairs)]
         run = run or Differentiator._pull
         n, axes = self.policy.parts, self.policy.batch_axes
         sharding = NamedSharding(self.policy.mesh, P(axes))
@@ -165,33 +181,45 @@ class Differentiator:
         batch, rest = iter(batch), iter(rest)
         return [next(batch if split else rest) for split in self.objective.batch]
 
+    def _trained(self, xs: Sequence) -> list:
+        """Those of what is trained."""
+        return [x for leaf, x in zip(self.objective.leaves, xs, strict=True) if not leaf.frozen]
+
+    def _at_rest(self, loss: Loss) -> Loss:
+        """A loss whose model state is in shards again."""
+        leaves, treedef = jax.tree.flatten(loss.model_state)
+        put = lambda g, x: g.constrain(x, g.spec) if g.sharded else x
+        return loss.replace(model_state=treedef.unflatten(map(put, self.state_pairs, leaves)))
+
     def _shape(self, pair, x):
         return (self.policy.parts, *x.shape) if pair.local else x.shape
 
     def _kept(self, grads):
         """Kept gradients over the parts, scattered ones at their spec."""
         spec = lambda g: P(self.policy.batch_axes, *g.whole) if g.local else g.spec
-        return [g.constrain(x, spec(g)) for g, x in zip(self.pairs, grads, strict=True)]
+        return [g.constrain(x, spec(g)) for g, x in zip(self._trained(self.pairs), grads, strict=True)]
 
     def _reduced(self, grads, weight):
         """Gradients of the mean, each at its spec, in its parameter's dtype."""
-        whole = [g.sum_parts(x) if g.local else x for g, x in zip(self.pairs, grads, strict=True)]
+        pairs = self._trained(self.pairs)
+        whole = [g.sum_parts(x) if g.local else x for g, x in zip(pairs, grads, strict=True)]
         mean = lambda g, x: (x.astype(jnp.promote_types(x.dtype, jnp.float32)) / weight).astype(g.params)
-        return [g.constrain(mean(g, x), g.spec) for g, x in zip(self.pairs, whole, strict=True)]
+        return [g.constrain(mean(g, x), g.spec) for g, x in zip(pairs, whole, strict=True)]
 
 
-def differentiator(policy: Policy, objective: Objective, places: Sequence[Placement], params: list, model_state: Tree, inputs: list,
-                   accumulate: int = 1) -> Differentiator:
+def differentiator(policy: Policy, objective: Objective, places: Sequence[Placement], state_places: Sequence[Placement],
+                   model_state: Tree, inputs: list, accumulate: int = 1) -> Differentiator:
     """Traces the objective over one microbatch, and over one device's part of it where that is how it is differentiated.
 
     Raises:
       PolicyError: a wish that the way to differentiate cannot fulfil. LossError: aux that is not of examples, of a split batch.
     """
-    traced = lambda rows: study.trace(policy, objective, params, model_state, _cut(objective, inputs, rows))
+    traced = lambda rows: study.trace(policy, objective, model_state, _cut(objective, inputs, rows))
 
     def made(per_device: bool, why: str, program: Program) -> Differentiator:
         pair = tuple(pairs(policy, objective.leaves, places, program.jaxpr, per_device))
-        return Differentiator(policy, objective, program, pair, per_device, why, accumulate)
+        state = tuple(state_pairs(policy, objective.state, state_places, per_device))
+        return Differentiator(policy, objective, program, pair, state, per_device, why, accumulate)
 
     rows = objective.examples // accumulate
     part, whole = rows // policy.parts, traced(rows)
@@ -206,7 +234,7 @@ def differentiator(policy: Policy, objective: Objective, places: Sequence[Placem
             by_parts = made(True, why, traced(part))
             if part < rows:
                 _check_aux(by_parts.program, part, whole, rows)
-            jax.eval_shape(by_parts.forward, study.avals(policy, params), model_state, _cut(objective, inputs, rows))
+            jax.eval_shape(by_parts.forward, study.avals(policy, objective.leaves), model_state, _cut(objective, inputs, rows))
             return by_parts
         except Exception as error:  # whatever the user's function or a rule of jax's raises for a part of a batch
             per_device, why = study.given_up(policy, error)

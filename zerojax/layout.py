@@ -58,7 +58,9 @@ def place(policy: Policy, leaf: Leaf) -> Placement:
 
 
 def place_other(policy: Policy, leaf: Leaf) -> Placement:
-    """Where a leaf lies that no rule is about."""
+    """Where a leaf lies that no rule is about. Random keys are whole."""
+    if leaf.dtype.startswith("key"):
+        return Placement(leaf.base, leaf.base, "a random key")
     known = specs.keep(leaf.base, lambda axis: axis in policy.mesh.axis_names)
     placed = specs.shard(dataclasses.replace(leaf, base=known), policy.axes, policy.shards, policy.min_shard)
     return placed if policy.stage else _whole(placed)

@@ -23,6 +23,27 @@ from jax.sharding import PartitionSpec as P
 from zerojax.errors import LossError
 
 
+def named_axes(tree: Any) -> list[P]:
+    """The mesh axes that linen's metadata names for each leaf; logical names by the rules in force (`nn.logical_axis_rules`) and
+    the metadata's own. A name that no rule is about is kept.
+
+    >>> box = nn.LogicallyPartitioned(jnp.ones((2, 4)), ("embed", "mlp"))
+    >>> with nn.logical_axis_rules([("mlp", "model"), ("embed", None)]):
+    ...     named_axes({"kernel": box})
+    [P(None, 'model')]
+    """
+    boxed = lambda x: isinstance(x, meta.AxisMetadata)
+    return [_by_rules(x.get_partition_spec(), getattr(x, "rules", None)) if boxed(x) else P()
+            for x in jax.tree.leaves(tree, is_leaf=boxed)]
+
+
+def _by_rules(names: P, own: Any) -> P:
+    rules = [*nn.get_logical_axis_rules(), *(own or ())]
+    known = {name for name, _ in rules}
+    axes = nn.logical_to_mesh_axes(tuple(names), rules) or names
+    return P(*(axis if name in known else name for name, axis in zip(names, axes, strict=True)))
+
+
 def _is_spec(x) -> bool:
     return isinstance(x, P)
 
@@ -33,10 +54,10 @@ class Linen:
 
     @classmethod
     def split(cls, model) -> tuple["Linen", Any, Any, list]:
-        specs = nn.get_partition_spec(model)["params"]
+        specs = named_axes(model["params"])
         variables = {k: meta.unbox(v) for k, v in unfreeze(model).items()}
         params = variables.pop("params")
-        return cls(), params, variables, jax.tree.leaves(specs, is_leaf=_is_spec)
+        return cls(), params, variables, specs
 
     def join(self, params, model_state):
         return {"params": params, **model_state}

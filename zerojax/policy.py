@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
@@ -36,6 +37,13 @@ def _dtype_name(field: str, dtype) -> str:
     raise PolicyError(f"Precision({field}={name!r}): no such dtype here; write one of {', '.join(DTYPES)}{''.join(near)}.")
 
 
+def _check_pattern(what: str, pattern: str):
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise PolicyError(f"{what} {pattern!r} is no regular expression: {error}.") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Precision:
     """The dtypes of a step.
@@ -46,27 +54,37 @@ class Precision:
       reduce: dtype that gradients are summed in across devices; None is as `compute`.
         Other than `compute` only where each device differentiates its own part (`gradients="per_device"`).
       accumulate: dtype that gradients of microbatches are added in; not float16 either.
+      keep: regex for a parameter's whole path, as "router/.*", to the dtype that it is kept, computed and reduced in.
 
     Raises:
       PolicyError: an unknown dtype, or one that can't be had there.
 
-    >>> Precision(compute="bfloat16").reduces
-    'bfloat16'
+    >>> precision = Precision(compute="bfloat16", keep={"router/.*": "float32"})
+    >>> precision.reduces, precision.computed("router/kernel", "float32"), precision.computed("mlp/kernel", "float32")
+    ('bfloat16', 'float32', 'bfloat16')
     """
 
     params: str = "float32"
     compute: str | None = None
     reduce: str | None = None
     accumulate: str = "float32"
+    keep: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if (dtype := getattr(self, field.name)) is not None:
-                object.__setattr__(self, field.name, _dtype_name(field.name, dtype))
-                self._check(field.name)
+        for field in ("params", "compute", "reduce", "accumulate"):
+            if (dtype := getattr(self, field)) is not None:
+                object.__setattr__(self, field, _dtype_name(field, dtype))
+                self._check(field, getattr(self, field))
+        keep = {pattern: _dtype_name(f"keep={pattern!r}", dtype) for pattern, dtype in self.keep.items()}
+        object.__setattr__(self, "keep", MappingProxyType(keep))
+        for pattern, dtype in keep.items():
+            _check_pattern("Precision.keep", pattern)
+            self._check("params", dtype)
 
-    def _check(self, field: str):
-        dtype = getattr(self, field)
+    def __hash__(self):
+        return hash((self.params, self.compute, self.reduce, self.accumulate, tuple(self.keep.items())))
+
+    def _check(self, field: str, dtype: str):
         if dtype == "float16" and field in ("params", "accumulate"):
             raise PolicyError(f'Precision({field}="float16"): sums over a batch overflow above 65504; write '
                               '"float32" or "bfloat16" there, and compute="float16", whose loss is scaled.')
@@ -83,6 +101,28 @@ class Precision:
     def reduces(self) -> str:
         """The reduce dtype, also where it is as compute."""
         return self.reduce or self.computes
+
+    def kept(self, path: str) -> str | None:
+        """The dtype that a parameter has of its own, or None."""
+        return next((dtype for pattern, dtype in self.keep.items() if re.fullmatch(pattern, path)), None)
+
+    def at_rest(self, path: str) -> str:
+        """The dtype of a trained parameter between steps."""
+        return self.kept(path) or self.params
+
+    def computed(self, path: str, dtype) -> str:
+        """The dtype that the model reads a parameter of some dtype in; one that is not real and floating as it is."""
+        wanted = self.kept(path) or self.compute
+        return wanted if wanted and jnp.issubdtype(dtype, jnp.floating) else str(dtype)
+
+    def reduced(self, path: str, dtype) -> str:
+        """The dtype that gradients of a parameter of some dtype are summed in across devices."""
+        computed, kept = self.computed(path, dtype), self.kept(path)
+        return str(jnp.promote_types(self.reduce, kept)) if self.reduce and kept else self.reduce or computed
+
+    def as_dict(self) -> dict:
+        """As JSON can hold it."""
+        return {**vars(self), "keep": dict(self.keep)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +160,7 @@ class Policy:
         for pattern, spec in self.rules.items():
             if not isinstance(spec, PartitionSpec):
                 raise PolicyError(f"rule {pattern!r}: {spec!r} is no PartitionSpec; write jax.P({spec!r}).")
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise PolicyError(f"rule {pattern!r} is no regular expression: {error}.") from None
+            _check_pattern("rule", pattern)
 
     def _check_mesh(self):
         names = self.mesh.axis_names

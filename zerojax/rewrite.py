@@ -129,9 +129,9 @@ class Pending:
         return Pending.of(self.parameter.x, self.parameter.gathered, rest, self.dtype, self.parameter.path)
 
 
-def arrays(xs: Sequence[Any]) -> list[Any]:
-    """`xs`, read where they are pending."""
-    return [x.read() if isinstance(x, Pending) else x for x in xs]
+def array(x: Any) -> Any:
+    """`x`, read if it is pending."""
+    return x.read() if isinstance(x, Pending) else x
 
 
 def evaluate(jaxpr, args: Sequence[Any], consts: Sequence[Any] | None = None) -> list[Any]:
@@ -269,7 +269,7 @@ def _scan(jaxpr, eqn, args):
     consts, carry = before[:before_xs - carries], before[before_xs - carries:]
 
     def turn(carry, xs):
-        outs = arrays(evaluate(body, [*consts, *carry, *(x.sliced() if isinstance(x, Pending) else x for x in xs)]))
+        outs = list(map(array, evaluate(body, [*consts, *carry, *(x.sliced() if isinstance(x, Pending) else x for x in xs)])))
         return outs[:carries], outs[carries:]
 
     carry, ys = jax.lax.scan(turn, carry, xs, length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
@@ -291,7 +291,7 @@ def _remat(jaxpr, eqn, args):
     p = eqn.params
     if p["differentiated"]:  # of a gradient taken inside the loss; jax.checkpoint makes none
         return None
-    body = lambda *args: arrays(evaluate(p["jaxpr"], args))
+    body = lambda *args: list(map(array, evaluate(p["jaxpr"], args)))
     return jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])(*args)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -24,6 +24,7 @@ class Leaf:
       shape, dtype: logical, whole.
       base: mesh axes that the user's model already spreads it over (tensor parallelism), one entry a dimension.
       scanned: a dimension that a loop slices and that must therefore stay whole, or None.
+      frozen: it is read, not trained: no gradient, no optimizer state.
     """
 
     path: str
@@ -31,6 +32,7 @@ class Leaf:
     dtype: str
     base: P
     scanned: int | None = None
+    frozen: bool = False
 
     @property
     def size(self) -> int:
@@ -139,10 +141,19 @@ def find_rule(path: str, rules: Mapping[str, P]) -> str | None:
     return next((pattern for pattern in rules if re.fullmatch(pattern, path)), None)
 
 
-def check_rules(paths: Sequence[str], rules: Mapping[str, P]) -> None:
-    """Raises `LayoutError` for a rule that matches no path, with the nearest paths."""
-    for pattern in rules:
+def check_patterns(what: str, patterns: Iterable[str], paths: Sequence[str]) -> None:
+    """Raises `LayoutError` for a regex that matches no path, with the nearest paths."""
+    for pattern in patterns:
         if not any(re.fullmatch(pattern, path) for path in paths):
             near = difflib.get_close_matches(pattern, paths, 3, 0) or list(paths[:3])
-            raise LayoutError(f"rule {pattern!r} matches none of {len(paths)} parameters (a rule is a regex for the whole "
-                              f"path); the nearest are {', '.join(near)}.")
+            raise LayoutError(f"{what} {pattern!r} matches none of {len(paths)} parameters (it is a regex for the whole path); "
+                              f"the nearest are {', '.join(near)}.")
+
+
+def check_axes(leaves: Sequence[Leaf], names: Sequence[str]) -> None:
+    """Raises `LayoutError` for a leaf whose model names an axis that the mesh, with axes `names`, lacks."""
+    for leaf in leaves:
+        if odd := [a for a in axes_of(leaf.base) if a not in names]:
+            raise LayoutError(f"{leaf.path} of shape {leaf.shape} is spread by the model over {leaf.base}; {odd} are no axes of "
+                              f"the mesh {tuple(names)}. Take a mesh that has them, or map the names where the state is made: "
+                              f"with nn.logical_axis_rules([({odd[0]!r}, None)]): zero.init(...)")

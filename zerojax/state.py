@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from zerojax import layout, models, scale, scanned, specs, trees
+from zerojax import layout, models, scale, scanned, specs, trained, trees
 from zerojax.errors import ModelError
 from zerojax.policy import Policy
 from zerojax.specs import Leaf, Placement
@@ -19,17 +20,23 @@ from zerojax.specs import Leaf, Placement
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What a state remembers of the model besides arrays: its kind, and its parameters as the layout sees them."""
+    """What a state remembers of the model besides arrays: its kind; its parameters and state as the layout sees them."""
 
     kind: Any
     leaves: tuple[Leaf, ...]
+    state: tuple[Leaf, ...] = ()
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.kind, self.leaves))
+        return hash((self.kind, self.leaves, self.state))
 
     def __hash__(self):
         return self._hash
+
+    @property
+    def trained(self) -> list[bool]:
+        """Of each parameter, whether it is."""
+        return [not leaf.frozen for leaf in self.leaves]
 
 
 class TrainState(struct.PyTreeNode):
@@ -37,8 +44,8 @@ class TrainState(struct.PyTreeNode):
 
     Attributes:
       step: int32 scalar, batches seen; skipped steps count.
-      params: tree of floating arrays, in `Precision.params`.
-      opt_state: what the optax transform keeps.
+      params: tree of arrays; what is trained is in `Precision.params`, what is frozen in the dtype that it came in.
+      opt_state: what the optax transform keeps, for what is trained.
       model_state: linen's other collections, or NNX's variables that are no `Param`.
       rng: scalar key; steps fold their number into it.
       scale: loss scale, `NoScale` but for float16.
@@ -56,38 +63,59 @@ class TrainState(struct.PyTreeNode):
     model: Model = struct.field(pytree_node=False)
 
 
-def _cast(policy: Policy, params):
-    for path, x in jax.tree.leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-            raise ModelError(f"parameter {layout.path_of(path)} is of dtype {jnp.result_type(x)}; what is trained is real and "
-                             "floating. Keep it in another collection (linen) or kind of Variable (NNX), or as a constant.")
-    return jax.tree.map(lambda x: jnp.asarray(x, policy.precision.params), params)
+def _cast(policy: Policy, leaves: Sequence[Leaf], params):
+    """Parameters as they are kept."""
+    cast = lambda leaf, x: x if leaf.frozen else jnp.asarray(x, policy.precision.at_rest(leaf.path))
+    flat, treedef = jax.tree.flatten(params)
+    return treedef.unflatten(map(cast, leaves, flat))
 
 
-def survey(policy: Policy, init_fn, args) -> tuple[Model, list]:
-    """Traces `init_fn` and describes its parameters; with the treedefs of params and model state.
+def _check_floating(leaves: Sequence[Leaf]):
+    for leaf in leaves:
+        if not leaf.frozen and not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ModelError(f"parameter {leaf.path} is of dtype {leaf.dtype}; what is trained is real and floating. Freeze it: "
+                             "zero.init(..., trainable=...); or keep it in another collection (linen) or kind of Variable (NNX).")
+
+
+def survey(policy: Policy, init_fn, args, trainable=None) -> tuple[Model, list]:
+    """Traces `init_fn` and describes what it makes; with the treedefs of params and model state.
 
     Raises:
-      ModelError: no floating array in what it returns, a parameter that is not floating, or an array kept as a constant.
-      LayoutError: a rule that matches nothing.
+      ModelError: no floating array in what it returns, a trained parameter that is not floating, or an array kept as a constant.
+      LayoutError: a rule that matches nothing, nothing that is trained, or a model that names an axis which the mesh lacks.
     """
     found = {}
 
     def traced(*args):
         model = init_fn(*args)
-        found["kind"], params, state, found["bases"] = models.kind_of(model).split(model)
+        found["kind"], params, state, bases = models.kind_of(model).split(model)
         found["treedefs"] = [jax.tree.structure(tree) for tree in (params, state)]
-        return _cast(policy, params)
+        found["leaves"] = trained.marked(layout.describe(params, bases), trainable, model, jax.tree.leaves(params))
+        found["state"] = layout.describe(state)
+        return params, state
 
-    jaxpr, params = jax.make_jaxpr(traced, return_shape=True)(*args)
-    if not jax.tree.leaves(params):
+    scans = scanned.stacked(jax.make_jaxpr(traced)(*args))
+    leaves, state = _scanned(found["leaves"], scans), _scanned(found["state"], scans[len(found["leaves"]):])
+    if not leaves:
         kind = type(found["kind"]).__name__
         raise ModelError(f"init_fn returned a model ({kind}) without a floating array: there is nothing to train. "
                          "Return the parameters, as model.init(key, x) or a module.")
-    leaves = layout.describe(params, found["bases"], scanned.stacked(jaxpr))
-    specs.check_rules([leaf.path for leaf in leaves], policy.rules)
+    _check_floating(leaves)
+    specs.check_axes(leaves, policy.mesh.axis_names)
+    for what, patterns in {"rule": policy.rules, "Precision.keep": policy.precision.keep}.items():
+        specs.check_patterns(what, patterns, [leaf.path for leaf in leaves])
     _check_static(found["kind"])
-    return Model(found["kind"], leaves), found["treedefs"]
+    return Model(found["kind"], _kept(policy, leaves), state), found["treedefs"]
+
+
+def _scanned(leaves: Sequence[Leaf], dims: Sequence[int | None]) -> tuple[Leaf, ...]:
+    return tuple(dataclasses.replace(leaf, scanned=dim) for leaf, dim in zip(leaves, dims, strict=False))
+
+
+def _kept(policy: Policy, leaves: Sequence[Leaf]) -> tuple[Leaf, ...]:
+    """Leaves in the dtypes that they are kept in."""
+    dtype = lambda leaf: leaf.dtype if leaf.frozen else policy.precision.at_rest(leaf.path)
+    return tuple(dataclasses.replace(leaf, dtype=dtype(leaf)) for leaf in leaves)
 
 
 def _check_static(kind):
@@ -107,12 +135,12 @@ def builder(policy: Policy, model: Model, treedefs: list, init_fn, tx, rng):
     """A function of init_fn's arguments that makes the whole state, its trees as the survey saw them."""
 
     def build(*args):
-        _, *trees, _ = type(model.kind).split(init_fn(*args))
+        _, *made, _ = type(model.kind).split(init_fn(*args))
         # init_fn runs again here: functions that it makes differ from the survey's, and unequal trees match no shardings
-        params, model_state = (d.unflatten(jax.tree.leaves(tree)) for d, tree in zip(treedefs, trees, strict=True))
-        params = _cast(policy, params)
+        params, model_state = (d.unflatten(jax.tree.leaves(tree)) for d, tree in zip(treedefs, made, strict=True))
+        params = _cast(policy, model.leaves, params)
         key = _first_key(args) if rng is None else rng
-        return TrainState(jnp.int32(0), params, tx.init(params), model_state, key,
+        return TrainState(jnp.int32(0), params, tx.init(trees.only(params, model.trained)), model_state, key,
                           scale.for_dtype(policy.precision.computes), jnp.int32(0), model)
 
     return build
@@ -124,7 +152,8 @@ def placements(policy: Policy, state: TrainState) -> TrainState:
     leaves = state.model.leaves
     params = jax.tree.structure(state.params).unflatten([layout.place(policy, leaf) for leaf in leaves])
     opt = jax.tree.structure(state.opt_state).unflatten(layout.place_state(policy, leaves, state.opt_state))
-    return jax.tree.map(lambda _: whole, state).replace(params=params, opt_state=opt)
+    kept = jax.tree.structure(state.model_state).unflatten([layout.place_other(policy, leaf) for leaf in state.model.state])
+    return jax.tree.map(lambda _: whole, state).replace(params=params, opt_state=opt, model_state=kept)
 
 
 def shardings(policy: Policy, state: TrainState) -> TrainState:
@@ -137,6 +166,13 @@ def lying(policy: Policy, state: TrainState) -> TrainState:
     """As `placements`, but where an array already lies somewhere, there."""
     put = lambda rule, x: layout.placed(policy, rule, getattr(x, "sharding", None), x.shape)
     return jax.tree.map(put, placements(policy, state), state, is_leaf=lambda x: isinstance(x, Placement))
+
+
+def read(policy: Policy, state: TrainState) -> tuple[tuple[Leaf, ...], tuple[Placement, ...]]:
+    """What a step reads of a state: parameters, and the model's state, as frozen; and where they lie."""
+    there = lying(policy, state)
+    places = jax.tree.leaves((there.params, there.model_state), is_leaf=lambda x: isinstance(x, Placement))
+    return (*state.model.leaves, *(dataclasses.replace(leaf, frozen=True) for leaf in state.model.state)), tuple(places)
 
 
 def scaled(policy: Policy, state: TrainState) -> TrainState:

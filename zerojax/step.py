@@ -13,7 +13,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh
 
-from zerojax import agreement, data, fingerprint, layout, loss, plan, specs, transforms
+from zerojax import agreement, data, fingerprint, layout, loss, plan, specs, transforms, trees
 from zerojax import state as states
 from zerojax.audit import Demand
 from zerojax.errors import ModelError, NonFiniteError, PolicyError
@@ -93,9 +93,8 @@ class TrainStep:
         data.check(self.policy, batch, self.accumulate)
         data.check_mesh(self.policy, (state, batch))
         batch = data.placed(self.policy, batch)
-        places = jax.tree.leaves(states.lying(self.policy, state).params, is_leaf=lambda x: isinstance(x, specs.Placement))
         per_device, why = self._way(state, batch)
-        demand = Demand(self.policy, state.model.leaves, tuple(places), self.accumulate, per_device, why)
+        demand = Demand(self.policy, *states.read(self.policy, state), self.accumulate, per_device, why)
         return plan.make(demand, states.report(self.policy, state), data.local_bytes(batch), self._jitted, (state, batch), {},
                          self.compiler_options, cache=cache)
 
@@ -123,7 +122,8 @@ class TrainStep:
     def _step(self, state: TrainState, batch):
         call, diff = self._studied(state, batch)
         grads, loss, _ = diff(call.parts.flat, state.model_state, call.inputs, state.scale)
-        return self._finish(state, jax.tree.structure(state.params).unflatten(grads), loss, states.placements(self.policy, state))
+        chosen = trees.only(state.params, state.model.trained)
+        return self._finish(state, jax.tree.structure(chosen).unflatten(grads), loss, states.placements(self.policy, state))
 
     def _studied(self, state, batch) -> tuple[Call, Differentiator]:
         _check_state(state)
@@ -139,7 +139,7 @@ class TrainStep:
         return Call.of(self.policy, judge, state, (batch, key), {}, accumulate=self.accumulate)
 
     def _check_optimizer(self, state):
-        ours = jax.eval_shape(self.tx.init, state.params)
+        ours = jax.eval_shape(self.tx.init, trees.only(state.params, state.model.trained))
         shapes = lambda tree: [(layout.path_of(p), x.shape) for p, x in jax.tree.leaves_with_path(tree)]
         if shapes(ours) != shapes(state.opt_state):
             odd = sorted(set(shapes(ours)) ^ set(shapes(state.opt_state)))[:3]
@@ -151,9 +151,11 @@ class TrainStep:
         if self.clip_norm is not None:
             factor = jnp.minimum(1.0, self.clip_norm / grad_norm)
             grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
-        updates, opt_state = self.tx.update(grads, state.opt_state, state.params, value=mean)
-        params = optax.apply_updates(state.params, updates)
-        param_norm = norm(params)  # tells of updates that are not finite, too
+        old = trees.only(state.params, state.model.trained)
+        updates, opt_state = self.tx.update(grads, state.opt_state, old, value=mean)
+        new = optax.apply_updates(old, updates)
+        param_norm = norm(new)  # tells of updates that are not finite, too
+        params = trees.put(state.params, state.model.trained, jax.tree.leaves(new))
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(mean) & jnp.isfinite(param_norm)
         new = state.replace(params=params, opt_state=opt_state, model_state=loss.model_state)
         new = jax.tree.map(lambda a, b: b if a is b else jnp.where(finite, a, b), new, state)

@@ -35,7 +35,8 @@ class Objective:
     Attributes:
       loss_fn: `loss_fn(model, inputs)`, of a list of arrays; returns a scalar or a `Loss`; with `has_aux`, that or (that, aux).
       batch: which of the inputs are split by their first dimension into microbatches and parts.
-      kind, leaves, treedef: of the model; its parameters, in the order of the leaves of `treedef`.
+      kind, leaves, treedef: of the model; its parameters, in the order of the leaves of `treedef`, the frozen ones among them.
+      state: leaves of the model's state.
       unsplit: why its inputs cannot be split, or "". examples: in the whole batch; 0 of none.
     """
 
@@ -44,6 +45,7 @@ class Objective:
     kind: Any
     leaves: tuple[Leaf, ...]
     treedef: Any
+    state: tuple[Leaf, ...] = ()
     has_aux: bool = False
     unsplit: str = ""
     examples: int = 0
@@ -87,10 +89,11 @@ class Program:
     written: tuple[bool, ...]
     obstacles: tuple[str, ...]
 
-    def __call__(self, params: Sequence, model_state: Tree, inputs: list) -> tuple[Loss, Any]:
-        """As the objective; parameters may be pending."""
-        results = rewrite.evaluate(self.jaxpr, [*params, *jax.tree.leaves(model_state), *inputs], self.consts)
-        return jax.tree.structure(self.out).unflatten(rewrite.arrays(results))
+    def __call__(self, params: Sequence, model_state: Sequence, inputs: list) -> tuple[Loss, Any]:
+        """As the objective; parameters and the leaves of the model's state may be pending."""
+        values = rewrite.evaluate(self.jaxpr, [*params, *model_state, *inputs], self.consts)
+        (loss, aux), state = results(self.out, values)
+        return loss.replace(model_state=state), aux
 
     def folded(self, inputs: list, number) -> tuple["Program", list]:
         """The program and its inputs with a number folded into their random keys."""
@@ -101,20 +104,25 @@ class Program:
     @property
     def aux(self) -> list:
         """Shapes of the leaves of aux."""
-        return jax.tree.leaves(self.out[1])
+        (_, aux), _ = self.out
+        return jax.tree.leaves(aux)
 
 
-def avals(policy: Policy, params: Sequence) -> list[jax.ShapeDtypeStruct]:
+def results(out: Tree, values: Sequence) -> tuple[Any, Tree]:
+    """(results, the model's state) of a program with results of that tree. State that it did not read comes back as it was given,
+    in shards."""
+    result, state = jax.tree.structure(out).unflatten(values)
+    pending = lambda x: isinstance(x, rewrite.Pending)
+    return (jax.tree.map(rewrite.array, result, is_leaf=pending),
+            jax.tree.map(lambda x: x.x if pending(x) else x, state, is_leaf=pending))
+
+
+def avals(policy: Policy, leaves: Sequence[Leaf]) -> list[jax.ShapeDtypeStruct]:
     """Parameters as a program sees them: whole, in the compute dtype."""
-    return [jax.ShapeDtypeStruct(x.shape, compute_dtype(policy, x.dtype)) for x in params]
+    return [jax.ShapeDtypeStruct(leaf.shape, policy.precision.computed(leaf.path, leaf.dtype)) for leaf in leaves]
 
 
-def compute_dtype(policy: Policy, dtype) -> str:
-    """The dtype that a parameter is read in: the policy's, but for complex ones."""
-    return policy.precision.compute if policy.precision.compute and jnp.issubdtype(dtype, jnp.floating) else str(dtype)
-
-
-def trace(policy: Policy, objective: Objective, params: list, model_state: Tree, inputs: list) -> Program:
+def trace(policy: Policy, objective: Objective, model_state: Tree, inputs: list) -> Program:
     """The objective's program. Raises what the loss raises, before anything is compiled."""
     found = {}
 
@@ -122,10 +130,10 @@ def trace(policy: Policy, objective: Objective, params: list, model_state: Tree,
         loss, aux, found["is_sum"] = objective(params, model_state, inputs)
         pairs = zip(jax.tree.leaves(loss.model_state), jax.tree.leaves(model_state), strict=True)
         found["written"] = tuple(after is not before for after, before in pairs)
-        return loss, aux
+        return (loss.replace(model_state=None), aux), loss.model_state
 
     try:
-        jaxpr, out = jax.make_jaxpr(traced, return_shape=True)(avals(policy, params), model_state, inputs)
+        jaxpr, out = jax.make_jaxpr(traced, return_shape=True)(avals(policy, objective.leaves), model_state, inputs)
     except NameError as error:
         if "axis name" not in str(error):
             raise

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from zerojax import data, frame, gradients, layout, models, rewrite, study
+from zerojax import data, frame, gradients, layout, models, rewrite, study, trained, trees
 from zerojax.errors import BatchError, LossError, PolicyError
+from zerojax.gather import Gather
 from zerojax.gradients import Differentiator
 from zerojax.policy import Policy
 from zerojax.scale import NoScale
@@ -30,7 +32,7 @@ class Parts:
     Attributes:
       model: as it was given: a `TrainState`, an NNX module, or a pytree.
       kind, params, model_state: see `models`.
-      leaves, places: of the parameters, in the order of the leaves of `params`.
+      leaves, places: of the parameters, in the order of the leaves of `params`; state, state_places: of the model's state.
     """
 
     model: Any
@@ -39,19 +41,38 @@ class Parts:
     model_state: Tree
     leaves: tuple[Leaf, ...]
     places: list[Placement]
+    state: tuple[Leaf, ...]
+    state_places: list[Placement]
 
     @classmethod
-    def of(cls, policy: Policy, model: Any) -> "Parts":
+    def of(cls, policy: Policy, model: Any, trainable: Any = None) -> "Parts":
         if isinstance(model, TrainState):
-            kind, params, model_state, leaves = model.model.kind, model.params, model.model_state, model.model.leaves
+            kind, params, model_state, leaves, state = (
+                model.model.kind, model.params, model.model_state, model.model.leaves, model.model.state)
+            if trainable is not None:
+                raise PolicyError(f"value_and_grad(trainable={trainable!r}), of a state that zero.init made: write "
+                                  "zero.init(..., trainable=...), so that its optimizer state is of the same parameters.")
         else:
             kind, params, model_state, specs = (models.Nnx if isinstance(model, nnx.Module) else models.Tree).split(model)
-            leaves = layout.describe(params, specs)
-        return cls(model, kind, params, model_state, leaves, frame.places(policy, leaves, jax.tree.leaves(params)))
+            leaves = trained.marked(layout.describe(params, specs), trainable, model, jax.tree.leaves(params))
+            state = layout.describe(model_state)
+        places = frame.places(policy, leaves, jax.tree.leaves(params))
+        state_places = frame.places(policy, state, jax.tree.leaves(model_state), layout.place_other)
+        return cls(model, kind, params, model_state, leaves, places, state, state_places)
 
     @property
     def flat(self) -> list:
         return jax.tree.leaves(self.params)
+
+    @property
+    def trained(self) -> list[bool]:
+        return [not leaf.frozen for leaf in self.leaves]
+
+    def opened(self, policy: Policy, pairs: Sequence[Gather]) -> tuple[list, list]:
+        """Parameters and state as a program is given them."""
+        state = gradients.opened(self.state, gradients.state_pairs(policy, self.state, self.state_places),
+                                 jax.tree.leaves(self.model_state))
+        return gradients.opened(self.leaves, pairs, self.flat, gradients.gather_once(policy, pairs, self.flat)), state
 
     def join(self, params: list, model_state: Tree) -> Any:
         return self.kind.join(jax.tree.structure(self.params).unflatten(params), model_state)
@@ -95,12 +116,12 @@ def gathered(policy: Policy, fn: Callable, argnums: int | Collection[int]) -> Ca
             return result, [p.kind.state_after(whole[i], state) for i, p, state in zip(at, parts, states, strict=True)]
 
         states = [p.model_state for p in parts]
-        jaxpr, out = jax.make_jaxpr(traced, return_shape=True)([study.avals(policy, p.flat) for p in parts], states, inputs)
-        leaves, places, flat = ([x for p in parts for x in getattr(p, name)] for name in ("leaves", "places", "flat"))
-        pairs = gradients.pairs(policy, leaves, places, jaxpr)
-        given = gradients.opened(leaves, pairs, flat, gradients.gather_once(policy, pairs, flat))
-        results = rewrite.arrays(rewrite.evaluate(jaxpr, [*given, *jax.tree.leaves((states, inputs))]))
-        result, states = jax.tree.structure(out).unflatten(results)
+        jaxpr, out = jax.make_jaxpr(traced, return_shape=True)([study.avals(policy, p.leaves) for p in parts], states, inputs)
+        leaves, places = ([x for p in parts for x in getattr(p, name)] for name in ("leaves", "places"))
+        pairs = iter(gradients.pairs(policy, leaves, places, jaxpr))
+        params, state = zip(*(p.opened(policy, [next(pairs) for _ in p.leaves]) for p in parts), strict=True)
+        given = itertools.chain(*params, *state, inputs)
+        result, states = study.results(out, rewrite.evaluate(jaxpr, list(given)))
         for p, state in zip(parts, states, strict=True):
             p.update(state)
         return found["put"](result)
@@ -119,8 +140,8 @@ class Call:
 
     @classmethod
     def of(cls, policy: Policy, loss_fn: Callable, model: Any, args: tuple, kwargs: dict, *, batch: Collection[int] = (1,),
-           has_aux: bool = False, accumulate: int = 1) -> "Call":
-        parts = Parts.of(policy, model)
+           has_aux: bool = False, accumulate: int = 1, trainable: Any = None) -> "Call":
+        parts = Parts.of(policy, model, trainable)
         inputs, put = _divided((args, kwargs))
         flags = [i in batch and jnp.ndim(x) > 0 for i, arg in enumerate(args, 1) for x in jax.tree.leaves(arg) if _is_array(x)]
         flags += [False] * (len(inputs) - len(flags))
@@ -130,7 +151,7 @@ class Call:
             return loss_fn(model, *args, **kwargs)
 
         split = [x for x, flag in zip(inputs, flags, strict=True) if flag]
-        objective = Objective(call, tuple(flags), parts.kind, parts.leaves, jax.tree.structure(parts.params), has_aux,
+        objective = Objective(call, tuple(flags), parts.kind, parts.leaves, jax.tree.structure(parts.params), parts.state, has_aux,
                               _unsplit(inputs, flags), split[0].shape[0] if split else 0)
         if split or accumulate > 1:
             data.check(policy, split, accumulate)
@@ -141,7 +162,7 @@ class Call:
         return cls(parts, objective, [next(split) if flag else x for x, flag in zip(inputs, flags, strict=True)], accumulate)
 
     def differentiator(self, policy: Policy) -> Differentiator:
-        return gradients.differentiator(policy, self.objective, self.parts.places, self.parts.flat, self.parts.model_state,
+        return gradients.differentiator(policy, self.objective, self.parts.places, self.parts.state_places, self.parts.model_state,
                                         self.inputs, self.accumulate)
 
 
@@ -155,14 +176,15 @@ def _unsplit(inputs, flags) -> str:
 
 
 def value_and_grad(policy: Policy, loss_fn: Callable, *, accumulate: int = 1, has_aux: bool = False,
-                   batch_argnums: int | Collection[int] = 1, scale: Any = None) -> Callable:
+                   batch_argnums: int | Collection[int] = 1, scale: Any = None, trainable: Any = None) -> Callable:
     """See `Zero.value_and_grad`."""
     check_accumulate("value_and_grad", accumulate)
 
     @functools.wraps(loss_fn)
     def run(model, *args, **kwargs):
         batch = numbers("batch_argnums", batch_argnums if args else (), 1 + len(args))
-        call = Call.of(policy, loss_fn, model, args, kwargs, batch=batch, has_aux=has_aux, accumulate=accumulate)
+        call = Call.of(policy, loss_fn, model, args, kwargs, batch=batch, has_aux=has_aux, accumulate=accumulate,
+                       trainable=trainable)
         diff = call.differentiator(policy)
         params = _once(call.parts.flat) if diff.per_device else call.parts.flat
         grads, loss, aux = diff(params, call.parts.model_state, call.inputs, scale or NoScale())
@@ -191,11 +213,11 @@ _once.defvjp(lambda params: (params, None), _not_again)
 
 
 def _as_given(parts: Parts, grads: list) -> Tree:
-    """Gradients as jax.grad and nnx.grad return them: in the tree of what was differentiated."""
-    tree = jax.tree.structure(parts.params).unflatten(grads)
+    """Gradients as jax.grad and nnx.grad return them: in the tree of what was differentiated, None where it is frozen."""
     if not isinstance(parts.model, nnx.Module):
-        return tree
-    state = nnx.state(parts.model, nnx.Param)
+        return trees.put(trees.only(parts.params, parts.trained), [True] * len(grads), grads)
+    wanted = {leaf.path for leaf in parts.leaves if not leaf.frozen}
+    state = nnx.state(parts.model, lambda path, x: isinstance(x, nnx.Param) and "/".join(map(str, path)) in wanted)
     return jax.tree.structure(state).unflatten(grads)
 
 

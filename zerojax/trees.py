@@ -1,7 +1,30 @@
-"""Leaves of pytrees: which are random keys."""
+"""Leaves of pytrees: some of them alone, which are random keys."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+
+def only(tree: Any, flags: Sequence[bool]) -> Any:
+    """`tree` with None in place of the leaves that are not wanted.
+
+    >>> only({"a": 1, "b": 2}, [False, True])
+    {'a': None, 'b': 2}
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten([x if flag else None for x, flag in zip(leaves, flags, strict=True)])
+
+
+def put(tree: Any, flags: Sequence[bool], new: Sequence[Any]) -> Any:
+    """`tree` with new leaves in place of those that `only` keeps.
+
+    >>> put({"a": 1, "b": 2}, [False, True], [3])
+    {'a': 1, 'b': 3}
+    """
+    (leaves, treedef), new = jax.tree.flatten(tree), iter(new)
+    return treedef.unflatten([next(new) if flag else x for x, flag in zip(leaves, flags, strict=True)])
 
 
 def is_key(x) -> bool:

@@ -9,9 +9,8 @@ import jax
 from flax import nnx
 from flax.core import meta
 from jax.sharding import AbstractMesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from zerojax import agreement, data, fingerprint, layout, plan, scanned, specs, transforms
+from zerojax import agreement, data, fingerprint, layout, models, plan, scanned, specs, transforms
 from zerojax import state as states
 from zerojax.audit import Demand
 from zerojax.errors import ModelError, PolicyError
@@ -23,13 +22,6 @@ from zerojax.scale import LossScale
 from zerojax.specs import Leaf, Placement
 from zerojax.state import TrainState
 from zerojax.step import EvalStep, TrainStep
-
-
-def _specs(state) -> list:
-    """The mesh axes that linen's metadata names for each leaf."""
-    boxed = lambda x: isinstance(x, meta.AxisMetadata)
-    leaves = jax.tree.leaves(state, is_leaf=boxed)
-    return [x.get_partition_spec() if boxed(x) else P() for x in leaves]
 
 
 def _nnx_names(state) -> dict[int, str]:
@@ -84,7 +76,7 @@ class Zero(Policy):
     4.0
     """
 
-    def init(self, init_fn: Callable, tx, *args, rng: jax.Array | None = None) -> TrainState:
+    def init(self, init_fn: Callable, tx, *args, trainable: Any = None, rng: jax.Array | None = None) -> TrainState:
         """A training state, born sharded: `init_fn(*args)` and `tx.init` run under jit with sharded results.
 
         Over GPUs that are not there, it is as `abstract`.
@@ -93,17 +85,20 @@ class Zero(Policy):
           init_fn: returns a pytree of parameters, linen's dict of variables, or an NNX module.
           tx: an optax transform.
           *args: arrays for `init_fn`. Parameters at hand go in here: `zero.init(lambda params: params, tx, params)`.
+          trainable: which parameters are trained: None, all; a regex for their whole paths, as "lora/.*"; a function of
+            (path, array); or, of an NNX module, a filter, as `nnx.LoRAParam`. The others are frozen: sharded and gathered alike,
+            of the dtype they came in, without gradient or optimizer state. `tx` sees None in their places.
           rng: the key that steps draw from; None derives one from the first key in `args`, else key(0).
 
         Raises:
           ModelError: `init_fn` returned no floating array, or a parameter that is not floating.
-          LayoutError: a rule does not fit its leaf, or matches none.
+          LayoutError: a rule does not fit its leaf, or matches none; nothing is trained.
         """
-        return self._born(lambda: self._planned(init_fn, tx, args, rng), *args)
+        return self._born(lambda: self._planned(init_fn, tx, args, trainable, rng), *args)
 
-    def abstract(self, init_fn: Callable, tx, *args, rng: jax.Array | None = None) -> TrainState:
+    def abstract(self, init_fn: Callable, tx, *args, trainable: Any = None, rng: jax.Array | None = None) -> TrainState:
         """What `init` would return, as `ShapeDtypeStruct`s with shardings; nothing is allocated."""
-        build, shardings = self._planned(init_fn, tx, args, rng)
+        build, shardings = self._planned(init_fn, tx, args, trainable, rng)
         return _shaped(build, shardings, *args)
 
     def _born(self, plan, *args):
@@ -115,8 +110,8 @@ class Zero(Policy):
             "program": fingerprint.of_program(_jitted(*planned), *args)}
         return _jitted(*agreement.before(self, "zero.init", plan, fields))(*args)
 
-    def _planned(self, init_fn, tx, args, rng):
-        build = states.builder(self, *states.survey(self, init_fn, args), init_fn, tx, rng)
+    def _planned(self, init_fn, tx, args, trainable, rng):
+        build = states.builder(self, *states.survey(self, init_fn, args, trainable), init_fn, tx, rng)
         return build, states.shardings(self, jax.eval_shape(build, *args))
 
     def create(self, make: Callable[[], Any]) -> Any:
@@ -130,13 +125,14 @@ class Zero(Policy):
         """A sharding for each leaf of what `make` makes."""
         abstract = jax.eval_shape(make)
         params, places = self._ruled(abstract, scanned.stacked(jax.make_jaxpr(make)()))
-        specs.check_rules([leaf.path for leaf in params.values()], self.rules)
+        specs.check_patterns("rule", self.rules, [leaf.path for leaf in params.values()])
+        specs.check_axes(list(params.values()), self.mesh.axis_names)
         return jax.tree.structure(abstract).unflatten([specs.sharding(self.mesh, p.spec) for p in places])
 
     def _ruled(self, state, scanned=None) -> tuple[dict[int, Leaf], list[Placement]]:
         """The parameters of an abstract state of the user's own, by their place among its leaves; and where the policy wants
         each leaf."""
-        bases = _specs(state)
+        bases = models.named_axes(state)
         state = meta.unbox(state)  # of `nn.with_partitioning`'s boxes: their names are read, their arrays are the leaves
         leaves = layout.describe(state, bases, scanned)
         names = {i: name for i, leaf in enumerate(leaves) if (name := layout.param_name(leaf.path))} or _nnx_names(state)
@@ -165,7 +161,7 @@ class Zero(Policy):
         return transforms.gathered(self, fn, argnums)
 
     def value_and_grad(self, loss_fn: Callable, *, accumulate: int = 1, has_aux: bool = False,
-                       batch_argnums: int | Sequence[int] = 1, scale: LossScale | None = None) -> Callable:
+                       batch_argnums: int | Sequence[int] = 1, scale: LossScale | None = None, trainable: Any = None) -> Callable:
         """As `jax.value_and_grad` by the first argument, with parameters gathered and gradients reduced as the stage says.
 
         Args:
@@ -177,10 +173,12 @@ class Zero(Policy):
             batch are then the aux.
           batch_argnums: arguments whose arrays are split by their first dimension.
           scale: a `zj.LossScale`, for float16; the gradients come back without it.
+          trainable: which parameters have gradients, as for `init`; a teacher or backbone is read alike.
 
         Returns:
           a function with the arguments of `loss_fn` that returns (value, gradients), or ((value, aux), gradients). Gradients
-          have the tree, dtypes and shardings of the parameters; an NNX module's are an `nnx.State`, as of `nnx.grad`.
+          have the tree, dtypes and shardings of the parameters, None in place of frozen ones; an NNX module's are an `nnx.State`,
+          as of `nnx.grad`.
 
         Raises:
           BatchError, LossError, PolicyError: as `train_step`.
@@ -194,7 +192,7 @@ class Zero(Policy):
         (8.0, P('data',))
         """
         return transforms.value_and_grad(self, loss_fn, accumulate=accumulate, has_aux=has_aux, batch_argnums=batch_argnums,
-                                         scale=scale)
+                                         scale=scale, trainable=trainable)
 
     def jit(self, fn: Callable | None = None, *, donate: bool = True, batch_argnums: int | Sequence[int] | Mapping[int, Any] = 1,
             static_argnames=(), compiler_options: dict | None = None):
@@ -322,8 +320,7 @@ class Zero(Policy):
     def _params(self, state) -> tuple[tuple[Leaf, ...], tuple[Placement, ...]]:
         """Of a state: its parameters, and where they lie."""
         if isinstance(state, TrainState):
-            places = jax.tree.leaves(states.lying(self, state).params, is_leaf=lambda x: isinstance(x, Placement))
-            return state.model.leaves, tuple(places)
+            return states.read(self, state)
         params, _ = self._ruled(_shapes(state))
         places = self._places(state)
         return tuple(params.values()), tuple(places[i] for i in params)
