@@ -14,16 +14,18 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from zerojax import specs, theory
+from zerojax import layout, specs, theory
 from zerojax.collectives import Collective
 from zerojax.hlo import Shape
 from zerojax.policy import Policy
 from zerojax.specs import Leaf, Placement
 from zerojax.tables import size
 
-HLO_NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
+HLO_NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64", "int8": "s8", "uint8": "u8", "int16": "s16",
+             "uint16": "u16", "int32": "s32", "uint32": "u32", "float8_e4m3fn": "f8e4m3fn", "float8_e5m2": "f8e5m2"}
 SMALL = 2**16  # bytes of an array: norms, losses, batch statistics
 TINY = 2**12  # bytes sent in a step that are never worth a word
 SLACK = 1.02
@@ -32,8 +34,8 @@ _STRUCTURE = {"", "call_exported", "while", "body", "cond", "closed_call", "eval
 
 @dataclasses.dataclass(frozen=True)
 class Demand:
-    """A compiled step as ZeRO wants it: the policy, its parameters and where they lie, microbatches, the way to differentiate
-    and why."""
+    """A compiled step as ZeRO wants it: the policy, what of the model it reads and where that lies, microbatches, the way to
+    differentiate and why."""
 
     policy: Policy
     leaves: tuple[Leaf, ...]
@@ -77,17 +79,21 @@ class Demand:
     @functools.cached_property
     def total(self) -> float:
         """Bytes each device sends in a step, by theory, shards and copies."""
-        p, bits = self.policy, {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-        compute, reduce = bits[p.precision.computes], bits[p.precision.reduces]
-        sent = 0.0
+        p, sent = self.policy, 0.0
         for leaf, place in zip(self.leaves, self.places, strict=True):
-            size = math.prod(self.local(leaf, place))
+            size, compute = math.prod(self.local(leaf, place)), itemsize(layout.computed(p, leaf))
+            reduce = itemsize(p.precision.reduced(leaf.path, leaf.dtype)) if leaf.trained else 0
             copies = 2 * (p.replicas - 1) / p.replicas * size * reduce
             if place.sharded:
                 sent += self.wire.bytes(size, p.shards, compute=compute, reduce=reduce) + copies * self.wire.reduced / p.shards
             else:
                 sent += theory.wire(0, self.accumulate, per_device=self.per_device).bytes(size, p.parts, reduce=reduce)
         return sent
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of a number of a dtype, also of one that numpy does not know."""
+    return jnp.dtype(dtype).itemsize if not dtype.startswith("key") else 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +165,13 @@ def _foreign(demand: Demand, c: Collective, s: Shape) -> str:
                 "read through zerojax, so that XLA moves activations in their place, or the model contracts over the batch")
     if axes != set(p.axes):
         return f"a parameter is moved over {sorted(axes) or 'other groups'}, not over {sorted(p.axes)}"
-    wanted = p.precision.computes if c.kind == "all-gather" else p.precision.reduces
-    if s.dtype != HLO_NAMES[wanted] and Shape(HLO_NAMES[wanted], s.dims).bytes < s.bytes:
+    if c.kind != "all-gather" and not any(leaf.trained for leaf in sharded):
+        return f"{next(iter(sharded)).path} is frozen, and a gradient of it is reduced"
+    dtypes = lambda leaf: layout.computed(p, leaf) if c.kind == "all-gather" else p.precision.reduced(leaf.path, leaf.dtype)
+    wanted = min(map(dtypes, sharded), key=itemsize)
+    if s.dtype not in {_hlo_name(dtypes(leaf)) for leaf in sharded} and itemsize(wanted) * s.elements < s.bytes:
         verb, what = ("gathered", "compute") if c.kind == "all-gather" else ("reduced", "reduce")
-        return (f"a parameter is {verb} as {s.dtype}, not as {HLO_NAMES[wanted]} (Precision {what}={wanted!r}): "
+        return (f"a parameter is {verb} as {s.dtype}, not as {_hlo_name(wanted)} (Precision {what}={wanted!r}): "
                 + ("it is cast behind the gather; train_step and zero.gathered cast before it" if c.kind == "all-gather" else
                    "the product that it comes from is of that dtype"))
     return ""
@@ -175,7 +184,7 @@ def _foreign_reduction(demand: Demand, c: Collective, s: Shape, sharded: Mapping
         return ""
     if c.op_name and not c.differentiated and not c.ours:
         return "it is outside of the loss and its gradient: the optimizer (or what else the step does) communicates"
-    computes = HLO_NAMES[demand.policy.precision.computes]
+    computes = _hlo_name(demand.policy.precision.computes)
     cast = (f"; or the model computes in {s.dtype} where Precision(compute=...) says {computes}, and the cast keeps XLA from "
             "reducing to shards: give its layers that dtype, or return zj.Loss" if c.backward and s.dtype != computes else "")
     if sharded and "scatter" in c.op_name and c.trips > demand.accumulate:
@@ -192,14 +201,18 @@ def _foreign_reduction(demand: Demand, c: Collective, s: Shape, sharded: Mapping
 
 
 def _whole(demand: Demand) -> int:
-    """Elements of the leaves left whole: the compiler joins their gradients' reductions into one."""
+    """Elements of the trained leaves left whole: the compiler joins their gradients' reductions into one."""
     return sum(math.prod(demand.local(leaf, place)) for leaf, place in zip(demand.leaves, demand.places, strict=True)
-               if not place.sharded)
+               if leaf.trained and not place.sharded)
 
 
 def _shards(demand: Demand) -> float:
-    """Elements of one device's shards."""
-    return sum(math.prod(demand.local(leaf, place)) for leaf, place in demand.sharded) / demand.policy.shards
+    """Elements of one device's shards of what is trained."""
+    return sum(math.prod(demand.local(leaf, place)) for leaf, place in demand.sharded if leaf.trained) / demand.policy.shards
+
+
+def _hlo_name(dtype: str) -> str:
+    return HLO_NAMES.get(dtype, dtype)
 
 
 def _key(dims: Sequence[int]) -> tuple[int, ...]:
@@ -260,8 +273,9 @@ def _most(demand: Demand, c: Collective, shape: Shape) -> float:
     if c.kind == "all-reduce":
         again = 1 if demand.per_device else 2  # with one loss, XLA reduces each use of a tied weight
         return demand.accumulate * (again * _whole(demand) + (_shards(demand) if p.replicas > 1 else 0))
-    count = demand.wire.gathered if c.kind == "all-gather" else demand.wire.reduced
-    return count * sum(demand.owners(shape).values())
+    if c.kind == "all-gather":
+        return demand.wire.gathered * sum(demand.owners(shape).values())
+    return demand.wire.reduced * sum(size for leaf, size in demand.owners(shape).items() if leaf.trained)
 
 
 def _finding(demand: Demand, c: Collective, s: Shape, why: str) -> Finding:

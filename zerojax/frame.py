@@ -6,7 +6,7 @@ Within jit, arrays have no shardings; `transforms` asks here where the parameter
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,9 +59,8 @@ def within(arguments: Any, shardings: Sequence[Sharding | None]) -> Iterator[Non
         _frame.reset(token)
 
 
-def places(policy: Policy, leaves: Sequence[Leaf], xs: Sequence[Any],
-           ruled: Callable[[Policy, Leaf], Placement] = layout.place) -> list[Placement]:
-    """Where arrays of a model are at rest; as `ruled` says where nothing is known."""
+def places(policy: Policy, leaves: Sequence[Leaf], xs: Sequence[Any]) -> list[Placement]:
+    """Where arrays of a model are at rest; by the policy's rules where nothing is known."""
     frame = _frame.get()
-    return [layout.placed(policy, ruled(policy, leaf), frame.sharding(leaf, x), leaf.shape)
+    return [layout.placed(policy, layout.place(policy, leaf), frame.sharding(leaf, x), leaf.shape)
             for leaf, x in zip(leaves, xs, strict=True)]

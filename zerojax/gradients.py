@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import data, rewrite, study, trees
+from zerojax import data, layout, rewrite, study, trees
 from zerojax.errors import BatchError, LossError
 from zerojax.gather import PARTS, Gather
 from zerojax.loss import Loss
@@ -25,26 +25,27 @@ from zerojax.study import Objective, Program
 Tree = Any
 
 
-def pairs(policy: Policy, leaves: Sequence[Leaf], places: Sequence[Placement], jaxpr, per_device: bool = False) -> list[Gather]:
-    """The pair for each parameter, the first arguments of `jaxpr`. Stages 0 and 1, and whole leaves, reduce once a step where
-    the program can say so."""
-    variables = getattr(jaxpr, "jaxpr", jaxpr).invars
-    wide = {} if per_device else rewrite.widened(jaxpr, {v: leaf.path for v, leaf in zip(variables, leaves, strict=False)})
+def pairs(policy: Policy, leaves: Sequence[Leaf], places: Sequence[Placement], jaxpr: Any = None,
+          per_device: bool = False) -> list[Gather]:
+    """The pair for each leaf of a model. Stages 0 and 1, and whole leaves, reduce once a step where the program can say so.
+
+    Args:
+      jaxpr: of these leaves as its first arguments; with one loss, it says which are read in a wider dtype too.
+    """
+    wide = {} if per_device or jaxpr is None else _widened(leaves, jaxpr)
 
     def pair(leaf, place):
         local = per_device and (policy.stage <= 1 or not place.sharded)
-        compute, reduce = (of(leaf.path, leaf.dtype) for of in (policy.precision.computed, policy.precision.reduced))
-        return Gather(policy.mesh, place.spec, place.whole, leaf.dtype, compute, reduce, policy.axes, policy.replica_axis,
-                      per_device, local, whole_first=policy.replica_axis is None, wide=wide.get(leaf.path, ""),
-                      least=policy.min_shard)
+        return Gather(policy.mesh, place.spec, place.whole, leaf.dtype, layout.computed(policy, leaf),
+                      policy.precision.reduced(leaf.path, leaf.dtype), policy.axes, policy.replica_axis, per_device, local,
+                      whole_first=policy.replica_axis is None, wide=wide.get(leaf.path, ""), least=policy.min_shard)
 
     return list(map(pair, leaves, places))
 
 
-def state_pairs(policy: Policy, leaves: Sequence[Leaf], places: Sequence[Placement], per_device: bool = False) -> list[Gather]:
-    """The pair for each leaf of a model's state, which is gathered as it is and has no gradient."""
-    return [Gather(policy.mesh, place.spec, place.whole, leaf.dtype, leaf.dtype, leaf.dtype, policy.axes, policy.replica_axis,
-                   per_device, least=policy.min_shard) for leaf, place in zip(leaves, places, strict=True)]
+def _widened(leaves: Sequence[Leaf], jaxpr) -> dict[str, str]:
+    variables = getattr(jaxpr, "jaxpr", jaxpr).invars
+    return rewrite.widened(jaxpr, {v: leaf.path for v, leaf in zip(variables, leaves, strict=False) if leaf.trained})
 
 
 def gather_once(policy: Policy, pairs: Sequence[Gather], params: Sequence) -> list:
@@ -120,7 +121,7 @@ class Differentiator:
 
         def total(trained):
             new = iter(trained)
-            xs = [x if leaf.frozen else next(new) for leaf, x in zip(objective.leaves, params, strict=True)]
+            xs = [next(new) if leaf.trained else x for leaf, x in zip(objective.leaves, params, strict=True)]
             state = opened(objective.state, self.state_pairs, jax.tree.leaves(model_state))
             loss, aux = self.program(opened(objective.leaves, self.pairs, xs, gathered), state, inputs)
             return loss.total, (loss, aux)
@@ -183,7 +184,7 @@ class Differentiator:
 
     def _trained(self, xs: Sequence) -> list:
         """Those of what is trained."""
-        return [x for leaf, x in zip(self.objective.leaves, xs, strict=True) if not leaf.frozen]
+        return [x for leaf, x in zip(self.objective.leaves, xs, strict=True) if leaf.trained]
 
     def _at_rest(self, loss: Loss) -> Loss:
         """A loss whose model state is in shards again."""
@@ -218,7 +219,7 @@ def differentiator(policy: Policy, objective: Objective, places: Sequence[Placem
 
     def made(per_device: bool, why: str, program: Program) -> Differentiator:
         pair = tuple(pairs(policy, objective.leaves, places, program.jaxpr, per_device))
-        state = tuple(state_pairs(policy, objective.state, state_places, per_device))
+        state = tuple(pairs(policy, objective.state, state_places, per_device=per_device))
         return Differentiator(policy, objective, program, pair, state, per_device, why, accumulate)
 
     rows = objective.examples // accumulate

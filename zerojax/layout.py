@@ -7,7 +7,7 @@ lies where the parameter lies; every other leaf is laid out by its own shape.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -39,18 +39,25 @@ def param_name(path: str) -> str | None:
     return "/".join(keys[:keys.index("params")] + keys[keys.index("params") + 1:])
 
 
-def describe(tree: Tree, bases: Sequence[P] | None = None, scanned: Sequence[int | None] | None = None) -> tuple[Leaf, ...]:
+def describe(tree: Tree, bases: Sequence[P] | None = None, scanned: Sequence[int | None] | None = None,
+             group: Literal["trained", "state"] = "trained") -> tuple[Leaf, ...]:
     """One `Leaf` for each array of `tree`; `bases` and `scanned` are in the order of its leaves."""
     flat = jax.tree.leaves_with_path(tree)
     bases = bases or [P()] * len(flat)
     scanned = scanned or [None] * len(flat)
-    return tuple(Leaf(path_of(p), x.shape, str(x.dtype), specs.full(b, len(x.shape)), s)
+    return tuple(Leaf(path_of(p), x.shape, str(x.dtype), specs.full(b, len(x.shape)), s, group)
                  for (p, x), b, s in zip(flat, bases, scanned, strict=True))
 
 
+def computed(policy: Policy, leaf: Leaf) -> str:
+    """The dtype that a program reads a leaf of a model in; the model's state is read as it is."""
+    return leaf.dtype if leaf.group == "state" else policy.precision.computed(leaf.path, leaf.dtype)
+
+
 def place(policy: Policy, leaf: Leaf) -> Placement:
-    """Where a parameter lies at rest under a policy, and once gathered. Axes of the model that the mesh lacks do not count."""
-    rule = specs.find_rule(leaf.path, policy.rules)
+    """Where a leaf of a model lies at rest under a policy, and once gathered. Rules are about parameters; axes of the model that
+    the mesh lacks do not count."""
+    rule = None if leaf.group == "state" else specs.find_rule(leaf.path, policy.rules)
     if rule is None:
         return place_other(policy, leaf)
     placed = specs.by_rule(leaf, rule, policy.rules[rule], policy.axes, policy.mesh.shape, policy.replica_axis)

@@ -6,15 +6,15 @@ alive at the fullest moment of the program's schedule (`liveness`); the rest are
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from zerojax import liveness, theory
-from zerojax.audit import Demand
+from zerojax.audit import Demand, itemsize
 from zerojax.hlo import Program
-from zerojax.layout import Layout
+from zerojax.layout import Layout, computed
+from zerojax.specs import Leaf
 
 MARGIN = 0.1  # of the GPU's memory: CUDA's context, NCCL's buffers, fragmentation
-ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 KINDS = {"params": "parameters", "opt_state": "optimizer state", "model_state": "model state"}
 
 
@@ -34,7 +34,7 @@ class Memory:
     Attributes:
       kinds: compiled bytes by kind; they add up to `peak`.
       zero: ZeRO's formula for some of the kinds; None where it says nothing.
-      peak: arguments, results that are not in their place, temporaries.
+      peak: arguments, results that are not in their place, temporaries, constants.
       host: bytes in the host's memory.
       capacity: of the device; None if it is not known.
       paper: what the ZeRO paper counts for this stage: 16-bit parameters and gradients, optimizer state beside an fp32 copy.
@@ -75,37 +75,54 @@ def account(demand: Demand, layout: Layout, batch: float, figures: Mapping[str, 
         if kind:
             at_rest[kind] += row.bytes
     fresh = figures["output"] - figures["alias"]
-    peak = figures["argument"] + fresh + figures["temp"] + figures["generated_code"]
+    peak = figures["argument"] + fresh + figures["temp"] + figures["generated_code"] + constants(program)
     alive = liveness.peak(program)
     scale = min(1.0, figures["temp"] / max(1, sum(alive.values())))  # the compiler may find more to reuse than one sees
     gathered, gradients = (scale * alive.get(kind, 0) for kind in (liveness.GATHERED, liveness.GRADIENTS))
     kinds = at_rest | {
         "batch": batch, "other arguments and results": figures["argument"] - sum(at_rest.values()) - batch + fresh,
         "gathered parameters": gathered, "gradients": gradients,
-        "activations, other temporaries": figures["temp"] - gathered - gradients + figures["generated_code"]}
+        "activations, other temporaries": figures["temp"] - gathered - gradients + figures["generated_code"],
+        "constants": constants(program)}
     host = sum(figures[f"host_{name}"] for name in ("argument", "output", "temp")) - figures["host_alias"]
     return Memory(kinds, formulas(demand, layout), peak, host, capacity, _paper(demand, layout))
+
+
+def constants(program: Program) -> int:
+    """Bytes of the arrays that are written into the program, which the compiler's figures leave out."""
+    return sum(shape.bytes for body in program.computations.values() for i in body if i.op == "constant" for shape in i.shapes)
 
 
 def formulas(demand: Demand, layout: Layout) -> dict[str, float | None]:
     """ZeRO's bytes by kind, for all parameters: what leaves left whole keep beside is not in it."""
     p = demand.policy
-    size, shards = _size(demand), p.shards if p.stage else 1
-    whole_gradients = p.stage == 0 or (p.stage == 1 and demand.per_device)
-    itemsize = ITEMSIZE[p.precision.accumulate if demand.accumulate > 1 else p.precision.params]
-    gathered = {1: size * ITEMSIZE[p.precision.computes], 2: size * ITEMSIZE[p.precision.computes]}.get(p.stage)
-    return {"parameters": theory.rest_bytes(size, p.shards, p.stage, param_bytes=ITEMSIZE[p.precision.params], optimizer=0),
-            "optimizer state": _optimizer(layout) / shards, "gathered parameters": gathered,
-            "gradients": size * itemsize / (1 if whole_gradients else p.shards)}
+    shards, whole_gradients = p.shards if p.stage else 1, p.stage == 0 or (p.stage == 1 and demand.per_device)
+    read = _bytes(demand, lambda leaf: computed(p, leaf), "trained", "frozen")
+    return {"parameters": _bytes(demand, lambda leaf: leaf.dtype, "trained", "frozen") / shards,
+            "optimizer state": _optimizer(layout) / shards, "gathered parameters": read if p.stage in (1, 2) else None,
+            "gradients": _bytes(demand, lambda leaf: p.precision.accumulate if demand.accumulate > 1 else leaf.dtype,
+                                "trained") / (1 if whole_gradients else p.shards)}
 
 
 def _paper(demand: Demand, layout: Layout) -> float:
-    size = _size(demand)
-    return theory.paper_bytes(size, demand.policy.shards, demand.policy.stage, optimizer=4 + _optimizer(layout) / size)
+    """With frozen parameters as 16-bit ones that have no gradient."""
+    p, size = demand.policy, _size(demand, "trained")
+    frozen = 2 * _size(demand, "frozen") / (p.shards if p.stage == 3 else 1)
+    return frozen + theory.paper_bytes(size, p.shards, p.stage, optimizer=4 + _optimizer(layout) / max(1, size))
 
 
-def _size(demand: Demand) -> int:
-    return sum(math.prod(demand.local(leaf, place)) for leaf, place in zip(demand.leaves, demand.places, strict=True))
+def _bytes(demand: Demand, dtype: Callable[[Leaf], str], *groups: str) -> int:
+    return sum(n * itemsize(dtype(leaf)) for leaf, n in _sizes(demand, groups))
+
+
+def _size(demand: Demand, *groups: str) -> int:
+    return sum(n for _, n in _sizes(demand, groups))
+
+
+def _sizes(demand: Demand, groups: Collection[str]) -> Iterator[tuple[Leaf, int]]:
+    for leaf, place in zip(demand.leaves, demand.places, strict=True):
+        if leaf.group in groups:
+            yield leaf, math.prod(demand.local(leaf, place))
 
 
 def _optimizer(layout: Layout) -> float:

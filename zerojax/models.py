@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.core import meta, unfreeze
+from flax.linen.spmd import logical_to_mesh
 from jax.sharding import PartitionSpec as P
 
 from zerojax.errors import LossError
@@ -40,7 +41,7 @@ def named_axes(tree: Any) -> list[P]:
 def _by_rules(names: P, own: Any) -> P:
     rules = [*nn.get_logical_axis_rules(), *(own or ())]
     known = {name for name, _ in rules}
-    axes = nn.logical_to_mesh_axes(tuple(names), rules) or names
+    axes = logical_to_mesh(names, rules)
     return P(*(axis if name in known else name for name, axis in zip(names, axes, strict=True)))
 
 

@@ -7,15 +7,16 @@ import collections
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from zerojax.audit import Demand, Finding
+from zerojax.audit import Demand, Finding, itemsize
 from zerojax.collectives import Collective
 from zerojax.hlo import Program
-from zerojax.layout import ELSEWHERE, Layout
-from zerojax.memory import ITEMSIZE, Memory, kind_of
+from zerojax.layout import ELSEWHERE, Layout, computed
+from zerojax.memory import Memory, kind_of
 from zerojax.tables import size
 
 SAVED, COMBINED = 0.3, 0.25  # of all parameters, of the peak: what is worth a word
 WHOLE = 0.1  # of the state
+CONSTANT = 2**20  # bytes
 
 
 def of(demand: Demand, layout: Layout, figures: Mapping[str, int], account: Memory, program: Program,
@@ -29,6 +30,7 @@ def of(demand: Demand, layout: Layout, figures: Mapping[str, int], account: Memo
     yield from _saved_weights(demand, account, found)
     yield from _lost_donation(layout, figures)
     yield from _combined(account, found)
+    yield from _constants(program)
     yield from _unknown_loops(program)
 
 
@@ -48,7 +50,7 @@ def _whole_leaves(layout: Layout):
 def _saved_weights(demand: Demand, account: Memory, found: Sequence[Collective]):
     """Stage 3: much of the gathered weights alive at once, in a program with a backward pass."""
     gathers = [c for c in found if c.kind == "all-gather"]
-    whole = sum(math.prod(demand.local(*pair)) for pair in demand.sharded) * ITEMSIZE[demand.policy.precision.computes]
+    whole = sum(math.prod(demand.local(leaf, place)) * itemsize(computed(demand.policy, leaf)) for leaf, place in demand.sharded)
     alive = account.kinds["gathered parameters"]
     if demand.policy.stage == 3 and gathers and any(c.backward for c in found) and alive > SAVED * whole:
         first = max(gathers, key=lambda c: c.bytes * c.trips)
@@ -75,6 +77,17 @@ def _combined(account: Memory, found: Sequence[Collective]):
         option = f"compiler_options={{'xla_gpu_all_gather_combine_threshold_bytes': {largest}}}"
         yield Finding(f"{first.name} gathers {len(first.shapes)} arrays at once, {size(first.bytes)} (the largest {size(largest)}) "
                       f"of a peak of {size(account.peak)}; {option} keeps them apart.", first.bytes, first.name, first.source)
+
+
+def _constants(program: Program):
+    """Arrays that a function closes over are compiled in, whole on every device."""
+    kept = [(i, s) for body in program.computations.values() for i in body if i.op == "constant" for s in i.shapes]
+    total = sum(s.bytes for _, s in kept)
+    if total > CONSTANT:
+        first, largest = max(kept, key=lambda pair: pair[1].bytes)
+        yield Finding(f"{size(total)} of constants are part of the program, the largest {largest}: arrays that the function closes "
+                      "over, whole on every device. Return them from init_fn and freeze them (zero.init(..., trainable=...)), or "
+                      "pass them as arguments.", total, first.name)
 
 
 def _unknown_loops(program: Program):

@@ -8,6 +8,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
 
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -24,7 +25,7 @@ class Leaf:
       shape, dtype: logical, whole.
       base: mesh axes that the user's model already spreads it over (tensor parallelism), one entry a dimension.
       scanned: a dimension that a loop slices and that must therefore stay whole, or None.
-      frozen: it is read, not trained: no gradient, no optimizer state.
+      group: "trained"; "frozen", a parameter without gradient and optimizer state; or "state", of the model's.
     """
 
     path: str
@@ -32,7 +33,11 @@ class Leaf:
     dtype: str
     base: P
     scanned: int | None = None
-    frozen: bool = False
+    group: Literal["trained", "frozen", "state"] = "trained"
+
+    @property
+    def trained(self) -> bool:
+        return self.group == "trained"
 
     @property
     def size(self) -> int:
@@ -136,7 +141,7 @@ def keep(spec: P, wanted: Callable[[str], bool]) -> P:
     return P(*(tuple(filter(wanted, axes_of(P(entry)))) for entry in spec))
 
 
-def find_rule(path: str, rules: Mapping[str, P]) -> str | None:
+def find_rule(path: str, rules: Iterable[str]) -> str | None:
     """The first rule whose regex matches all of `path`, or None."""
     return next((pattern for pattern in rules if re.fullmatch(pattern, path)), None)
 

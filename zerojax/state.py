@@ -36,7 +36,7 @@ class Model:
     @property
     def trained(self) -> list[bool]:
         """Of each parameter, whether it is."""
-        return [not leaf.frozen for leaf in self.leaves]
+        return [leaf.trained for leaf in self.leaves]
 
 
 class TrainState(struct.PyTreeNode):
@@ -65,14 +65,14 @@ class TrainState(struct.PyTreeNode):
 
 def _cast(policy: Policy, leaves: Sequence[Leaf], params):
     """Parameters as they are kept."""
-    cast = lambda leaf, x: x if leaf.frozen else jnp.asarray(x, policy.precision.at_rest(leaf.path))
+    cast = lambda leaf, x: jnp.asarray(x, policy.precision.at_rest(leaf.path)) if leaf.trained else x
     flat, treedef = jax.tree.flatten(params)
     return treedef.unflatten(map(cast, leaves, flat))
 
 
 def _check_floating(leaves: Sequence[Leaf]):
     for leaf in leaves:
-        if not leaf.frozen and not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if leaf.trained and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ModelError(f"parameter {leaf.path} is of dtype {leaf.dtype}; what is trained is real and floating. Freeze it: "
                              "zero.init(..., trainable=...); or keep it in another collection (linen) or kind of Variable (NNX).")
 
@@ -91,7 +91,7 @@ def survey(policy: Policy, init_fn, args, trainable=None) -> tuple[Model, list]:
         found["kind"], params, state, bases = models.kind_of(model).split(model)
         found["treedefs"] = [jax.tree.structure(tree) for tree in (params, state)]
         found["leaves"] = trained.marked(layout.describe(params, bases), trainable, model, jax.tree.leaves(params))
-        found["state"] = layout.describe(state)
+        found["state"] = layout.describe(state, group="state")
         return params, state
 
     scans = scanned.stacked(jax.make_jaxpr(traced)(*args))
@@ -114,7 +114,7 @@ def _scanned(leaves: Sequence[Leaf], dims: Sequence[int | None]) -> tuple[Leaf, 
 
 def _kept(policy: Policy, leaves: Sequence[Leaf]) -> tuple[Leaf, ...]:
     """Leaves in the dtypes that they are kept in."""
-    dtype = lambda leaf: leaf.dtype if leaf.frozen else policy.precision.at_rest(leaf.path)
+    dtype = lambda leaf: policy.precision.at_rest(leaf.path) if leaf.trained else leaf.dtype
     return tuple(dataclasses.replace(leaf, dtype=dtype(leaf)) for leaf in leaves)
 
 
@@ -152,7 +152,7 @@ def placements(policy: Policy, state: TrainState) -> TrainState:
     leaves = state.model.leaves
     params = jax.tree.structure(state.params).unflatten([layout.place(policy, leaf) for leaf in leaves])
     opt = jax.tree.structure(state.opt_state).unflatten(layout.place_state(policy, leaves, state.opt_state))
-    kept = jax.tree.structure(state.model_state).unflatten([layout.place_other(policy, leaf) for leaf in state.model.state])
+    kept = jax.tree.structure(state.model_state).unflatten([layout.place(policy, leaf) for leaf in state.model.state])
     return jax.tree.map(lambda _: whole, state).replace(params=params, opt_state=opt, model_state=kept)
 
 
@@ -169,10 +169,10 @@ def lying(policy: Policy, state: TrainState) -> TrainState:
 
 
 def read(policy: Policy, state: TrainState) -> tuple[tuple[Leaf, ...], tuple[Placement, ...]]:
-    """What a step reads of a state: parameters, and the model's state, as frozen; and where they lie."""
+    """What a step reads of a state, parameters and the model's state; and where they lie."""
     there = lying(policy, state)
     places = jax.tree.leaves((there.params, there.model_state), is_leaf=lambda x: isinstance(x, Placement))
-    return (*state.model.leaves, *(dataclasses.replace(leaf, frozen=True) for leaf in state.model.state)), tuple(places)
+    return (*state.model.leaves, *state.model.state), tuple(places)
 
 
 def scaled(policy: Policy, state: TrainState) -> TrainState:

@@ -32,7 +32,7 @@ def flags(trainable: Any, model: Any, paths: Sequence[str], params: Sequence[Any
     if trainable is None:
         return [True] * len(paths)
     if isinstance(trainable, str):
-        chosen = [specs.find_rule(path, {trainable: None}) is not None for path in paths]
+        chosen = [specs.find_rule(path, [trainable]) is not None for path in paths]
     elif inspect.isroutine(trainable):
         chosen = [bool(trainable(path, x)) for path, x in zip(paths, params, strict=True)]
     else:
@@ -49,7 +49,8 @@ def flags(trainable: Any, model: Any, paths: Sequence[str], params: Sequence[Any
 def marked(leaves: Sequence[Leaf], trainable: Any, model: Any, params: Sequence[Any]) -> tuple[Leaf, ...]:
     """`leaves`, of a model's parameters, with those that are not trained marked as frozen."""
     chosen = flags(trainable, model, [leaf.path for leaf in leaves], params)
-    return tuple(dataclasses.replace(leaf, frozen=not flag) for leaf, flag in zip(leaves, chosen, strict=True))
+    group = lambda flag: "trained" if flag else "frozen"
+    return tuple(dataclasses.replace(leaf, group=group(flag)) for leaf, flag in zip(leaves, chosen, strict=True))
 
 
 def _of_filter(trainable: Any, model: Any) -> set[str]:

@@ -55,9 +55,9 @@ class Parts:
         else:
             kind, params, model_state, specs = (models.Nnx if isinstance(model, nnx.Module) else models.Tree).split(model)
             leaves = trained.marked(layout.describe(params, specs), trainable, model, jax.tree.leaves(params))
-            state = layout.describe(model_state)
+            state = layout.describe(model_state, group="state")
         places = frame.places(policy, leaves, jax.tree.leaves(params))
-        state_places = frame.places(policy, state, jax.tree.leaves(model_state), layout.place_other)
+        state_places = frame.places(policy, state, jax.tree.leaves(model_state))
         return cls(model, kind, params, model_state, leaves, places, state, state_places)
 
     @property
@@ -66,11 +66,11 @@ class Parts:
 
     @property
     def trained(self) -> list[bool]:
-        return [not leaf.frozen for leaf in self.leaves]
+        return [leaf.trained for leaf in self.leaves]
 
     def opened(self, policy: Policy, pairs: Sequence[Gather]) -> tuple[list, list]:
         """Parameters and state as a program is given them."""
-        state = gradients.opened(self.state, gradients.state_pairs(policy, self.state, self.state_places),
+        state = gradients.opened(self.state, gradients.pairs(policy, self.state, self.state_places),
                                  jax.tree.leaves(self.model_state))
         return gradients.opened(self.leaves, pairs, self.flat, gradients.gather_once(policy, pairs, self.flat)), state
 
@@ -216,7 +216,7 @@ def _as_given(parts: Parts, grads: list) -> Tree:
     """Gradients as jax.grad and nnx.grad return them: in the tree of what was differentiated, None where it is frozen."""
     if not isinstance(parts.model, nnx.Module):
         return trees.put(trees.only(parts.params, parts.trained), [True] * len(grads), grads)
-    wanted = {leaf.path for leaf in parts.leaves if not leaf.frozen}
+    wanted = {leaf.path for leaf in parts.leaves if leaf.trained}
     state = nnx.state(parts.model, lambda path, x: isinstance(x, nnx.Param) and "/".join(map(str, path)) in wanted)
     return jax.tree.structure(state).unflatten(grads)
 

@@ -23,8 +23,8 @@ def put(tree: Any, flags: Sequence[bool], new: Sequence[Any]) -> Any:
     >>> put({"a": 1, "b": 2}, [False, True], [3])
     {'a': 1, 'b': 3}
     """
-    (leaves, treedef), new = jax.tree.flatten(tree), iter(new)
-    return treedef.unflatten([next(new) if flag else x for x, flag in zip(leaves, flags, strict=True)])
+    (leaves, treedef), rest = jax.tree.flatten(tree), iter(new)
+    return treedef.unflatten([next(rest) if flag else x for x, flag in zip(leaves, flags, strict=True)])
 
 
 def is_key(x) -> bool:

@@ -104,3 +104,9 @@ def test_stage_0_reduces_whole_gradients(way):
     least, most = (theory.wire(0, 4, per_device=p).bytes(size, 8) for p in (True, way == "per_device"))
     assert 0.98 * least <= compiled.wire("all-reduce") <= 1.02 * most
     assert compiled.large("all-gather") == compiled.large("reduce-scatter") == []
+
+
+def test_with_copies_and_one_loss_a_weight_that_a_loop_reads_is_reduced_after_it():
+    """Whole, over everything: XLA would else reduce its shards in every turn."""
+    found = program(Spec("rnn", 3, "global", replicas=2, topology="h200:2x8")).collectives
+    assert {c.trips for c in found if c.kind in ("reduce-scatter", "all-reduce") and c.bytes > 2**16} == {1}

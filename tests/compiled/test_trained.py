@@ -1,0 +1,105 @@
+"""Frozen parameters and large model state on the GPU compiler: gathered as the stage says, nothing of theirs reduced."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import zerojax as zj
+
+TX = optax.adamw(1e-3)
+KEY = jax.random.key(0)
+WIDTH, RANK, LAYERS = 1024, 64, 4
+X = jax.ShapeDtypeStruct((512, WIDTH), "bfloat16")
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        y = nn.Dense(WIDTH, use_bias=False, name="base", dtype=x.dtype, param_dtype="bfloat16")(x)
+        a = self.param("lora_a", nn.initializers.normal(), (WIDTH, RANK)).astype(x.dtype)
+        b = self.param("lora_b", nn.initializers.normal(), (RANK, WIDTH)).astype(x.dtype)
+        return jnp.tanh(y + x @ a @ b), None
+
+
+class Stack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        block = nn.remat(Layer, policy=zj.policies.regather())
+        return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)()(x, None)[0]
+
+
+class Fixed(nnx.Module):
+    """A layer behind a large matrix that is no parameter."""
+
+    def __init__(self, rngs):
+        self.table = nnx.Cache(jax.random.normal(KEY, (WIDTH, WIDTH)))
+        self.layer = nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return self.layer(jnp.tanh(x @ self.table[...].astype(x.dtype)))
+
+
+ZERO = lambda stage, **settings: zj.Zero(zj.make_mesh(topology="h200:1x8"), stage, min_shard=2**14,
+                                         precision=zj.Precision(compute="bfloat16"), **settings)
+MEAN = lambda apply: lambda model, x: jnp.square(apply(model, x).astype(jnp.float32)).mean()
+SUM = lambda apply: lambda model, x: zj.Loss(jnp.square(apply(model, x).astype(jnp.float32)).sum(), x.shape[0])
+FORMS = {"one loss": MEAN, "per device": SUM}
+
+
+def _lora(stage, form, accumulate=1):
+    zero = ZERO(stage)
+    state = zero.abstract(lambda: Stack().init(KEY, jnp.ones((8, WIDTH), "bfloat16")), TX, trainable=".*lora_.")
+    return zero.train_step(FORMS[form](Stack().apply), TX, accumulate=accumulate).plan(state, X)
+
+
+def _sent(plan, kind):
+    return sum(t.bytes for t in plan.communication if t.kind == kind and t.bytes > 2**12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("stage, accumulate", [(1, 1), (2, 4), (3, 1)])
+def test_nothing_of_a_frozen_leaf_is_reduced(stage, accumulate, form):
+    plan = _lora(stage, form, accumulate).check()
+    base, lora = LAYERS * WIDTH**2, LAYERS * 2 * WIDTH * RANK
+    gathers, reductions = (1 if stage < 3 else 2), 1 if stage == 1 and form == "per device" else accumulate
+    assert _sent(plan, "all-gather") == pytest.approx(gathers * 2 * (base + lora) * 7 / 8, rel=0.02)
+    assert _sent(plan, "reduce-scatter") == pytest.approx(reductions * 2 * lora * 7 / 8, rel=0.02)
+    assert plan.zero_bytes == pytest.approx(plan.sent, rel=0.02)
+    assert plan.memory.state == pytest.approx((2 * base + 12 * lora) / 8, rel=0.02)
+    assert plan.memory.zero["parameters"] == pytest.approx((2 * base + 4 * lora) / 8)
+
+
+def test_a_plan_names_a_frozen_leaf_that_is_reduced():
+    """As when a step differentiates by it all the same."""
+    zero = ZERO(2)
+    state = zero.abstract(lambda: Stack().init(KEY, jnp.ones((8, WIDTH), "bfloat16")), TX, trainable=".*lora_.")
+
+    def step(state, x):
+        _, grads = zero.value_and_grad(lambda p, x: MEAN(Stack().apply)({"params": p}, x))(state.params, x)
+        return state, grads
+
+    with pytest.raises(zj.PlanError, match=r"base/kernel is frozen, and a gradient of it is reduced"):
+        zero.plan(zero.jit(step), state, X).check()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_large_state_is_sharded_and_gathered(form):
+    zero = ZERO(3, gradients=None if form == "one loss" else "per_device")
+    state = zero.abstract(lambda: Fixed(nnx.Rngs(0)), TX)
+    plan = zero.train_step(FORMS[form](lambda m, x: m(x)), TX).plan(state, X).check()
+    assert plan.memory.kinds["model state"] == pytest.approx(4 * WIDTH**2 / 8, rel=0.01)
+    assert _sent(plan, "all-gather") == pytest.approx((2 + 2) * WIDTH**2 * 7 / 8, rel=0.02)  # the table's, cast before; the layer's
+    assert _sent(plan, "reduce-scatter") == pytest.approx(2 * WIDTH**2 * 7 / 8, rel=0.02)
+
+
+def test_what_the_loss_closes_over_is_told_and_counted():
+    zero, teacher = ZERO(3), jax.random.normal(KEY, (2 * WIDTH, WIDTH))
+    state = zero.abstract(lambda: {"w": jnp.ones((WIDTH, WIDTH))}, TX)
+    loss = lambda p, x: jnp.square(x @ p["w"] - x @ teacher.T @ teacher).mean()
+    plan = zero.train_step(loss, TX).plan(state, X)
+    assert plan.memory.kinds["constants"] >= teacher.nbytes
+    assert plan.memory.peak >= sum(plan.figures[k] for k in ("argument", "temp")) + teacher.nbytes
+    assert any("MiB of constants are part of the program, the largest f32[" in str(f) for f in plan.findings)
