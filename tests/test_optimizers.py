@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import oracle
 import pytest
 import zoo
@@ -35,3 +36,19 @@ def test_a_leaf_of_a_parameters_shape_under_its_path_lies_as_it_does():
         state = zero.init(lambda: {"w": jax.numpy.ones((16, 16))}, zoo.OPTIMIZERS[name]())
         kept = [x for x in jax.tree.leaves(state.opt_state) if x.shape == (16, 16)]
         assert kept and {x.sharding.spec for x in kept} == {jax.P("data")}, name
+
+
+REFUSED = {
+    "lbfgs": (optax.lbfgs, r"the optimizer \(scale_by_zoom_linesearch\) can't be used .* 'value_fn'"),
+    "sam, opaque": (lambda: optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1), opaque_mode=True),
+                    r"the optimizer \(sam\) can't be used .*grad_fn must be provided"),
+    "lookahead": (lambda: optax.lookahead(optax.sgd(0.1), 5, 0.5), r"the optimizer \(lookahead\) can't be used"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_transforms_that_ask_for_more_are_refused_by_name(name):
+    make, text = REFUSED[name]
+    model, zero = zoo.MODELS["mlp"](), zj.Zero(zj.make_mesh(devices=jax.devices()[:8]))
+    with pytest.raises(zj.PolicyError, match=text):
+        zero.train_step(model.loss, make())(zero.init(model.init, make()), model.batch(16, 0))

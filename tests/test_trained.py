@@ -256,3 +256,39 @@ def test_paths_may_keep_a_dtype_of_their_own(form):
 def test_dtypes_that_cant_be_kept(keep, error, text):
     with pytest.raises(error, match=text):
         _zero(precision=zj.Precision(keep=keep)).init(lambda: {"router": jnp.eye(8), "w": jnp.eye(8)}, optax.sgd(0.1))
+
+
+LABELS = {"backbone": "frozen", "lora": {"a": "trained", "b": "trained"}}
+FROZEN = jax.tree.map(lambda label: label == "frozen", LABELS)
+BY_THE_OPTIMIZER = {
+    "multi_transform": lambda: optax.multi_transform({"trained": TX, "frozen": optax.set_to_zero()}, LABELS),
+    "set_to_zero before": lambda: optax.chain(optax.masked(optax.set_to_zero(), FROZEN), optax.sgd(optax.linear_schedule(1, 0, 9))),
+    "set_to_zero behind": lambda: optax.chain(optax.adam(1e-2), optax.masked(optax.set_to_zero(), FROZEN)),
+}
+
+
+@pytest.mark.parametrize("name", BY_THE_OPTIMIZER)
+@pytest.mark.parametrize("form", FORMS)
+def test_norms_are_of_what_the_optimizer_moves(name, form):
+    zero, tx, clip = _zero(), BY_THE_OPTIMIZER[name](), 0.01
+    state = zero.init(_tree, tx)
+    step = zero.train_step(FORMS[form](_scanned), tx, clip_norm=clip, compiler_options=oracle.QUICK)
+    params, opt_state = _tree(), tx.init(_tree())
+    for _ in range(3):
+        grads = jax.grad(lambda p: MEAN(_scanned)(p, X))(params)
+        norm = optax.tree.norm(grads["lora"])
+        grads = jax.tree.map(lambda g, norm=norm: g * jnp.minimum(1, clip / norm), grads)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        state, metrics = step(state, X)
+        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+        np.testing.assert_allclose(metrics["param_norm"], optax.tree.norm(params["lora"]), rtol=1e-5)
+    close(_by_path(state.params), _by_path(params))
+    np.testing.assert_array_equal(state.params["backbone"], _tree()["backbone"])
+
+
+def test_an_optimizer_that_moves_nothing_still_has_norms():
+    zero, tx = _zero(), optax.set_to_zero()
+    _state, metrics = zero.train_step(SUM(_scanned), tx)(zero.init(_tree, tx), X)
+    grads = jax.grad(lambda p: MEAN(_scanned)(p, X))(_tree())
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)

@@ -260,4 +260,5 @@ OPTIMIZERS = {
     "muon": lambda: optax.contrib.muon(1e-2, adam_eps_root=1e-6),
     "if_finite": lambda: optax.apply_if_finite(optax.adam(1e-2, eps=1e-3), 3),
     "odd": lambda: _odd(0.05),
+    "sam": lambda: optax.contrib.sam(optax.sgd(0.05), optax.chain(optax.contrib.normalize(), optax.sgd(0.05)), opaque_mode=False),
 }

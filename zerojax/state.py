@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from zerojax import layout, models, scale, scanned, specs, trained, trees
+from zerojax import layout, models, optimizer, scale, scanned, specs, trained, trees
 from zerojax.errors import ModelError
 from zerojax.policy import Policy
 from zerojax.specs import Leaf, Placement
@@ -61,6 +61,15 @@ class TrainState(struct.PyTreeNode):
     scale: Any
     skipped: jax.Array
     model: Model = struct.field(pytree_node=False)
+
+    @property
+    def trained(self) -> Any:
+        """Parameters that are trained, None in place of the frozen ones; as the optax transform sees them."""
+        return trees.only(self.params, self.model.trained)
+
+    def put(self, trained: Sequence[Any]) -> Any:
+        """`params` with new leaves for what is trained."""
+        return trees.put(self.params, self.model.trained, trained)
 
 
 def _cast(policy: Policy, leaves: Sequence[Leaf], params):
@@ -140,7 +149,7 @@ def builder(policy: Policy, model: Model, treedefs: list, init_fn, tx, rng):
         params, model_state = (d.unflatten(jax.tree.leaves(tree)) for d, tree in zip(treedefs, made, strict=True))
         params = _cast(policy, model.leaves, params)
         key = _first_key(args) if rng is None else rng
-        return TrainState(jnp.int32(0), params, tx.init(trees.only(params, model.trained)), model_state, key,
+        return TrainState(jnp.int32(0), params, optimizer.init(tx, trees.only(params, model.trained)), model_state, key,
                           scale.for_dtype(policy.precision.computes), jnp.int32(0), model)
 
     return build
@@ -166,6 +175,13 @@ def lying(policy: Policy, state: TrainState) -> TrainState:
     """As `placements`, but where an array already lies somewhere, there."""
     put = lambda rule, x: layout.placed(policy, rule, getattr(x, "sharding", None), x.shape)
     return jax.tree.map(put, placements(policy, state), state, is_leaf=lambda x: isinstance(x, Placement))
+
+
+def frozen(state: TrainState, flags: Sequence[bool]) -> TrainState:
+    """A state of which some of the trained parameters are frozen too; only its losses may be asked for."""
+    rest = iter(flags)
+    leaves = [dataclasses.replace(leaf, group="frozen") if leaf.trained and next(rest) else leaf for leaf in state.model.leaves]
+    return state.replace(model=dataclasses.replace(state.model, leaves=tuple(leaves)))
 
 
 def read(policy: Policy, state: TrainState) -> tuple[tuple[Leaf, ...], tuple[Placement, ...]]:

@@ -5,22 +5,25 @@
 """
 
 import collections
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh
 
-from zerojax import agreement, data, fingerprint, layout, loss, plan, specs, transforms, trees
+from zerojax import agreement, data, fingerprint, layout, loss, optimizer, plan, specs, transforms, trees
 from zerojax import state as states
 from zerojax.audit import Demand
 from zerojax.errors import ModelError, NonFiniteError, PolicyError
 from zerojax.gradients import Differentiator
 from zerojax.loss import Loss
+from zerojax.optimizer import Update
 from zerojax.plan import Plan
 from zerojax.policy import Policy
+from zerojax.specs import Leaf
 from zerojax.state import TrainState
 from zerojax.transforms import Call
 
@@ -47,7 +50,7 @@ class TrainStep:
             raise PolicyError(f"train_step(clip_norm={clip_norm}): write a positive norm, or None not to clip.")
         if max_skipped is not None and max_skipped < 1:
             raise PolicyError(f"train_step(max_skipped={max_skipped}): write how many steps in a row, 1 or more, or None.")
-        self.policy, self.loss_fn, self.tx = policy, loss_fn, optax.with_extra_args_support(tx)
+        self.policy, self.loss_fn, self.tx = policy, loss_fn, tx
         self.accumulate, self.clip_norm, self.max_skipped = accumulate, clip_norm, max_skipped
         self.compiler_options = compiler_options or {}
         self._jitted = jax.jit(self._step, donate_argnums=0, compiler_options=compiler_options)
@@ -93,20 +96,21 @@ class TrainStep:
         data.check(self.policy, batch, self.accumulate)
         data.check_mesh(self.policy, (state, batch))
         batch = data.placed(self.policy, batch)
-        per_device, why = self._way(state, batch)
-        demand = Demand(self.policy, *states.read(self.policy, state), self.accumulate, per_device, why)
+        demand = self._demand(state, batch)
         return plan.make(demand, states.report(self.policy, state), data.local_bytes(batch), self._jitted, (state, batch), {},
                          self.compiler_options, cache=cache)
 
-    def _way(self, state, batch) -> tuple[bool, str]:
+    def _demand(self, state, batch) -> Demand:
         found = []
 
         def studied(state, batch):
-            _, diff = self._studied(state, batch)
-            found.append((diff.per_device, diff.why))
+            call, diff, _ = self._studied(state, batch)
+            found.append((call.parts.leaves, diff))
 
         jax.eval_shape(studied, state, batch)
-        return found[0]
+        (leaves, diff), = found
+        places = states.read(self.policy, state)[1]
+        return Demand(self.policy, (*leaves, *state.model.state), places, self.accumulate, diff.per_device, diff.why)
 
     def _raise_if_stuck(self, state):
         """Looks at the step before the last, so that every host raises at the same call and the device has one more to do."""
@@ -120,17 +124,18 @@ class TrainStep:
                 "at the lowest loss scale.")
 
     def _step(self, state: TrainState, batch):
-        call, diff = self._studied(state, batch)
+        call, diff, update = self._studied(state, batch)
         grads, loss, _ = diff(call.parts.flat, state.model_state, call.inputs, state.scale)
-        chosen = trees.only(state.params, state.model.trained)
-        return self._finish(state, jax.tree.structure(chosen).unflatten(grads), loss, states.placements(self.policy, state))
+        grads = _with_zeros(state, call.parts.leaves, grads)
+        return self._finish(state, update, grads, loss, states.placements(self.policy, state))
 
-    def _studied(self, state, batch) -> tuple[Call, Differentiator]:
+    def _studied(self, state, batch) -> tuple[Call, Differentiator, Update]:
         _check_state(state)
         self._check_optimizer(state)
         data.check(self.policy, batch, self.accumulate)
-        call = self._call(state, batch)
-        return call, call.differentiator(self.policy)
+        update = optimizer.trace(self.tx, state.trained, state.opt_state, state.trained, jnp.float32(0))
+        call = self._call(states.frozen(state, update.frozen), batch)
+        return call, call.differentiator(self.policy), update
 
     def _call(self, state, batch) -> Call:
         """The loss of a state and a batch, with the step's key."""
@@ -139,23 +144,19 @@ class TrainStep:
         return Call.of(self.policy, judge, state, (batch, key), {}, accumulate=self.accumulate)
 
     def _check_optimizer(self, state):
-        ours = jax.eval_shape(self.tx.init, trees.only(state.params, state.model.trained))
+        ours = jax.eval_shape(functools.partial(optimizer.init, self.tx), state.trained)
         shapes = lambda tree: [(layout.path_of(p), x.shape) for p, x in jax.tree.leaves_with_path(tree)]
         if shapes(ours) != shapes(state.opt_state):
             odd = sorted(set(shapes(ours)) ^ set(shapes(state.opt_state)))[:3]
             raise ModelError(f"train_step was given another optimizer than zero.init: their states differ at {odd}; "
                              "give both the same optax transform.")
 
-    def _finish(self, state, grads, loss: Loss, places):
-        mean, grad_norm = loss.total / loss.weight, norm(grads)
-        if self.clip_norm is not None:
-            factor = jnp.minimum(1.0, self.clip_norm / grad_norm)
-            grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
-        old = trees.only(state.params, state.model.trained)
-        updates, opt_state = self.tx.update(grads, state.opt_state, old, value=mean)
-        new = optax.apply_updates(old, updates)
-        param_norm = norm(new)  # tells of updates that are not finite, too
-        params = trees.put(state.params, state.model.trained, jax.tree.leaves(new))
+    def _finish(self, state, update: Update, grads, loss: Loss, places):
+        mean, moved = loss.total / loss.weight, lambda tree: update.moved(jax.tree.leaves(tree))
+        grad_norm = norm(moved(grads))
+        updates, opt_state = update(_clipped(grads, grad_norm, self.clip_norm), state.opt_state, state.trained, mean)
+        params = state.put(update.applied(state.trained, updates))
+        param_norm = norm(moved(trees.only(params, state.model.trained)))  # tells of updates that are not finite, too
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(mean) & jnp.isfinite(param_norm)
         new = state.replace(params=params, opt_state=opt_state, model_state=loss.model_state)
         new = jax.tree.map(lambda a, b: b if a is b else jnp.where(finite, a, b), new, state)
@@ -165,6 +166,20 @@ class TrainStep:
         if loss.aux is not None:
             metrics["aux"] = jax.tree.map(lambda x: x / loss.weight, loss.aux)
         return _at_rest(self.policy, new, places), metrics
+
+
+def _with_zeros(state, leaves: Sequence[Leaf], grads: list):
+    """Gradients in the tree of what is trained, 0 for what the optimizer never moves."""
+    mine, given = iter(grads), zip(leaves, state.model.leaves, jax.tree.leaves(state.params), strict=True)
+    full = [next(mine) if leaf.trained else jnp.zeros_like(x) for leaf, known, x in given if known.trained]
+    return jax.tree.structure(state.trained).unflatten(full)
+
+
+def _clipped(grads, grad_norm, clip_norm: float | None):
+    if clip_norm is None:
+        return grads
+    factor = jnp.minimum(1.0, clip_norm / grad_norm)
+    return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
 
 
 def _at_rest(policy, state, places):

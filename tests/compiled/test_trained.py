@@ -72,6 +72,15 @@ def test_nothing_of_a_frozen_leaf_is_reduced(stage, accumulate, form):
     assert plan.memory.zero["parameters"] == pytest.approx((2 * base + 4 * lora) / 8)
 
 
+def test_nothing_is_reduced_of_what_the_optimizer_never_moves():
+    zero = ZERO(2)
+    init = lambda: Stack().init(KEY, jnp.ones((8, WIDTH), "bfloat16"))
+    labels = lambda params: jax.tree.map_with_path(lambda path, _: "lora" if "lora" in str(path) else "base", params)
+    tx = optax.multi_transform({"lora": TX, "base": optax.set_to_zero()}, labels)
+    plan = zero.train_step(SUM(Stack().apply), tx).plan(zero.abstract(init, tx), X).check()
+    assert _sent(plan, "reduce-scatter") == pytest.approx(2 * LAYERS * 2 * WIDTH * RANK * 7 / 8, rel=0.02)
+
+
 def test_a_plan_names_a_frozen_leaf_that_is_reduced():
     """As when a step differentiates by it all the same."""
     zero = ZERO(2)
