@@ -1,5 +1,7 @@
 """What is trained and what is frozen: one device's numbers, no gradient, no optimizer state, no part in any norm."""
 
+import warnings
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -292,3 +294,18 @@ def test_an_optimizer_that_moves_nothing_still_has_norms():
     _state, metrics = zero.train_step(SUM(_scanned), tx)(zero.init(_tree, tx), X)
     grads = jax.grad(lambda p: MEAN(_scanned)(p, X))(_tree())
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [jnp.asarray, np.asarray])
+@pytest.mark.parametrize("rows, told", [(2**10, True), (2**8, False)])
+def test_a_large_array_that_the_loss_closes_over_is_told(rows, told, make):
+    teacher = make(np.random.default_rng(0).normal(size=(8, rows * 1024)).astype(np.float32))
+    zero, tx = _zero(), optax.sgd(0.1)
+    step = zero.train_step(lambda p, x: jnp.square(x @ p["w"] - (x @ teacher)[:, :8]).mean(), tx)
+    state = zero.init(lambda: {"w": jnp.eye(8)}, tx)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step.lower(state, X)
+    text = [str(w.message) for w in caught if "closes over" in str(w.message)]
+    assert bool(text) == told
+    assert not told or "arrays of 32.0 MiB, the largest float32[8, 1048576]: they are part of the program" in text[0]

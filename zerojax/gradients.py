@@ -117,19 +117,21 @@ class Differentiator:
         return grads, jax.tree.map(lambda x: x.sum(0), losses).replace(model_state=model_state), aux
 
     def _pull(self, params, gathered, model_state, inputs, scale):
-        objective = self.objective
+        objective, (state, treedef) = self.objective, jax.tree.flatten(model_state)
+        trained, overwritten = ([getattr(leaf, name) for leaf in leaves] for name, leaves in (
+            ("trained", objective.leaves), ("overwritten", objective.state)))
 
-        def total(trained):
-            new = iter(trained)
-            xs = [next(new) if leaf.trained else x for leaf, x in zip(objective.leaves, params, strict=True)]
-            state = opened(objective.state, self.state_pairs, jax.tree.leaves(model_state))
-            loss, aux = self.program(opened(objective.leaves, self.pairs, xs, gathered), state, inputs)
+        def total(mine, scales):
+            whole = opened(objective.leaves, self.pairs, trees.put(params, trained, mine), gathered)
+            kept = opened(objective.state, self.state_pairs, trees.put(state, overwritten, scales))
+            loss, aux = self.program(whole, kept, inputs)
             return loss.total, (loss, aux)
 
-        _, pull, (loss, aux) = jax.vjp(total, self._trained(params), has_aux=True)
+        _, pull, (loss, aux) = jax.vjp(total, trees.taken(params, trained), trees.taken(state, overwritten), has_aux=True)
         weight = jax.lax.pmean(loss.weight, PARTS) if self.per_device and scale.metrics() else loss.weight
-        grads, = pull(scale.seed(weight))
-        return scale.unscale(grads, weight), loss, aux
+        grads, scales = pull(scale.seed(weight))
+        state = trees.put(jax.tree.leaves(loss.model_state), overwritten, scales)
+        return scale.unscale(grads, weight), loss.replace(model_state=treedef.unflatten(state)), aux
 
     def forward(self, whole: list, model_state: Tree, inputs: list) -> Any:
         """The losses of the parts of a microbatch, of whole parameters; raises where the program cannot be split over them."""
@@ -184,7 +186,7 @@ class Differentiator:
 
     def _trained(self, xs: Sequence) -> list:
         """Those of what is trained."""
-        return [x for leaf, x in zip(self.objective.leaves, xs, strict=True) if leaf.trained]
+        return trees.taken(xs, [leaf.trained for leaf in self.objective.leaves])
 
     def _at_rest(self, loss: Loss) -> Loss:
         """A loss whose model state is in shards again."""
@@ -224,6 +226,7 @@ def differentiator(policy: Policy, objective: Objective, places: Sequence[Placem
 
     rows = objective.examples // accumulate
     part, whole = rows // policy.parts, traced(rows)
+    study.warn_of_constants(whole)
     if accumulate > 1 and (why := next((o for o in whole.obstacles if o.startswith(study.CLOSES_OVER)), "")):
         raise BatchError(f"accumulate={accumulate}, but the loss {why}, which is not split with the batch; pass it as an argument "
                          "and name it in batch_argnums.")

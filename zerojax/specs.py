@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from zerojax.errors import LayoutError
 
+OVERWRITTEN = "_overwrite_with_gradient"  # flax.linen.fp8_ops
+
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
@@ -38,6 +40,11 @@ class Leaf:
     @property
     def trained(self) -> bool:
         return self.group == "trained"
+
+    @property
+    def overwritten(self) -> bool:
+        """Its gradient is its next value, as of flax's scales for fp8."""
+        return OVERWRITTEN in self.path.split("/")
 
     @property
     def size(self) -> int:

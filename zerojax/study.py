@@ -6,6 +6,7 @@ per device   vmap over the batch's parts, one a device; each reduction is an ope
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from jax.core import Tracer
 from jax.extend import core as jex
 from jax.sharding import PartitionSpec as P
 
-from zerojax import rewrite, specs, trees
+from zerojax import rewrite, specs, tables, trees
 from zerojax.errors import LossError, ModelError, PolicyError, ZeroError
 from zerojax.gather import SCOPE
 from zerojax.loss import Loss, normalise
@@ -25,6 +26,7 @@ from zerojax.specs import Leaf
 Tree = Any
 
 
+LARGE = 2**24  # bytes of arrays that a loss closes over
 CLOSES_OVER = "closes over an array of the batch's length"
 
 
@@ -156,8 +158,20 @@ def _obstacles(policy: Policy, objective: Objective, jaxpr, model_state, found) 
     floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(model_state)]
     written = any(w and f for w, f in zip(found["written"], floating, strict=True))
     of_state = "returns new model state" if written else "is of a model with floating state" if any(floating) else ""
-    closed = _closed_over(objective, jaxpr)
-    return tuple(dict.fromkeys(filter(None, [objective.unsplit, of_state, closed, *_in_program(set(policy.batch_axes), jaxpr)])))
+    fp8 = f"has state that its gradient overwrites ({specs.OVERWRITTEN})"
+    fp8 *= any(leaf.overwritten for leaf in (*objective.leaves, *objective.state))
+    found = [objective.unsplit, fp8, of_state, _closed_over(objective, jaxpr), *_in_program(set(policy.batch_axes), jaxpr)]
+    return tuple(dict.fromkeys(filter(None, found)))
+
+
+def warn_of_constants(program: Program) -> None:
+    """Warns of large arrays that a loss closes over: jit writes them into the program, whole on every device."""
+    held = [x for x in program.consts if not isinstance(x, Tracer)]
+    if (total := sum(x.nbytes for x in held)) > LARGE:
+        largest = max(held, key=lambda x: x.nbytes)
+        what = f"{tables.size(total)}, the largest {largest.dtype}{list(largest.shape)}"
+        warnings.warn(f"the loss closes over arrays of {what}: they are part of the program, whole on every device. Return them from "
+                      "init_fn and freeze them (zero.init(..., trainable=...)), or pass them with the batch.", stacklevel=2)
 
 
 def _closed_over(objective: Objective, jaxpr) -> str:

@@ -17,6 +17,15 @@ def only(tree: Any, flags: Sequence[bool]) -> Any:
     return treedef.unflatten([x if flag else None for x, flag in zip(leaves, flags, strict=True)])
 
 
+def taken(xs: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
+    """Those of `xs` that are wanted.
+
+    >>> taken([1, 2, 3], [True, False, True])
+    [1, 3]
+    """
+    return [x for x, flag in zip(xs, flags, strict=True) if flag]
+
+
 def put(tree: Any, flags: Sequence[bool], new: Sequence[Any]) -> Any:
     """`tree` with new leaves in place of those that `only` keeps.
 
