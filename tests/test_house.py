@@ -13,7 +13,7 @@ STAIRS = ["errors", "tables", "trees", "cluster", "rendezvous", "launch",  # the
           "identity", "topology", "mesh", "compiler", "exchange", "fingerprint", "agreement", "distributed",  # placement
           "audit", "memory", "notes", "plan",  # foresight
           "gather", "rewrite", "models", "scanned", "trained",  # mechanism
-          "loss", "scale", "data", "parts", "reader", "source", "study", "gradients", "optimizer", "state",  # training
+          "loss", "scale", "data", "parts", "reader", "source", "study", "gradients", "optimizer", "donation", "state",  # training
           "frame", "transforms", "step", "jitted",  # what a training loop calls
           "digest", "manifest", "store", "target", "checkpoint", "weights", "preemption",  # what is kept
           "policies", "zero", "recipe", "advice", "viz", "cli", "__main__", "__init__"]  # edges

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from zerojax.errors import PlanError as PlanError
     from zerojax.errors import PolicyError as PolicyError
     from zerojax.errors import RecipeError as RecipeError
+    from zerojax.errors import StateError as StateError
     from zerojax.errors import ZeroError as ZeroError
     from zerojax.layout import Layout as Layout
     from zerojax.loss import Loss as Loss
@@ -50,7 +51,7 @@ _WHERE = {
     "distributed": ["initialize"],
     "errors": ["BatchError", "CheckpointError", "ClusterError", "CompileError", "CorruptCheckpointError", "LayoutError",
                "LossError", "MissingExtraError", "ModelError",
-               "NonFiniteError", "PlanError", "PolicyError", "RecipeError", "ZeroError"],
+               "NonFiniteError", "PlanError", "PolicyError", "RecipeError", "StateError", "ZeroError"],
     "layout": ["Layout"],
     "loss": ["Loss"],
     "mesh": ["make_mesh"],

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding
 
-from zerojax import agreement, digest, exchange, manifest, store
+from zerojax import agreement, digest, donation, exchange, manifest, store
 from zerojax.errors import CheckpointError, CorruptCheckpointError
 from zerojax.manifest import Manifest
 from zerojax.policy import Policy
@@ -114,6 +114,7 @@ class Checkpointer:
         """The step; raises what stands in the way of saving it."""
         if self._devices:
             self._wait()
+        donation.check_alive("save", state)
         step = _step_of(state, step)
         _check_arrays(manifest.flat(state))
         manifest.plain("data_state", _position_of(data_state))

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zerojax.errors import BatchError, PolicyError
-from zerojax.policy import Policy
+from zerojax.policy import Policy, has_64_bits
 
 
 def sharding(policy: Policy) -> NamedSharding:
@@ -53,9 +53,32 @@ def check(policy: Policy, batch: Any, accumulate: int = 1) -> None:
 
 def check_part(policy: Policy, part: Any) -> None:
     """Raises `BatchError` for a process's part of a batch that does not divide over its devices."""
+    check_arrays(part)
     n = local_parts(policy)
     alone = n == policy.parts
     _check(part, n, f"{n} devices" if alone else f"the {n} devices of process {jax.process_index()}, which brings its own part")
+
+
+def check_arrays(batch: Any) -> None:
+    """Raises `BatchError` for leaves that are no arrays of numbers, and for 64-bit integers that would wrap in 32 bits."""
+    for path, x in jax.tree.leaves_with_path(batch):
+        where, kind = f"batch{jax.tree_util.keystr(path)}", f"{type(x).__module__.partition('.')[0]}.{type(x).__name__}"
+        if not isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, int, float)):
+            raise BatchError(f"{where} is a {kind}; give numpy or jax arrays, as np.asarray(x) makes.")
+        if isinstance(x, (np.ndarray, np.generic)):
+            _check_numbers(where, np.asarray(x))
+
+
+def _check_numbers(where: str, x: np.ndarray):
+    if x.dtype.kind in "OUSMm":
+        raise BatchError(f"{where} is of dtype {x.dtype}, which no device computes with; give numbers, as a tokenizer's.")
+    if x.dtype not in (np.int64, np.uint64) or not x.size or has_64_bits():
+        return
+    limits = np.iinfo(jax.dtypes.canonicalize_dtype(x.dtype))
+    for value in (int(x.min()), int(x.max())):
+        if not limits.min <= value <= limits.max:
+            raise BatchError(f"{where} is of dtype {x.dtype} and has {value}, but jax makes that {limits.dtype}, which ends at "
+                             f"{limits.max}: it would wrap. Map such ids to smaller ones, or turn jax_enable_x64 on.")
 
 
 def _check(batch, n, what):
@@ -75,8 +98,10 @@ def _check(batch, n, what):
         raise BatchError(f"the arrays of a batch differ in their number of examples: {sizes}.")
 
 
-def check_shared(policy: Policy, batch: Any) -> None:
-    """Raises `BatchError` for arrays of this process alone where several train: each would take its own for the whole batch."""
+def check_given(policy: Policy, batch: Any) -> None:
+    """Raises `BatchError` for what a jitted function would misread: see `check_arrays`; and arrays of this process alone where
+    several train, each of which would take its own for the whole batch."""
+    check_arrays(batch)
     if len(policy.processes) > 1:
         for path, x in jax.tree.leaves_with_path(batch):
             own = isinstance(x, np.ndarray) or (isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_fully_addressable)

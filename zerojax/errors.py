@@ -22,7 +22,11 @@ class LossError(ZeroError, ValueError):
 
 
 class ModelError(ZeroError, ValueError):
-    """An `init_fn` result, or a tree given to `view`, that is not what it has to be."""
+    """An `init_fn` result or a state that is not what it has to be."""
+
+
+class StateError(ZeroError, RuntimeError):
+    """A state whose arrays are gone, since a step has taken their memory for the state that it returned."""
 
 
 class NonFiniteError(ZeroError, RuntimeError):

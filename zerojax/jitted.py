@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import agreement, data, fingerprint, frame, layout, rewrite, specs
+from zerojax import agreement, data, donation, fingerprint, frame, layout, rewrite, specs
 from zerojax.plan import Plan
 
 
@@ -29,7 +29,11 @@ class Jitted:
 
     def __call__(self, state, *args, **kwargs):
         batches = [x for i, x in enumerate(args, 1) if i in self._splits]
-        data.check_shared(self.policy, batches + [x for k, x in kwargs.items() if self._split_of(k) is not None])
+        data.check_given(self.policy, batches + [x for k, x in kwargs.items() if self._split_of(k) is not None])
+        if self._options["donate_argnums"]:
+            state = donation.ready("zero.jit", self.policy.mesh, state)
+        else:
+            donation.check_alive("zero.jit", state)
         self._agreed(self.policy, "zero.jit", lambda: {
             "fn": fingerprint.of_function(self.fn),
             "program": fingerprint.of_program(self.of(state, *args, **kwargs), state, *args, **kwargs)}, state, args, kwargs)

@@ -1,9 +1,10 @@
 """Where batches come from: sources that know their position, so that a resumed run reads what the other would have read."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from zerojax import agreement, data, exchange
 from zerojax.errors import BatchError, ClusterError
@@ -51,6 +52,8 @@ class Feed(Iterator):
     """
 
     def __init__(self, batches: Iterable, policy: Policy, prefetch: int, pad: bool | int):
+        _check_batches(batches)
+        self.batches: Any = batches
         self.source: Any = iter(batches)
         self.policy, self.prefetch, self.pad = policy, prefetch, pad
         self.known = hasattr(self.source, "get_state")
@@ -61,6 +64,21 @@ class Feed(Iterator):
         parts = Parts(self.source, self.policy, self.pad)
         self.position, self.number, self._next, self._over = parts.position(), 0, None, None
         self._reader = Reader(parts, self.prefetch)
+
+    def __iter__(self) -> "Feed":
+        """Itself; from the start, once it has ended, if `batches` can be read again.
+
+        Raises:
+          BatchError: it has ended, and they can't.
+        """
+        if self._over is not True:
+            return self
+        if self.source is self.batches:
+            raise BatchError(f"this feed has ended, and its source, a {type(self.source).__name__}, gives its batches once: make a "
+                             "new feed for each epoch, or give a list or loader that can be iterated over again.")
+        self.source = iter(self.batches)
+        self._restart()
+        return self
 
     def __next__(self):
         if self._over is not None:
@@ -142,6 +160,13 @@ class Feed(Iterator):
                              "can't be saved. Give zj.Indexed(make_batch), a grain iterator, or another that has both.")
 
 
+def _check_batches(batches: Any):
+    one = isinstance(batches, (Mapping, str, np.ndarray, jax.Array))
+    if one or (isinstance(batches, tuple) and all(isinstance(x, (np.ndarray, jax.Array)) for x in batches)):
+        raise BatchError(f"feed was given one batch (a {type(batches).__name__}); give an iterable of batches: "
+                         "zj.feed([batch], zero), or a generator of them.")
+
+
 def feed(batches: Iterable, zero: Policy, *, prefetch: int = 2, pad: bool | int = False) -> Feed:
     """Batches of numpy arrays as sharded device arrays, made on a thread (from the first `next` on) while others are in use.
 
@@ -152,8 +177,9 @@ def feed(batches: Iterable, zero: Policy, *, prefetch: int = 2, pad: bool | int 
     fetched ahead does not count: the position is that after the batch last handed out.
 
     Args:
-      batches: pytrees of arrays, each `[B, ...]` with the same B, divisible by the mesh's devices (of this process). The batch is
-        the processes' parts in the order of the mesh's devices: `zero.share()`.
+      batches: an iterable of pytrees of arrays, each `[B, ...]` with the same B, divisible by the mesh's devices (of this
+        process). The batch is the processes' parts in the order of the mesh's devices: `zero.share()`. Once it has ended, a
+        second `for` begins anew, if the iterable can.
       zero: the policy that will use them.
       prefetch: how many are made before they are asked for; 0 makes them on the caller's thread.
       pad: a batch that is shorter than the first (or than this number of examples of this process, which a run that goes on

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh
 
-from zerojax import agreement, data, fingerprint, layout, loss, optimizer, plan, specs, transforms, trees
+from zerojax import agreement, data, donation, fingerprint, layout, loss, optimizer, plan, specs, transforms, trees
 from zerojax import state as states
 from zerojax.audit import Demand
 from zerojax.errors import ModelError, NonFiniteError, PolicyError
@@ -54,16 +54,18 @@ class TrainStep:
         self.accumulate, self.clip_norm, self.max_skipped = accumulate, clip_norm, max_skipped
         self.compiler_options = compiler_options or {}
         self._jitted = jax.jit(self._step, donate_argnums=0, compiler_options=compiler_options)
-        self._pending, self._last, self._agreed = collections.deque(), None, agreement.Once()
+        self._dtypes, self._pending, self._last, self._agreed = [], collections.deque(), None, agreement.Once()
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         if isinstance(self.policy.mesh, AbstractMesh):
             raise PolicyError("train_step over GPUs that are not there: nothing can run on them. Write step.plan(state, batch), or "
                               "take a mesh of devices: zj.make_mesh().")
         self._raise_if_stuck(state)
-        data.check_shared(self.policy, batch)
+        data.check_given(self.policy, batch)
+        state = donation.ready("train_step", self.policy.mesh, state, self._dtypes)
         self._agreed(self.policy, "train_step", lambda: self._fields(state, batch), state, batch)
         state, metrics = self._jitted(state, batch)
+        self._dtypes = self._dtypes or [x.dtype for x in jax.tree.leaves(state)]
         if self.max_skipped and not isinstance(metrics["skipped"], Tracer):
             metrics["skipped"].copy_to_host_async()
             self._pending.append(metrics["skipped"])
@@ -210,7 +212,8 @@ class EvalStep:
         self._jitted, self._agreed = jax.jit(self._evaluate, compiler_options=compiler_options), agreement.Once()
 
     def __call__(self, state: TrainState, batch: Any) -> dict[str, jax.Array]:
-        data.check_shared(self.policy, batch)
+        data.check_given(self.policy, batch)
+        donation.check_alive("eval_step", state)
         self._agreed(self.policy, "eval_step", lambda: _fields(self.loss_fn, self._jitted, state, batch), state, batch)
         return self._jitted(state, batch)
 

@@ -170,8 +170,8 @@ def warn_of_constants(program: Program) -> None:
     if (total := sum(x.nbytes for x in held)) > LARGE:
         largest = max(held, key=lambda x: x.nbytes)
         what = f"{tables.size(total)}, the largest {largest.dtype}{list(largest.shape)}"
-        warnings.warn(f"the loss closes over arrays of {what}: they are part of the program, whole on every device. Return them from "
-                      "init_fn and freeze them (zero.init(..., trainable=...)), or pass them with the batch.", stacklevel=2)
+        warnings.warn(f"the loss closes over arrays of {what}: they are part of the program, whole on every device. Return them "
+                      "from init_fn and freeze them (zero.init(..., trainable=...)), or pass them with the batch.", stacklevel=2)
 
 
 def _closed_over(objective: Objective, jaxpr) -> str:
