@@ -12,7 +12,7 @@ STAIRS = ["errors", "tables", "trees", "cluster", "rendezvous", "launch",  # the
           "policy", "specs", "layout", "theory", "hlo", "collectives", "cost", "schedule", "liveness",  # vocabulary, arithmetic
           "identity", "topology", "mesh", "compiler", "exchange", "fingerprint", "agreement", "distributed",  # placement
           "audit", "memory", "notes", "plan",  # foresight
-          "gather", "rewrite", "models", "scanned", "trained",  # mechanism
+          "gather", "rewrite", "means", "models", "scanned", "trained",  # mechanism
           "loss", "scale", "data", "parts", "reader", "source", "study", "gradients", "optimizer", "donation", "state",  # training
           "frame", "transforms", "step", "jitted",  # what a training loop calls
           "digest", "manifest", "store", "target", "checkpoint", "weights", "preemption",  # what is kept

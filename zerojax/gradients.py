@@ -36,9 +36,11 @@ def pairs(policy: Policy, leaves: Sequence[Leaf], places: Sequence[Placement], j
 
     def pair(leaf, place):
         local = per_device and (policy.stage <= 1 or not place.sharded)
-        return Gather(policy.mesh, place.spec, place.whole, leaf.dtype, layout.computed(policy, leaf),
-                      policy.precision.reduced(leaf.path, leaf.dtype), policy.axes, policy.replica_axis, per_device, local,
-                      whole_first=policy.replica_axis is None, wide=wide.get(leaf.path, ""), least=policy.min_shard)
+        compute = layout.computed(policy, leaf)
+        reduce = policy.precision.reduced(leaf.path, leaf.dtype) if leaf.trained else compute
+        return Gather(policy.mesh, place.spec, place.whole, leaf.dtype, compute, reduce, policy.axes, policy.replica_axis,
+                      per_device, local, whole_first=policy.replica_axis is None, wide=wide.get(leaf.path, ""),
+                      least=policy.min_shard)
 
     return list(map(pair, leaves, places))
 
@@ -227,6 +229,7 @@ def differentiator(policy: Policy, objective: Objective, places: Sequence[Placem
     rows = objective.examples // accumulate
     part, whole = rows // policy.parts, traced(rows)
     study.warn_of_constants(whole)
+    study.warn_of_means(whole)
     if accumulate > 1 and (why := next((o for o in whole.obstacles if o.startswith(study.CLOSES_OVER)), "")):
         raise BatchError(f"accumulate={accumulate}, but the loss {why}, which is not split with the batch; pass it as an argument "
                          "and name it in batch_argnums.")

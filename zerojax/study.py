@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.extend import core as jex
 from jax.sharding import PartitionSpec as P
 
-from zerojax import rewrite, specs, tables, trees
+from zerojax import means, rewrite, specs, tables, trees
 from zerojax.errors import LossError, ModelError, PolicyError, ZeroError
 from zerojax.gather import SCOPE
 from zerojax.loss import Loss, normalise
@@ -162,6 +162,13 @@ def _obstacles(policy: Policy, objective: Objective, jaxpr, model_state, found) 
     fp8 *= any(leaf.overwritten for leaf in (*objective.leaves, *objective.state))
     found = [objective.unsplit, fp8, of_state, _closed_over(objective, jaxpr), *_in_program(set(policy.batch_axes), jaxpr)]
     return tuple(dict.fromkeys(filter(None, found)))
+
+
+def warn_of_means(program: Program) -> None:
+    """Warns of a `Loss` whose total is a mean, which would be divided by the weight again."""
+    if program.is_sum and means.is_mean(program.jaxpr, 0, 1):  # a Loss's first results are total and weight
+        warnings.warn("Loss.total is a mean (a sum divided by the number of its terms), and is divided by Loss.weight again: loss "
+                      "and gradients are as many times smaller. Write zj.Loss(losses.sum(), losses.size).", stacklevel=2)
 
 
 def warn_of_constants(program: Program) -> None:
