@@ -129,7 +129,7 @@ class Precision:
 class Policy:
     """A mesh and what ZeRO does over it; see `Zero`, which adds the verbs."""
 
-    mesh: Mesh | AbstractMesh
+    mesh: Mesh | AbstractMesh = None  # pyright: ignore[reportAssignmentType]
     stage: int = 3
     _: dataclasses.KW_ONLY
     precision: Precision = Precision()
@@ -140,6 +140,12 @@ class Policy:
     min_shard: int = 2**16
 
     def __post_init__(self):
+        if not isinstance(self.mesh, (Mesh, AbstractMesh)):
+            stage = self.mesh if isinstance(self.mesh, int) else self.stage
+            raise PolicyError(f"Zero(mesh={self.mesh!r}): the first argument is a mesh; write Zero(zj.make_mesh(), stage={stage}).")
+        if not isinstance(self.precision, Precision):
+            raise PolicyError(f"Zero(precision={self.precision!r}): write zj.Precision(compute=\"bfloat16\"), for float32 "
+                              "parameters that are gathered and multiplied in bfloat16.")
         object.__setattr__(self, "axis", self.axes)
         if self.replica_axis is None and "replica" in self.mesh.axis_names and "replica" not in self.axes:
             object.__setattr__(self, "replica_axis", "replica")

@@ -4,12 +4,13 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
+from flax import nnx, struct
 from jax.sharding import PartitionSpec as P
 
 from zerojax import layout, models, optimizer, scale, scanned, specs, trained, trees
@@ -84,6 +85,33 @@ def _check_floating(leaves: Sequence[Leaf]):
         if leaf.trained and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ModelError(f"parameter {leaf.path} is of dtype {leaf.dtype}; what is trained is real and floating. Freeze it: "
                              "zero.init(..., trainable=...); or keep it in another collection (linen) or kind of Variable (NNX).")
+
+
+def given(init_fn: Any, tx: Any, args: tuple) -> tuple[Callable, tuple]:
+    """(init_fn, args) for `Zero.init`, which also takes a model at hand: an NNX module, or a tree of arrays.
+
+    Raises:
+      ModelError: neither a function nor that, or no optax transform.
+    """
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise ModelError(f"zero.init(init_fn, tx, *args): the second argument is a {type(tx).__name__}, not an optax transform, as "
+                         "optax.adamw(1e-3).")
+    if isinstance(init_fn, nn.Module):
+        raise ModelError(f"zero.init was given a linen module ({type(init_fn).__name__}), which holds no parameters; write "
+                         "zero.init(model.init, tx, jax.random.key(0), x).")
+    if isinstance(init_fn, nnx.Module):
+        graphdef, state = nnx.split(init_fn)
+        model = lambda state: nnx.merge(graphdef, state)
+        arrays, put = trees.divided(state)
+    else:
+        model, (arrays, put) = lambda tree: tree, trees.divided(init_fn)
+    if callable(init_fn) and (not arrays or isinstance(init_fn, jax.tree_util.Partial)):
+        return init_fn, args
+    if not arrays or args:
+        what = type(init_fn).__name__ + (" and arguments for it" if arrays else "")
+        raise ModelError(f"zero.init was given a {what}; write a function that makes the model and what it is called with, or a model "
+                         "that is there: zero.init(model, tx).")
+    return lambda arrays: model(put(arrays)), (arrays,)
 
 
 def survey(policy: Policy, init_fn, args, trainable=None) -> tuple[Model, list]:

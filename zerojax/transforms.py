@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from zerojax import data, frame, gradients, layout, models, rewrite, study, trained, trees
@@ -83,22 +82,6 @@ class Parts:
             nnx.update(self.model, model_state)
 
 
-def _is_array(x) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
-
-
-def _divided(tree: Tree) -> tuple[list, Callable[[list], Tree]]:
-    """A tree's arrays, and what puts them back among its other leaves."""
-    flat, treedef = jax.tree.flatten(tree)
-    arrays = [x for x in flat if _is_array(x)]
-
-    def put(arrays):
-        rest = iter(arrays)
-        return treedef.unflatten([next(rest) if _is_array(x) else x for x in flat])
-
-    return arrays, put
-
-
 def gathered(policy: Policy, fn: Callable, argnums: int | Collection[int]) -> Callable:
     """See `Zero.gathered`."""
 
@@ -106,13 +89,13 @@ def gathered(policy: Policy, fn: Callable, argnums: int | Collection[int]) -> Ca
     def run(*args, **kwargs):
         at = numbers("argnums", argnums, len(args))
         parts = [Parts.of(policy, args[i]) for i in at]
-        inputs, put = _divided((tuple(None if i in at else x for i, x in enumerate(args)), kwargs))
+        inputs, put = trees.divided((tuple(None if i in at else x for i, x in enumerate(args)), kwargs))
         found = {}
 
         def traced(params, states, inputs):
             given, named = put(inputs)
             whole = dict(zip(at, (p.join(*both) for p, *both in zip(parts, params, states, strict=True)), strict=True))
-            result, found["put"] = _divided(fn(*(whole.get(i, x) for i, x in enumerate(given)), **named))
+            result, found["put"] = trees.divided(fn(*(whole.get(i, x) for i, x in enumerate(given)), **named))
             return result, [p.kind.state_after(whole[i], state) for i, p, state in zip(at, parts, states, strict=True)]
 
         states = [p.model_state for p in parts]
@@ -142,8 +125,8 @@ class Call:
     def of(cls, policy: Policy, loss_fn: Callable, model: Any, args: tuple, kwargs: dict, *, batch: Collection[int] = (1,),
            has_aux: bool = False, accumulate: int = 1, trainable: Any = None) -> "Call":
         parts = Parts.of(policy, model, trainable)
-        inputs, put = _divided((args, kwargs))
-        flags = [i in batch and jnp.ndim(x) > 0 for i, arg in enumerate(args, 1) for x in jax.tree.leaves(arg) if _is_array(x)]
+        inputs, put = trees.divided((args, kwargs))
+        flags = [i in batch and jnp.ndim(x) > 0 for i, arg in enumerate(args, 1) for x in jax.tree.leaves(arg) if trees.is_array(x)]
         flags += [False] * (len(inputs) - len(flags))
 
         def call(model, inputs):

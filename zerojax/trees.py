@@ -1,10 +1,11 @@
-"""Leaves of pytrees: some of them alone, which are random keys."""
+"""Leaves of pytrees: some of them alone, which are arrays, which are random keys."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def only(tree: Any, flags: Sequence[bool]) -> Any:
@@ -34,6 +35,28 @@ def put(tree: Any, flags: Sequence[bool], new: Sequence[Any]) -> Any:
     """
     (leaves, treedef), rest = jax.tree.flatten(tree), iter(new)
     return treedef.unflatten([next(rest) if flag else x for x, flag in zip(leaves, flags, strict=True)])
+
+
+def is_array(x) -> bool:
+    """Whether it is an array or the shape of one."""
+    return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+
+
+def divided(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """A tree's arrays, and a function that puts others in their places among its other leaves.
+
+    >>> arrays, put = divided({"w": np.ones(2), "name": "a"})
+    >>> len(arrays), put([1])
+    (1, {'name': 'a', 'w': 1})
+    """
+    flat, treedef = jax.tree.flatten(tree)
+    at = [is_array(x) for x in flat]
+
+    def put(arrays):
+        rest = iter(arrays)
+        return treedef.unflatten([next(rest) if array else x for x, array in zip(flat, at, strict=True)])
+
+    return taken(flat, at), put
 
 
 def is_key(x) -> bool:

@@ -82,9 +82,9 @@ class Zero(Policy):
         Over GPUs that are not there, it is as `abstract`.
 
         Args:
-          init_fn: returns a pytree of parameters, linen's dict of variables, or an NNX module.
+          init_fn: returns a pytree of parameters, linen's dict of variables, or an NNX module; or is one that is there.
           tx: an optax transform.
-          *args: arrays for `init_fn`. Parameters at hand go in here: `zero.init(lambda params: params, tx, params)`.
+          *args: arrays for `init_fn`.
           trainable: which parameters are trained: None, all; a regex for their whole paths, as "lora/.*"; a function of
             (path, array); or, of an NNX module, a filter, as `nnx.LoRAParam`. The others are frozen: sharded and gathered alike,
             of the dtype they came in, without gradient or optimizer state. `tx` sees None in their places.
@@ -94,10 +94,12 @@ class Zero(Policy):
           ModelError: `init_fn` returned no floating array, or a parameter that is not floating.
           LayoutError: a rule does not fit its leaf, or matches none; nothing is trained.
         """
+        init_fn, args = states.given(init_fn, tx, args)
         return self._born(lambda: self._planned(init_fn, tx, args, trainable, rng), *args)
 
     def abstract(self, init_fn: Callable, tx, *args, trainable: Any = None, rng: jax.Array | None = None) -> TrainState:
         """What `init` would return, as `ShapeDtypeStruct`s with shardings; nothing is allocated."""
+        init_fn, args = states.given(init_fn, tx, args)
         build, shardings = self._planned(init_fn, tx, args, trainable, rng)
         return _shaped(build, shardings, *args)
 
