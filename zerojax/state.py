@@ -109,8 +109,8 @@ def given(init_fn: Any, tx: Any, args: tuple) -> tuple[Callable, tuple]:
         return init_fn, args
     if not arrays or args:
         what = type(init_fn).__name__ + (" and arguments for it" if arrays else "")
-        raise ModelError(f"zero.init was given a {what}; write a function that makes the model and what it is called with, or a model "
-                         "that is there: zero.init(model, tx).")
+        raise ModelError(f"zero.init was given a {what}; write a function that makes the model and what it is called with, or a "
+                         "model that is there: zero.init(model, tx).")
     return lambda arrays: model(put(arrays)), (arrays,)
 
 
