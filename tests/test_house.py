@@ -8,7 +8,7 @@ import sys
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "zerojax"
-STAIRS = ["errors", "tables", "trees", "cluster", "rendezvous", "launch",  # the command, and processes that meet
+STAIRS = ["errors", "tables", "trees", "padded", "cluster", "rendezvous", "launch",  # the command, and processes that meet
           "policy", "specs", "layout", "theory", "hlo", "collectives", "cost", "schedule", "liveness",  # vocabulary, arithmetic
           "identity", "topology", "mesh", "compiler", "exchange", "fingerprint", "agreement", "distributed",  # placement
           "audit", "memory", "notes", "plan",  # foresight

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from zerojax.layout import Layout as Layout
     from zerojax.loss import Loss as Loss
     from zerojax.mesh import make_mesh as make_mesh
+    from zerojax.padded import Padded as Padded
+    from zerojax.padded import logical as logical
     from zerojax.plan import Plan as Plan
     from zerojax.policy import Precision as Precision
     from zerojax.preemption import Preemption as Preemption
@@ -55,6 +57,7 @@ _WHERE = {
     "layout": ["Layout"],
     "loss": ["Loss"],
     "mesh": ["make_mesh"],
+    "padded": ["Padded", "logical"],
     "plan": ["Plan"],
     "policy": ["Precision"],
     "preemption": ["Preemption"],

@@ -55,7 +55,8 @@ class Demand:
     def local(self, leaf: Leaf, place: Placement) -> tuple[int, ...]:
         """A parameter's dimensions once gathered, on one device: the model's own axes still divide it."""
         axes = [specs.axes_of(P(entry)) for entry in place.whole]
-        return tuple(d // math.prod(self.policy.mesh.shape[a] for a in on) for d, on in zip(leaf.shape, axes, strict=True))
+        shape = place.kept or leaf.shape
+        return tuple(d // math.prod(self.policy.mesh.shape[a] for a in on) for d, on in zip(shape, axes, strict=True))
 
     @functools.cached_property
     def known(self) -> dict[int, list[tuple[tuple[int, ...], Leaf, int]]]:
@@ -190,6 +191,9 @@ def _foreign_reduction(demand: Demand, c: Collective, s: Shape, sharded: Mapping
     if sharded and "scatter" in c.op_name and c.trips > demand.accumulate:
         return ("the gradient of a table that is looked up in a loop is summed in each turn: look it up before the loop, or return "
                 "zj.Loss, so that each device adds up its own part's first")
+    if sharded and all(place.kept for leaf, place in demand.sharded if leaf in sharded):
+        return ("the gradient of a parameter that is padded (Zero(uneven='pad')) is summed whole: with one loss, its padding comes "
+                "before the sum. Return zj.Loss, so that each device pads its own part's")
     if sharded:
         return ("the gradient of a sharded parameter is summed whole on every device; a reduce-scatter would leave each its shard. "
                 "It is not read through zerojax, or looked up at places that do not depend on the example (positions), or twice "

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding
 
-from zerojax import agreement, digest, donation, exchange, manifest, store
+from zerojax import agreement, digest, donation, exchange, manifest, padded, store
 from zerojax.errors import CheckpointError, CorruptCheckpointError
 from zerojax.manifest import Manifest
 from zerojax.policy import Policy
@@ -333,14 +333,15 @@ def _step_of(state, step) -> int:
 def _check_arrays(leaves):
     if not leaves:
         raise CheckpointError("save was given a state that holds no array.")
-    odd = [p for p, x in leaves.items() if not isinstance(x, jax.Array) and np.asarray(x).dtype.kind in "OUSMm"]
+    odd = [p for p, x in leaves.items() if not isinstance(x, jax.Array | padded.Padded) and np.asarray(x).dtype.kind in "OUSMm"]
     if odd:
         raise CheckpointError(f"save was given a state whose leaves {odd[:manifest.MOST]} are neither arrays nor numbers; keep "
                               "functions and text out of it, as eqx.filter(model, eqx.is_array) does.")
 
 
 def _stored(x):
-    """As it is on disk: of typed keys, their data."""
+    """As it is on disk: of typed keys, their data; of padded arrays, all of it, for devices can't write shards of the rest."""
+    x = x.kept if padded.is_padded(x) else x
     if isinstance(x, jax.Array):
         return jax.random.key_data(x) if manifest.key_of(x) else x
     x = x if hasattr(x, "dtype") else manifest.number(x)

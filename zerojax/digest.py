@@ -16,19 +16,19 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import exchange, specs
+from zerojax import exchange, padded, specs
 
 _GOLDEN = np.uint32(0x9E3779B9)
 _CHUNKS = 1024  # of a row or so: they stay in the nearest cache
 
 
 def of(arrays: Sequence[Any]) -> list[str]:
-    """Eight hexadecimal digits for each array, jax's (of any sharding; typed keys too) or numpy's.
+    """Eight hexadecimal digits for each array, jax's (of any sharding; typed keys and padded ones too) or numpy's.
 
     >>> of([np.arange(6.0, dtype=np.float32).reshape(2, 3), np.arange(6.0, dtype=np.float32)])
     ['db2f183b', 'db2f183b']
     """
-    sums = [_sums_over(*_placed(x)) for x in arrays]
+    sums = [_sums_over(*_placed(x.kept if padded.is_padded(x) else x), padded.is_padded(x) and x.shape) for x in arrays]
     held = jax.device_get([[part.data for part in x.addressable_shards] for x in sums])
     own = np.array([np.sum(parts, dtype=np.uint32) for parts in held], np.uint32)
     shared = [x for x in sums if not x.is_fully_addressable]  # with other processes, each of which has some of the sum
@@ -59,9 +59,27 @@ def _host():
         return jax.local_devices()[0]
 
 
-def _sums_over(x: jax.Array, mesh: Mesh, spec: P) -> jax.Array:
+def _sums_over(x: jax.Array, mesh: Mesh, spec: P, shape: Any) -> jax.Array:
     with jax.set_mesh(mesh):  # another one may be set
-        return _sums(x, mesh, specs.full(spec, x.ndim))
+        spec = specs.full(spec, x.ndim)
+        return _sums_within(x, mesh, spec, shape) if shape else _sums(x, mesh, spec)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _sums_within(x: jax.Array, mesh: Mesh, spec: P, shape: tuple[int, ...]) -> jax.Array:
+    """As `_sums`, of what is within a logical shape; the first of copies does it."""
+    copies = tuple(axis for axis in mesh.axis_names if axis not in specs.axes_of(spec))
+    strides = [math.prod(shape[d + 1:]) % 2**32 for d in range(x.ndim)]
+
+    def local(part):
+        starts = [jax.lax.axis_index(entry) * size if entry else 0 for entry, size in zip(spec, part.shape, strict=True)]
+        places = [jax.lax.broadcasted_iota(jnp.uint32, part.shape, d) + jnp.uint32(start) for d, start in enumerate(starts)]
+        within = functools.reduce(jnp.logical_and, [place < d for place, d in zip(places, shape, strict=True)])
+        words = _mixed(part, sum(place * np.uint32(stride) for place, stride in zip(places, strides, strict=True)))
+        total = jnp.sum(jnp.where(within[..., None], words, 0), dtype=jnp.uint32)
+        return jnp.where(jax.lax.axis_index(copies) == 0 if copies else True, total, 0)[None]
+
+    return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=P(mesh.axis_names), check_vma=False)(x)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -37,6 +37,7 @@ def of_policy(policy: Policy) -> dict:
     return {"versions": versions(), "mesh": {"axes": dict(mesh.shape), "devices": " ".join(devices)},
             "policy": {"stage": policy.stage, "precision": policy.precision.as_dict(), "gradients": policy.gradients,
                        "axis": policy.axes, "replica_axis": policy.replica_axis, "min_shard": policy.min_shard,
+                       "uneven": policy.uneven,
                        "rules": [f"{pattern}: {spec}" for pattern, spec in policy.rules.items()]}}
 
 

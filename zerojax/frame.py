@@ -13,7 +13,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import Sharding
 
-from zerojax import layout
+from zerojax import layout, padded
 from zerojax.policy import Policy
 from zerojax.specs import Leaf, Placement
 
@@ -37,6 +37,7 @@ class Frame:
 
     def sharding(self, leaf: Leaf, x: Any) -> Sharding | None:
         """Where a parameter is placed: as the argument that it is, else as all arguments whose paths end in its path."""
+        x = x.kept if padded.is_padded(x) else x
         if not isinstance(x, Tracer):
             return getattr(x, "sharding", None)
         if id(x) in self.traced:
@@ -62,5 +63,5 @@ def within(arguments: Any, shardings: Sequence[Sharding | None]) -> Iterator[Non
 def places(policy: Policy, leaves: Sequence[Leaf], xs: Sequence[Any]) -> list[Placement]:
     """Where arrays of a model are at rest; by the policy's rules where nothing is known."""
     frame = _frame.get()
-    return [layout.placed(policy, layout.place(policy, leaf), frame.sharding(leaf, x), leaf.shape)
+    return [layout.placed(policy, layout.place(policy, leaf), frame.sharding(leaf, x), x)
             for leaf, x in zip(leaves, xs, strict=True)]

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from zerojax import specs
+from zerojax import padded, specs
 
 PARTS = "zerojax_parts"  # the mapped axis over which each device differentiates its own part
 SCOPE = "zerojax"  # the name of the pair's constraints
@@ -44,6 +44,7 @@ class Gather:
         reduce whole gradients over everything, so only what a loop accumulates does: else each turn would reduce.
       wide: one loss only; a wider dtype in which the program also reads it, or "".
       least: a slice of fewer elements is not worth a gather of its own.
+      extra: rows of zeros at the end of each dimension, at rest; () of none.
     """
 
     mesh: Mesh | AbstractMesh
@@ -59,6 +60,7 @@ class Gather:
     whole_first: bool = True
     wide: str = ""
     least: int = 1
+    extra: tuple[int, ...] = ()
 
     @property
     def sharded(self) -> bool:
@@ -71,7 +73,12 @@ class Gather:
     def only(self, dims: tuple[int, ...]) -> "Gather":
         """For an array of those dimensions alone, in that order."""
         pick = lambda spec: P(*(spec[i] for i in dims))
-        return dataclasses.replace(self, spec=pick(self.spec), whole=pick(self.whole))
+        extra = tuple(self.extra[i] for i in dims) if self.extra else ()
+        return dataclasses.replace(self, spec=pick(self.spec), whole=pick(self.whole), extra=extra)
+
+    def logical(self, kept: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of an array that is kept in another."""
+        return tuple(n - more for n, more in zip(kept, self.extra, strict=True)) if self.extra else kept
 
     def accumulated(self) -> "Gather":
         """For a cotangent that a loop sums."""
@@ -84,17 +91,19 @@ class Gather:
     def top(self, x: jax.Array) -> jax.Array:
         """`x` whole in the compute dtype, with no cotangent."""
         x = jax.lax.stop_gradient(x).astype(self.compute)
-        return self.constrain(self.constrain(x, self.spec), self.whole) if self.sharded else x
+        whole = self.constrain(self.constrain(x, self.spec), self.whole) if self.sharded else x
+        return padded.cut(whole, self.logical(x.shape))
 
     def read(self, x: jax.Array, gathered: jax.Array, dtype: str | None = None) -> jax.Array:
         """`gathered`, in the wider `dtype` if one is named, whose cotangent is scattered to `x`."""
         return _read(dataclasses.replace(self, params=str(x.dtype)), dtype or self.compute)(x, gathered)
 
     def _backward(self, ct):
-        if not self.per_device:
-            return self._partial_sums(ct).astype(self.params)
+        ct = padded.filled(ct, [d + more for d, more in zip(ct.shape, self.extra, strict=True)]) if self.extra else ct
         if self.local:
             return self.constrain(ct, self.whole).astype(self.params)
+        if not self.per_device:
+            return self._partial_sums(ct).astype(self.params)
         return _scatter(self)(ct, jax.lax.axis_index(PARTS))
 
     def _partial_sums(self, ct):

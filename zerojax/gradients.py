@@ -40,9 +40,13 @@ def pairs(policy: Policy, leaves: Sequence[Leaf], places: Sequence[Placement], j
         reduce = policy.precision.reduced(leaf.path, leaf.dtype) if leaf.trained else compute
         return Gather(policy.mesh, place.spec, place.whole, leaf.dtype, compute, reduce, policy.axes, policy.replica_axis,
                       per_device, local, whole_first=policy.replica_axis is None, wide=wide.get(leaf.path, ""),
-                      least=policy.min_shard)
+                      least=policy.min_shard, extra=_extra(leaf, place))
 
     return list(map(pair, leaves, places))
+
+
+def _extra(leaf: Leaf, place: Placement) -> tuple[int, ...]:
+    return tuple(n - d for n, d in zip(place.kept, leaf.shape, strict=True)) if place.kept else ()
 
 
 def _widened(leaves: Sequence[Leaf], jaxpr) -> dict[str, str]:
@@ -59,7 +63,7 @@ def opened(leaves: Sequence[Leaf], pairs: Sequence[Gather], xs: Sequence, gather
     """Parameters or state as a program is given them: pending where they are sharded, else whole in the compute dtype."""
 
     def one(leaf, pair, x, whole):
-        if pair.sharded:
+        if pair.sharded or pair.extra:
             return rewrite.Pending.of(x, whole, pair, pair.compute, leaf.path)
         return x if leaf.dtype == pair.compute else x.astype(pair.compute)
 

@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import specs, tables
+from zerojax import padded, specs, tables
+from zerojax.errors import LayoutError
 from zerojax.policy import Policy
 from zerojax.specs import Leaf, Placement
 
@@ -24,7 +25,7 @@ ELSEWHERE = "it was made so, against the policy"
 
 def path_of(path) -> str:
     """A jax key path as "blocks/mlp/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/")  # of a padded array's inside
 
 
 def param_name(path: str) -> str | None:
@@ -42,7 +43,7 @@ def param_name(path: str) -> str | None:
 def describe(tree: Tree, bases: Sequence[P] | None = None, scanned: Sequence[int | None] | None = None,
              group: Literal["trained", "state"] = "trained") -> tuple[Leaf, ...]:
     """One `Leaf` for each array of `tree`; `bases` and `scanned` are in the order of its leaves."""
-    flat = jax.tree.leaves_with_path(tree)
+    flat = jax.tree.leaves_with_path(tree, is_leaf=padded.is_padded)
     bases = bases or [P()] * len(flat)
     scanned = scanned or [None] * len(flat)
     return tuple(Leaf(path_of(p), x.shape, str(x.dtype), specs.full(b, len(x.shape)), s, group)
@@ -59,17 +60,18 @@ def place(policy: Policy, leaf: Leaf) -> Placement:
     the mesh lacks do not count."""
     rule = None if leaf.group == "state" else specs.find_rule(leaf.path, policy.rules)
     if rule is None:
-        return place_other(policy, leaf)
-    placed = specs.by_rule(leaf, rule, policy.rules[rule], policy.axes, policy.mesh.shape, policy.replica_axis)
+        return place_other(policy, leaf, policy.uneven == "pad" and leaf.group != "state")
+    placed = specs.by_rule(leaf, rule, policy.rules[rule], policy.axes, policy.mesh.shape, policy.replica_axis,
+                           policy.uneven == "pad")
     return placed if policy.stage else _whole(placed)
 
 
-def place_other(policy: Policy, leaf: Leaf) -> Placement:
+def place_other(policy: Policy, leaf: Leaf, pad: bool = False) -> Placement:
     """Where a leaf lies that no rule is about. Random keys are whole."""
     if leaf.dtype.startswith("key"):
         return Placement(leaf.base, leaf.base, "a random key")
     known = specs.keep(leaf.base, lambda axis: axis in policy.mesh.axis_names)
-    placed = specs.shard(dataclasses.replace(leaf, base=known), policy.axes, policy.shards, policy.min_shard)
+    placed = specs.shard(dataclasses.replace(leaf, base=known), policy.axes, policy.shards, policy.min_shard, pad)
     return placed if policy.stage else _whole(placed)
 
 
@@ -102,12 +104,29 @@ def endings(path: str):
     return ("/".join(keys[i:]) for i in range(len(keys)))
 
 
-def placed(policy: Policy, ruled: Placement, sharding: Any, shape: tuple[int, ...]) -> Placement:
+def fitting(policy: Policy, ruled: Placement, x: Any) -> Placement:
+    """A rule for an array that may be kept in another shape than the rule would have it: what is not padded stays whole where
+    the rule would pad it.
+
+    Raises:
+      LayoutError: it is padded for another number of devices.
+    """
+    kept = x.kept.shape if padded.is_padded(x) else None
+    if kept == ruled.kept or (kept and not ruled.sharded):
+        return dataclasses.replace(ruled, kept=kept)
+    if kept:
+        raise LayoutError(f"an array of shape {x.shape} is kept as {kept}, for another number of devices than the "
+                          f"{policy.shards} that share a state here; write zero.move(state, other).")
+    return Placement(ruled.whole, ruled.whole, f"{specs.INDIVISIBLE} of {x.shape} divides by {policy.shards}, and it is not padded")
+
+
+def placed(policy: Policy, ruled: Placement, sharding: Any, x: Any) -> Placement:
     """Where an array lies by its sharding; by the rules, if it has none. These also say why it is whole."""
+    ruled = fitting(policy, ruled, x)
     if not isinstance(sharding, NamedSharding):
         return ruled
-    spec = specs.full(sharding.spec, len(shape))
-    return Placement(spec, specs.keep(spec, lambda axis: axis not in policy.axes), ruled.reason or ELSEWHERE)
+    spec = specs.full(sharding.spec, len(x.shape))
+    return Placement(spec, specs.keep(spec, lambda axis: axis not in policy.axes), ruled.reason or ELSEWHERE, ruled.kept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,12 +202,12 @@ def _short(spec: P) -> str:
 
 def report(policy: Policy, tree: Tree, placements: Sequence[Placement]) -> Layout:
     """The `Layout` of a state's leaves."""
-    rows = [Row(leaf.path, leaf.shape, leaf.dtype, place.spec, _bytes(policy, leaf, place.spec), _bytes(policy, leaf, place.whole),
-                place.reason if not place.sharded else "")
+    rows = [Row(leaf.path, leaf.shape, leaf.dtype, place.spec, _bytes(policy, leaf, place, place.spec),
+                _bytes(policy, leaf, place, place.whole), place.reason if not place.sharded else "")
             for leaf, place in zip(describe(tree), placements, strict=True)]
     return Layout(tuple(rows), policy.mesh.size)
 
 
-def _bytes(policy: Policy, leaf: Leaf, spec: P) -> int:
+def _bytes(policy: Policy, leaf: Leaf, place: Placement, spec: P) -> int:
     itemsize = 8 if leaf.dtype.startswith("key") else np.dtype(leaf.dtype).itemsize
-    return itemsize * leaf.size // math.prod(policy.mesh.shape[a] for a in specs.axes_of(spec))
+    return itemsize * math.prod(place.kept or leaf.shape) // math.prod(policy.mesh.shape[a] for a in specs.axes_of(spec))

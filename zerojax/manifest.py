@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from zerojax import layout
+from zerojax import layout, optimizer, padded
 from zerojax.errors import CheckpointError
 from zerojax.fingerprint import versions
 from zerojax.tables import Sheet, size
@@ -24,13 +24,14 @@ MOST = 10  # paths in an error
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """A leaf as it is on disk: its logical shape and dtype, digest, and where it lay when it was saved; of a typed key, its
-    data and the name of its generator."""
+    data and the name of its generator; of a padded array, the shape that Orbax has it in."""
 
     shape: tuple[int, ...]
     dtype: str
     digest: str = ""
     spec: str = ""
     key: str = ""
+    kept: tuple[int, ...] | None = None
 
     @property
     def text(self) -> str:
@@ -39,6 +40,14 @@ class Entry:
     @property
     def bytes(self) -> int:
         return jax.numpy.dtype(self.dtype).itemsize * math.prod(self.shape)
+
+    def source(self, sharding: Any = None, kept: tuple[int, ...] | None = None) -> Any:
+        """What to read: its shape and dtype as they are on disk; without a sharding, into the host's memory. Padded where it is
+        so on disk, or is to be `kept` so."""
+        short = jax.dtypes.canonicalize_dtype(self.dtype) != jax.numpy.dtype(self.dtype)  # jax would cut its 64 bits in half
+        dtype, sharding = (np.dtype(self.dtype), None) if short else (self.dtype, sharding)
+        whole = jax.ShapeDtypeStruct(kept or self.shape, dtype, sharding=sharding)
+        return padded.Padded(whole, self.shape) if kept or self.kept else whole
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -132,10 +141,10 @@ class Manifest:
         return "".join(sheet._repr_html_() for sheet in self.sheets())
 
 
-def _entry(shape, dtype, **rest) -> Entry:
-    if any(type(n) is not int or n < 0 for n in shape):
-        raise ValueError(f"it has a leaf of shape {shape}")
-    return Entry(tuple(shape), str(jax.numpy.dtype(dtype)), **rest)
+def _entry(shape, dtype, kept=None, **rest) -> Entry:
+    if any(type(n) is not int or n < 0 for n in [*shape, *(kept or ())]):
+        raise ValueError(f"it has a leaf of shape {shape}{f', kept as {kept}' if kept else ''}")
+    return Entry(tuple(shape), str(jax.numpy.dtype(dtype)), kept=tuple(kept) if kept else None, **rest)
 
 
 def _sha(values: dict) -> str:
@@ -176,7 +185,7 @@ def flat(tree: Any) -> dict[str, Any]:
     Raises:
       CheckpointError: two leaves of one path.
     """
-    leaves = [(layout.path_of(path), x) for path, x in jax.tree.leaves_with_path(tree)]
+    leaves = [(layout.path_of(path), x) for path, x in jax.tree.leaves_with_path(tree, is_leaf=padded.is_padded)]
     paths = [path for path, _ in leaves]
     twice = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
     if twice:
@@ -189,7 +198,8 @@ def entry_of(x: Any, digest: str = "") -> Entry:
     spec = getattr(getattr(x, "sharding", None), "spec", None)
     key = key_of(x)
     x = jax.eval_shape(jax.random.key_data, x) if key else x if hasattr(x, "dtype") else number(x)
-    return Entry(tuple(x.shape), str(x.dtype), digest, "" if spec is None else f"P({', '.join(map(repr, spec))})", key)
+    return Entry(tuple(x.shape), str(x.dtype), digest, "" if spec is None else f"P({', '.join(map(repr, spec))})", key,
+                 tuple(x.kept.shape) if padded.is_padded(x) else None)
 
 
 def number(x: Any) -> np.ndarray:
@@ -208,22 +218,8 @@ def key_of(x: Any) -> str:
 
 
 def optimizer_of(state: Any) -> tuple[str, ...]:
-    """The kinds of state that an optax transform keeps, in order, from the named tuples within `state.opt_state`.
-
-    >>> import optax
-    >>> optimizer_of({"opt_state": optax.adam(1e-3).init({"w": np.zeros(2)})})
-    ('ScaleByAdamState',)
-    """
-    opt = state.get("opt_state") if isinstance(state, Mapping) else getattr(state, "opt_state", None)
-    return tuple(name for name in _named(opt) if name != "EmptyState")
-
-
-def _named(tree):
-    if hasattr(tree, "_fields"):
-        yield type(tree).__name__
-    children = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, tuple | list) else ()
-    for child in children:
-        yield from _named(child)
+    """The kinds of state that an optax transform keeps, as `optimizer.kinds`, in a whole state."""
+    return optimizer.kinds(state.get("opt_state") if isinstance(state, Mapping) else getattr(state, "opt_state", None))
 
 
 def differences(manifest: Manifest, wanted: Mapping[str, Entry], *, all_of_it: bool, cast: bool) -> list[str]:

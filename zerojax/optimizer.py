@@ -4,14 +4,17 @@ import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import eval_jaxpr
 from jax.extend import core as jex
 
+from zerojax import padded, trees
 from zerojax.errors import PolicyError
 
 Tree = Any
@@ -85,6 +88,68 @@ def trace(tx: Any, grads: Tree, opt_state: Tree, params: Tree, value: Any) -> Up
     except (TypeError, ValueError, AttributeError) as error:
         raise _refused(error, "at update it is given gradients, its state, the parameters and the loss's value") from error
     return Update(jaxpr, out, *_judged(jaxpr.jaxpr, len(jax.tree.leaves(grads)), len(jax.tree.leaves(out[0]))))
+
+
+def check_padding(tx: Any, params: Tree) -> None:
+    """Raises `PolicyError` for a transform that would see that arrays are padded: whose state has other shapes then, or whose
+    update of tiny arrays is another.
+
+    Args:
+      params: arrays or shapes, some of them padded.
+    """
+    if not any(map(padded.is_padded, padded.leaves(params))):
+        return
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params, is_leaf=padded.is_padded)
+    shapes = lambda tree: [x.shape for x in padded.leaves(jax.eval_shape(functools.partial(init, tx), tree))]
+    seen = "its state has the shapes of padded arrays" if shapes(plain) != shapes(params) else _differs(tx, params)
+    if seen:
+        names = ", ".join(kinds(jax.eval_shape(tx.init, plain))) or "without state"
+        raise PolicyError(f'Zero(uneven="pad"): the optimizer ({names}) minds rows of zeros at the ends of arrays: {seen}. Take a '
+                          "transform that works element by element, or leave uneven out.")
+
+
+def _differs(tx: Any, params: Tree) -> str:
+    """How two updates of tiny arrays differ, with and without padding; or ""."""
+    rng = np.random.default_rng(0)
+    tiny = lambda shape: [min(d, 3 + 2 * sorted(set(shape)).index(d)) for d in shape]  # in the same order
+    draw = lambda x: rng.normal(size=tiny(x.shape)).astype(x.dtype)
+    longer = lambda old, x: [d + (n > m) for d, n, m in zip(x.shape, old.kept.shape, old.shape, strict=True)]
+    grown = lambda old, x: padded.pad(x, longer(old, x)) if padded.is_padded(old) else x
+    grow = lambda tree: jax.tree.map(grown, params, tree, is_leaf=padded.is_padded)
+    values, grads = ([jax.tree.map(draw, params, is_leaf=padded.is_padded) for _ in range(2)] for _ in range(2))
+    plain, other = (_updated(tx, tree(values[0]), list(map(tree, grads))) for tree in (lambda tree: tree, grow))
+    for (path, a), b in zip(jax.tree.leaves_with_path(plain), padded.leaves(other), strict=True):
+        kept = b.kept if padded.is_padded(b) else b
+        if not trees.is_key(kept) and not np.allclose(padded.filled(jnp.asarray(a), kept.shape), kept, rtol=1e-4, atol=1e-6):
+            return f"{jax.tree_util.keystr(path, simple=True, separator='/')} is another after two updates of tiny arrays"
+    return ""
+
+
+def _updated(tx: Any, params: Tree, grads: Sequence[Tree]) -> Tree:
+    """Parameters and optimizer state after these gradients."""
+    opt_state = init(tx, params)
+    for grad in grads:
+        update = trace(tx, grad, opt_state, params, jnp.float32(1))
+        updates, opt_state = update(grad, opt_state, params, jnp.float32(1))
+        params = optax.apply_updates(params, updates)
+    return {"params": params, "opt_state": opt_state}
+
+
+def kinds(opt_state: Any) -> tuple[str, ...]:
+    """The kinds of state that a transform keeps, in order, from its named tuples.
+
+    >>> kinds(optax.adam(1e-3).init({"w": np.zeros(2)}))
+    ('ScaleByAdamState',)
+    """
+    return tuple(name for name in _named(opt_state) if name not in ("EmptyState", "MaskedNode"))
+
+
+def _named(tree: Any) -> Iterator[str]:
+    if hasattr(tree, "_fields"):
+        yield type(tree).__name__
+    children = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, tuple | list) else ()
+    for child in children:
+        yield from _named(child)
 
 
 def _refused(error: Exception, what: str) -> PolicyError:

@@ -138,6 +138,7 @@ class Policy:
     gradients: Gradients | None = None
     rules: Mapping[str, PartitionSpec] = dataclasses.field(default_factory=dict)
     min_shard: int = 2**16
+    uneven: Literal["pad"] | None = None
 
     def __post_init__(self):
         if not isinstance(self.mesh, (Mesh, AbstractMesh)):
@@ -158,6 +159,9 @@ class Policy:
         if isinstance(self.stage, bool) or self.stage not in (0, 1, 2, 3):
             raise PolicyError(f"Zero(stage={self.stage!r}): stages are 0 (all whole), 1 (optimizer state sharded), "
                               "2 (gradients too) and 3 (parameters too); write one of these integers.")
+        if self.uneven not in (None, "pad"):
+            raise PolicyError(f'Zero(uneven={self.uneven!r}): write "pad" (parameters none of whose dimensions divides are kept '
+                              'with rows of zeros at their ends), or None (they are whole on every device).')
         if self.gradients not in (None, "global", "per_device"):
             raise PolicyError(f'Zero(gradients={self.gradients!r}): write "global" (one loss over the whole batch), '
                               '"per_device" (each device differentiates its own part), or None to let the loss decide.')
@@ -185,7 +189,7 @@ class Policy:
 
     def __hash__(self):
         return hash((self.mesh, self.stage, self.precision, self.axes, self.replica_axis, self.gradients, self.min_shard,
-                     tuple(self.rules.items())))
+                     self.uneven, tuple(self.rules.items())))
 
     @property
     def axes(self) -> tuple[str, ...]:

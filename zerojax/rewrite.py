@@ -102,7 +102,7 @@ class Pending:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.parameter.x.shape[i] for i in self.order)
+        return self.pair.logical(tuple(self.parameter.x.shape[i] for i in self.order))
 
     @property
     def pair(self) -> Gather:
@@ -324,7 +324,7 @@ def _lookup(jaxpr, eqn, args):
 def _cut(jaxpr, eqn, args):
     """Slices and squeezes, if they leave whole each dimension that the mesh splits, and pieces are worth a gather each."""
     x = args[0]
-    if not isinstance(x, Pending):
+    if not isinstance(x, Pending) or any(x.pair.extra):
         return None
     kept = tuple(i for i in range(len(x.shape)) if i not in eqn.params.get("dimensions", ()))
     pair = x.pair.only(kept)

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from zerojax.errors import LayoutError
 
+INDIVISIBLE = "no free dimension"  # begins the reason
 OVERWRITTEN = "_overwrite_with_gradient"  # flax.linen.fp8_ops
 
 
@@ -53,11 +54,13 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where a leaf lies. `spec`: at rest. `whole`: once gathered. `reason`: why `spec` adds nothing to `whole`, or ""."""
+    """Where a leaf lies. `spec`: at rest. `whole`: once gathered. `reason`: why `spec` adds nothing to `whole`, or "". `kept`: the
+    larger shape that it is kept in, None for its own."""
 
     spec: P
     whole: P
     reason: str = ""
+    kept: tuple[int, ...] | None = None
 
     @property
     def sharded(self) -> bool:
@@ -91,14 +94,17 @@ def axes_of(spec: P) -> tuple[str, ...]:
     return tuple(a for entry in spec if entry is not None for a in (entry if isinstance(entry, tuple) else (entry,)))
 
 
-def shard(leaf: Leaf, axes: tuple[str, ...], n: int, min_shard: int) -> Placement:
+def shard(leaf: Leaf, axes: tuple[str, ...], n: int, min_shard: int, pad: bool = False) -> Placement:
     """The largest free dimension that `n` divides, the last of equals, is spread over `axes`.
 
     Args:
       leaf: its `base` axes are kept; its `scanned` dimension stays whole.
       axes: the mesh axes of one copy of the state, `n` devices in all.
       min_shard: a leaf of fewer elements stays whole.
+      pad: where `n` divides none, the largest is made longer.
 
+    >>> shard(Leaf("w", (10, 3), "float32", P(None, None)), ("data",), 8, 1, pad=True)
+    Placement(spec=P('data', None), whole=P(None, None), reason='', kept=(16, 3))
     >>> shard(Leaf("w", (24, 1000, 4000), "float32", P(None, None, None), scanned=0), ("data",), 8, 1).spec
     P(None, None, 'data')
     """
@@ -107,14 +113,17 @@ def shard(leaf: Leaf, axes: tuple[str, ...], n: int, min_shard: int) -> Placemen
     if n == 1 or leaf.size < min_shard:
         why = "one device" if n == 1 else f"{leaf.size} elements < min_shard={min_shard}"
         return Placement(leaf.base, leaf.base, why)
-    free = [(d, i) for i, d in enumerate(leaf.shape) if leaf.base[i] is None and i != leaf.scanned and d % n == 0 and d > 0]
-    if not free:
-        return Placement(leaf.base, leaf.base, f"no free dimension of {leaf.shape} divides by {n}")
-    _, index = max(free)
-    return Placement(P(*leaf.base[:index], axes, *leaf.base[index + 1:]), leaf.base)
+    free = [(d, i) for i, d in enumerate(leaf.shape) if leaf.base[i] is None and i != leaf.scanned and d > 0]
+    even = [(d, i) for d, i in free if d % n == 0]
+    if not even and (not pad or max(free, default=(0, 0))[0] < 2):
+        return Placement(leaf.base, leaf.base, f"{INDIVISIBLE} of {leaf.shape} divides by {n}")
+    size, index = max(even or free)
+    kept = None if even else (*leaf.shape[:index], -(-size // n) * n, *leaf.shape[index + 1:])
+    return Placement(P(*leaf.base[:index], axes, *leaf.base[index + 1:]), leaf.base, kept=kept)
 
 
-def by_rule(leaf: Leaf, pattern: str, spec: P, axes: tuple[str, ...], sizes: Mapping[str, int], replica: str | None) -> Placement:
+def by_rule(leaf: Leaf, pattern: str, spec: P, axes: tuple[str, ...], sizes: Mapping[str, int], replica: str | None,
+            pad: bool = False) -> Placement:
     """The placement a user's rule asks for; `whole` keeps the axes of it that are not ZeRO's.
 
     Raises:
@@ -129,14 +138,16 @@ def by_rule(leaf: Leaf, pattern: str, spec: P, axes: tuple[str, ...], sizes: Map
     if replica in axes_of(spec):
         raise LayoutError(f"{where} names {replica!r}, the axis of copies; the state is spread over {axes}.")
     wanted = full(spec, len(leaf.shape))
-    for dim, (d, entry) in enumerate(zip(leaf.shape, wanted, strict=True)):
-        n = math.prod(sizes[a] for a in axes_of(P(entry)))
-        if d % n:
+    counts = [math.prod(sizes[a] for a in axes_of(P(entry))) for entry in wanted]
+    for dim, (d, n, entry) in enumerate(zip(leaf.shape, counts, wanted, strict=True)):
+        if d % n and not pad:
             raise LayoutError(f"{where}: dimension {dim} of {d} does not divide by {n}, the devices of {entry!r}; "
                               "name another dimension, or P() to leave the leaf whole.")
     if leaf.scanned is not None and set(axes_of(P(wanted[leaf.scanned]))) & set(axes):
         raise LayoutError(f"{where} shards dimension {leaf.scanned}, which a scan over layers slices; name another.")
-    return Placement(wanted, keep(wanted, lambda axis: axis not in axes), f"rule {pattern!r}")
+    kept = tuple(-(-d // n) * n for d, n in zip(leaf.shape, counts, strict=True))
+    whole = keep(wanted, lambda axis: axis not in axes)
+    return Placement(wanted, whole, f"rule {pattern!r}", None if kept == leaf.shape else kept)
 
 
 def keep(spec: P, wanted: Callable[[str], bool]) -> P:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,10 +14,13 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.sharding import PartitionSpec as P
 
-from zerojax import layout, models, optimizer, scale, scanned, specs, trained, trees
+from zerojax import layout, models, optimizer, padded, scale, scanned, specs, tables, trained, trees
 from zerojax.errors import ModelError
 from zerojax.policy import Policy
 from zerojax.specs import Leaf, Placement
+
+
+WHOLE = 0.05  # of a state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +82,12 @@ def _cast(policy: Policy, leaves: Sequence[Leaf], params):
     cast = lambda leaf, x: jnp.asarray(x, policy.precision.at_rest(leaf.path)) if leaf.trained else x
     flat, treedef = jax.tree.flatten(params)
     return treedef.unflatten(map(cast, leaves, flat))
+
+
+def _padded(policy: Policy, leaves: Sequence[Leaf], params):
+    """Parameters in the shapes that they are kept in."""
+    flat, treedef = jax.tree.flatten(params)
+    return treedef.unflatten([padded.pad(x, layout.place(policy, leaf).kept) for leaf, x in zip(leaves, flat, strict=True)])
 
 
 def _check_floating(leaves: Sequence[Leaf]):
@@ -175,7 +185,7 @@ def builder(policy: Policy, model: Model, treedefs: list, init_fn, tx, rng):
         _, *made, _ = type(model.kind).split(init_fn(*args))
         # init_fn runs again here: functions that it makes differ from the survey's, and unequal trees match no shardings
         params, model_state = (d.unflatten(jax.tree.leaves(tree)) for d, tree in zip(treedefs, made, strict=True))
-        params = _cast(policy, model.leaves, params)
+        params = _padded(policy, model.leaves, _cast(policy, model.leaves, params))
         key = _first_key(args) if rng is None else rng
         return TrainState(jnp.int32(0), params, optimizer.init(tx, trees.only(params, model.trained)), model_state, key,
                           scale.for_dtype(policy.precision.computes), jnp.int32(0), model)
@@ -183,14 +193,44 @@ def builder(policy: Policy, model: Model, treedefs: list, init_fn, tx, rng):
     return build
 
 
+def _rules(policy: Policy, state: TrainState) -> TrainState:
+    """Where a policy would place each leaf of a state, as a state."""
+    whole = Placement(P(), P(), "no parameter or optimizer state")
+    of = lambda tree, places: padded.structure(tree).unflatten(places)
+    params = of(state.params, [layout.place(policy, leaf) for leaf in state.model.leaves])
+    opt = of(state.opt_state, layout.place_state(policy, state.model.leaves, state.opt_state))
+    kept = of(state.model_state, [layout.place(policy, leaf) for leaf in state.model.state])
+    return jax.tree.map(lambda _: whole, state).replace(params=params, opt_state=opt, model_state=kept)
+
+
 def placements(policy: Policy, state: TrainState) -> TrainState:
     """A `Placement` for each leaf of a state, as a state."""
-    whole = Placement(P(), P(), "no parameter or optimizer state")
-    leaves = state.model.leaves
-    params = jax.tree.structure(state.params).unflatten([layout.place(policy, leaf) for leaf in leaves])
-    opt = jax.tree.structure(state.opt_state).unflatten(layout.place_state(policy, leaves, state.opt_state))
-    kept = jax.tree.structure(state.model_state).unflatten([layout.place(policy, leaf) for leaf in state.model.state])
-    return jax.tree.map(lambda _: whole, state).replace(params=params, opt_state=opt, model_state=kept)
+    fit = lambda rule, x: layout.fitting(policy, rule, x)
+    return jax.tree.map(fit, _rules(policy, state), state, is_leaf=lambda x: isinstance(x, Placement))
+
+
+def moved(policy: Policy, state: TrainState) -> TrainState:
+    """A state where `policy` wants it, padded as it wants it."""
+
+    def move(rule, x):
+        put = lambda x: jax.device_put(x, specs.sharding(policy.mesh, rule.spec))
+        if (x.kept.shape if padded.is_padded(x) else None) == rule.kept:
+            return padded.mapped(put, x)
+        return padded.mapped(put, padded.pad(padded.logical(x), rule.kept))
+
+    return jax.tree.map(move, _rules(policy, state), state, is_leaf=lambda x: isinstance(x, Placement))
+
+
+def warn_of_whole(policy: Policy, state: TrainState) -> None:
+    """Warns where more than `WHOLE` of a state stays whole because its dimensions do not divide."""
+    rows = report(policy, state).rows
+    whole = [row for row in rows if row.reason.startswith(specs.INDIVISIBLE)]
+    kept, total = sum(row.bytes for row in whole), sum(row.gathered_bytes for row in rows)
+    if kept > WHOLE * total:
+        first = max(whole, key=lambda row: row.bytes)
+        warnings.warn(f"zero.init: {kept / total:.0%} of the state's {tables.size(total)} stay whole on every device, as "
+                      f"{first.path}: {first.reason}, the devices that share a state. Write Zero(..., uneven='pad'), which keeps "
+                      "rows of zeros at the ends, or take a number of devices that divides.", stacklevel=4)
 
 
 def shardings(policy: Policy, state: TrainState) -> TrainState:
@@ -201,7 +241,7 @@ def shardings(policy: Policy, state: TrainState) -> TrainState:
 
 def lying(policy: Policy, state: TrainState) -> TrainState:
     """As `placements`, but where an array already lies somewhere, there."""
-    put = lambda rule, x: layout.placed(policy, rule, getattr(x, "sharding", None), x.shape)
+    put = lambda rule, x: layout.placed(policy, rule, getattr(x, "sharding", None), x)
     return jax.tree.map(put, placements(policy, state), state, is_leaf=lambda x: isinstance(x, Placement))
 
 

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding
 
-from zerojax import agreement, digest, exchange, manifest
+from zerojax import agreement, digest, exchange, manifest, padded
 from zerojax.errors import CheckpointError, CorruptCheckpointError
 from zerojax.manifest import Manifest
 
@@ -145,14 +145,24 @@ def _differing(note, read: Mapping[str, Any]) -> dict[str, str]:
 def _read(path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
     empty = {p: _zeros(x) for p, x in wanted.items() if not math.prod(x.shape)}
     item = {p: x for p, x in wanted.items() if p not in empty}
-    args = ocp.args.PyTreeRestore(item, {p: _restore_args(x) for p, x in item.items()}, partial_restore=True)
+    like = {p: x.kept if isinstance(x, padded.Padded) else x for p, x in item.items()}
+    args = ocp.args.PyTreeRestore(like, {p: _restore_args(x) for p, x in item.items()}, partial_restore=True)
     read = ocp.PyTreeCheckpointHandler().restore(path / "state", args=args) if item else {}
     for p, x in item.items():
         if not isinstance(read[p], np.ndarray | jax.Array):  # Orbax returns what it was given for a name that it does not find
             raise ValueError("it is in the manifest and not among the arrays")
-        if read[p].shape != x.shape:
+        if not padded.is_padded(x) and read[p].shape != x.shape:
             raise ValueError(f"its shape is {read[p].shape} on disk and {x.shape} in the manifest")
-    return {p: empty[p] if p in empty else read[p] for p in wanted}
+    return {p: empty[p] if p in empty else _cut(read[p], x) for p, x in wanted.items()}
+
+
+def _cut(read, x):
+    """Of what may be padded on disk, the logical array in the host's memory, or as the devices keep it."""
+    if not padded.is_padded(x):
+        return read
+    if isinstance(read, np.ndarray):
+        return read[tuple(map(slice, x.shape))]
+    return read if x.kept.shape == x.shape else padded.Padded(read, x.shape)
 
 
 def _zeros(x):
@@ -162,6 +172,8 @@ def _zeros(x):
 def _restore_args(x):
     if x.sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray)
+    if isinstance(x, padded.Padded):  # Orbax cuts off rows, or adds rows of zeros
+        return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.kept.shape, dtype=x.dtype, strict=False)
     return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
 
 
@@ -187,7 +199,7 @@ def verify(path: epath.Path) -> Manifest:
 
 def _host(note, paths):
     """What to read into the host's memory."""
-    return {p: jax.ShapeDtypeStruct(note.leaves[p].shape, note.leaves[p].dtype) for p in paths}
+    return {p: note.leaves[p].source() for p in paths}
 
 
 def _groups(note, paths) -> Iterator[list[str]]:

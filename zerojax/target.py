@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from zerojax import manifest
+from zerojax import manifest, padded
 from zerojax.errors import CheckpointError
 from zerojax.manifest import Entry, Manifest
 
@@ -53,7 +53,7 @@ class Target:
         if not self.wanted:
             raise CheckpointError(f"only={self.only!r} matches none of the target's {len(self.leaves)} leaves, as "
                                   f"{', '.join(list(self.leaves)[:3])}.")
-        shapes = {p: x for p, x in self.leaves.items() if isinstance(x, jax.ShapeDtypeStruct)}
+        shapes = {p: x for p, x in self.leaves.items() if isinstance(_kept(x), jax.ShapeDtypeStruct)}
         left = [p for p in shapes if p not in self.wanted]
         if left:
             raise CheckpointError(f"{where}: {len(left)} leaves that are not restored, as {left[0]}, would stay shapes; give a "
@@ -76,18 +76,23 @@ class Target:
 
     def sources(self, note: Manifest) -> dict[str, jax.ShapeDtypeStruct]:
         """What to read for each wanted leaf, in the dtype that it was saved in; without a sharding, into the host's memory."""
-        return {p: _source(note.leaves[p], getattr(x, "sharding", None)) for p, x in self.wanted.items()}
+        return {p: note.leaves[p].source(getattr(x, "sharding", None), x.kept.shape if padded.is_padded(x) else None)
+                for p, x in self.wanted.items()}
 
     def filled(self, read: dict[str, Any]) -> Any:
         """The target's tree with what was read; `read` is emptied on the way."""
         landed = {p: _land(read.pop(p), x) for p, x in self.wanted.items()}
-        return jax.tree.structure(self.tree).unflatten([landed.get(p, x) for p, x in self.leaves.items()])
+        return padded.structure(self.tree).unflatten([landed.get(p, x) for p, x in self.leaves.items()])
+
+
+def _kept(x):
+    return x.kept if padded.is_padded(x) else x
 
 
 def _check_divides(where, path, x):
     try:
         if getattr(x, "sharding", None) is not None:
-            x.sharding.shard_shape(tuple(x.shape))
+            x.sharding.shard_shape(tuple(_kept(x).shape))
     except ValueError as error:
         raise CheckpointError(f"{where}: the target's {path} of shape {tuple(x.shape)} does not divide as its sharding says: "
                               f"{error}.") from None
@@ -97,13 +102,11 @@ def _on_devices(sharding) -> bool:
     return sharding is not None and not isinstance(getattr(sharding, "mesh", None), AbstractMesh)
 
 
-def _source(entry: Entry, sharding) -> jax.ShapeDtypeStruct:
-    short = jax.dtypes.canonicalize_dtype(entry.dtype) != jax.numpy.dtype(entry.dtype)  # jax would cut its 64 bits in half
-    return jax.ShapeDtypeStruct(entry.shape, np.dtype(entry.dtype) if short else entry.dtype, sharding=None if short else sharding)
-
-
 def _land(read, x):
     """What was read, as the target's leaf: its kind, dtype and sharding."""
+    if padded.is_padded(x):
+        read = read.kept if padded.is_padded(read) else np.asarray(padded.filled(read, x.kept.shape))
+        return padded.Padded(_land(read, x.kept), x.shape)
     sharding = getattr(x, "sharding", None)
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext():  # another one may be set

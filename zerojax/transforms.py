@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zerojax import data, frame, gradients, layout, models, rewrite, study, trained, trees
+from zerojax import data, frame, gradients, layout, models, padded, rewrite, study, trained, trees
 from zerojax.errors import BatchError, LossError, PolicyError
 from zerojax.gather import Gather
 from zerojax.gradients import Differentiator
@@ -55,7 +55,7 @@ class Parts:
             kind, params, model_state, specs = (models.Nnx if isinstance(model, nnx.Module) else models.Tree).split(model)
             leaves = trained.marked(layout.describe(params, specs), trainable, model, jax.tree.leaves(params))
             state = layout.describe(model_state, group="state")
-        places = frame.places(policy, leaves, jax.tree.leaves(params))
+        places = frame.places(policy, leaves, padded.leaves(params))
         state_places = frame.places(policy, state, jax.tree.leaves(model_state))
         return cls(model, kind, params, model_state, leaves, places, state, state_places)
 
@@ -74,7 +74,7 @@ class Parts:
         return gradients.opened(self.leaves, pairs, self.flat, gradients.gather_once(policy, pairs, self.flat)), state
 
     def join(self, params: list, model_state: Tree) -> Any:
-        return self.kind.join(jax.tree.structure(self.params).unflatten(params), model_state)
+        return self.kind.join(padded.structure(self.params).unflatten(params), model_state)
 
     def update(self, model_state: Tree) -> None:
         """What a function changed in an NNX module's variables is changed in the one it was given."""
@@ -134,7 +134,7 @@ class Call:
             return loss_fn(model, *args, **kwargs)
 
         split = [x for x, flag in zip(inputs, flags, strict=True) if flag]
-        objective = Objective(call, tuple(flags), parts.kind, parts.leaves, jax.tree.structure(parts.params), parts.state, has_aux,
+        objective = Objective(call, tuple(flags), parts.kind, parts.leaves, padded.structure(parts.params), parts.state, has_aux,
                               _unsplit(inputs, flags), split[0].shape[0] if split else 0)
         if split or accumulate > 1:
             data.check(policy, split, accumulate)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zerojax import manifest, store
+from zerojax import manifest, padded, store
 from zerojax.errors import CheckpointError, CorruptCheckpointError, MissingExtraError
 from zerojax.manifest import Entry, Manifest
 from zerojax.target import MODEL, Target
@@ -215,7 +215,7 @@ def load_safetensors(path: str | os.PathLike, target: Any, *, rename: Mapping[st
     with _opened(_files(path, follow_links)) as tensors:
         _check_fit(path, tensors, {p: (name, aim.entries[p]) for p, name in names.items()}, cast)
         read = {p: _placed(tensors[name], aim.leaves[p]) for p, name in names.items()}
-    return jax.tree.structure(target).unflatten([read.get(p, x) for p, x in aim.leaves.items()])
+    return padded.structure(target).unflatten([read.get(p, x) for p, x in aim.leaves.items()])
 
 
 def _files(path: pathlib.Path, follow_links: bool) -> dict[pathlib.Path, list[str] | None]:
@@ -297,12 +297,26 @@ def _placed(tensor, x):
         whole = _slice(tensor, (), np.asarray(x))
         return whole if isinstance(x, np.ndarray) else type(x)(whole.item())
     once = lambda index: kept[str(index)] if str(index) in kept else kept.setdefault(str(index), _slice(tensor, index, x))
+    if padded.is_padded(x):
+        return padded.Padded(jax.make_array_from_callback(tuple(x.kept.shape), sharding, once), x.shape)
     return jax.make_array_from_callback(tuple(x.shape), sharding, once)
+
+
+def _slice_within(tensor, index, x):
+    """A part of a padded array: what of it is within the tensor, and zeros."""
+    rows = [range(n)[at] for n, at in zip(x.kept.shape, index, strict=True)]
+    there = tuple(slice(min(r.start, d), min(r.stop, d)) for r, d in zip(rows, x.shape, strict=True))
+    part = np.zeros([len(r) for r in rows], x.dtype)
+    if all(at.stop > at.start for at in there):
+        part[tuple(slice(at.stop - at.start) for at in there)] = _slice(tensor, there, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return part
 
 
 def _slice(tensor, index, x):
     if not math.prod(x.shape):  # safetensors slices nothing of no size
         return np.zeros(x.shape, x.dtype)
+    if padded.is_padded(x):
+        return _slice_within(tensor, index, x)
     try:
         return np.asarray(tensor[index or ...]).astype(x.dtype)
     except AttributeError as error:

@@ -10,7 +10,7 @@ from flax import nnx
 from flax.core import meta
 from jax.sharding import AbstractMesh, NamedSharding
 
-from zerojax import agreement, data, fingerprint, layout, models, plan, scanned, specs, transforms
+from zerojax import agreement, data, fingerprint, layout, models, optimizer, padded, plan, scanned, specs, transforms
 from zerojax import state as states
 from zerojax.audit import Demand
 from zerojax.errors import ModelError, PolicyError
@@ -36,7 +36,8 @@ def _shapes(state):
 
 
 def _shaped(build, shardings, *args):
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(build, *args), shardings)
+    shape = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return padded.mapped(shape, jax.eval_shape(build, *args), shardings)
 
 
 def _jitted(build, shardings):
@@ -61,6 +62,9 @@ class Zero(Policy):
         ZeRO's axes, cond, while_loop, callbacks, closed-over arrays of the batch's length.
       rules: regex for a parameter's whole path, as "blocks/.*/kernel", to the spec it shall have.
       min_shard: leaves of fewer elements stay whole.
+      uneven: "pad": a parameter none of whose dimensions divides is kept, by `init`, with rows of zeros at its end (`zj.Padded`),
+        sharded to within one row; the model sees its own shape, and so do numpy, checkpoints and exports. None: it stays whole.
+        An optimizer that would see the padding is refused. With one loss its gradient is reduced whole.
 
     Raises:
       PolicyError: any of these that can't be, or can't be together.
@@ -114,7 +118,10 @@ class Zero(Policy):
 
     def _planned(self, init_fn, tx, args, trainable, rng):
         build = states.builder(self, *states.survey(self, init_fn, args, trainable), init_fn, tx, rng)
-        return build, states.shardings(self, jax.eval_shape(build, *args))
+        abstract = jax.eval_shape(build, *args)
+        optimizer.check_padding(tx, abstract.trained)
+        states.warn_of_whole(self, abstract)
+        return build, states.shardings(self, abstract)
 
     def create(self, make: Callable[[], Any]) -> Any:
         """`make()`, born sharded: any training state of your own, as flax's `TrainState`.
@@ -139,7 +146,8 @@ class Zero(Policy):
         leaves = layout.describe(state, bases, scanned)
         names = {i: name for i, leaf in enumerate(leaves) if (name := layout.param_name(leaf.path))} or _nnx_names(state)
         params = {i: dataclasses.replace(leaves[i], path=name) for i, name in names.items()}
-        return params, layout.place_state(self, list(params.values()), state)
+        ruled = layout.place_state(self, list(params.values()), state)
+        return params, [layout.fitting(self, rule, x) for rule, x in zip(ruled, jax.tree.leaves(state), strict=True)]
 
     def gathered(self, fn: Callable, argnums: int | Sequence[int] = 0) -> Callable:
         """`fn`, with the parameters in those arguments gathered where it reads them, as the stage says.
@@ -260,20 +268,15 @@ class Zero(Policy):
           PolicyError: parameters of another dtype, or devices that are not there.
         """
         ours, theirs = self.precision.params, other.precision.params
-        if ours != theirs:
+        if (ours, self.precision.keep) != (theirs, other.precision.keep):
             raise PolicyError(f"move changes where a state lies, not its dtype, but from {ours} parameters to {theirs}; write the "
                               "same Precision(params=...), or save and restore with cast=True.")
         if isinstance(other.mesh, AbstractMesh):
             raise PolicyError("move to GPUs that are not there; take a mesh of devices: zj.make_mesh().")
-        state = states.scaled(other, state) if isinstance(state, TrainState) else state
-        return jax.device_put(state, other._shardings(state))
-
-    def _shardings(self, state) -> Any:
-        """Where this policy wants each leaf of a state."""
         if isinstance(state, TrainState):
-            return states.shardings(self, state)
-        shardings = [specs.sharding(self.mesh, p.spec) for p in self._ruled(_shapes(state))[1]]
-        return jax.tree.structure(state).unflatten(shardings)
+            return states.moved(other, states.scaled(other, state))
+        shardings = [specs.sharding(other.mesh, p.spec) for p in other._ruled(_shapes(state))[1]]
+        return jax.device_put(state, jax.tree.structure(state).unflatten(shardings))
 
     def layout(self, state: Any) -> Layout:
         """Who holds what: prints as a table of leaves with shape, spec, bytes per device, and why one is whole."""
@@ -283,7 +286,7 @@ class Zero(Policy):
         if isinstance(state, TrainState):
             return jax.tree.leaves(states.lying(self, state), is_leaf=lambda x: isinstance(x, Placement))
         _, ruled = self._ruled(_shapes(state))
-        return [layout.placed(self, rule, getattr(x, "sharding", None), x.shape)
+        return [layout.placed(self, rule, getattr(x, "sharding", None), x)
                 for rule, x in zip(ruled, jax.tree.leaves(state), strict=True)]
 
     def plan(self, fn: Callable, state: Any, *args: Any, accumulate: int = 1, compiler_options: dict | None = None,

@@ -1,0 +1,126 @@
+"""Arrays that are kept with rows of zeros at their ends, so that their dimensions divide over devices."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class _Within:
+    """The key of what a `Padded` holds: paths are those of the logical array."""
+
+    def __str__(self):
+        return ""
+
+    def __eq__(self, other):
+        return isinstance(other, _Within)
+
+    def __hash__(self):
+        return hash(_Within)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Padded:
+    """An array of a logical shape, kept as a larger one. A pytree of that one array, so that optimizers see it as it is kept;
+    numpy and jax functions see the logical one.
+
+    Attributes:
+      kept: the array as it is kept. shape: logical.
+
+    >>> x = pad(jnp.arange(3.0), (4,))
+    >>> x.shape, x.kept.shape, (x + 1).tolist(), jax.tree.leaves(x)[0].shape
+    ((3,), (4,), [1.0, 2.0, 3.0], (4,))
+    """
+
+    def __init__(self, kept: Any, shape: Sequence[int]):
+        self.kept, self.shape = kept, tuple(shape)
+
+    def tree_flatten_with_keys(self):
+        return ((_Within(), self.kept),), self.shape
+
+    def tree_flatten(self):
+        return (self.kept,), self.shape
+
+    @classmethod
+    def tree_unflatten(cls, shape, children):
+        kept, = children
+        return cls(kept, shape)
+
+    @property
+    def dtype(self):
+        return self.kept.dtype
+
+    @property
+    def sharding(self):
+        return self.kept.sharding
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    def __jax_array__(self) -> jax.Array:
+        return cut(self.kept, self.shape)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(self.__jax_array__(), dtype)
+
+    def __getitem__(self, index):
+        return self.__jax_array__()[index]
+
+    def __repr__(self):
+        return f"Padded({self.dtype}{list(self.shape)}, kept as {list(self.kept.shape)})"
+
+
+def _operator(name: str):
+    return lambda self, *others: getattr(self.__jax_array__(), name)(*others)
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "rmatmul", "pow", "rpow", "neg", "abs"):
+    setattr(Padded, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def is_padded(x: Any) -> bool:
+    """Whether it is a padded array, or the shape of one; not what optax leaves where a transform is masked."""
+    return isinstance(x, Padded) and hasattr(x.kept, "shape")
+
+
+def cut(x: Any, shape: Sequence[int]) -> jax.Array:
+    """`x` without the rows behind a logical shape."""
+    return x if tuple(x.shape) == tuple(shape) else jax.lax.slice(x, [0] * len(shape), list(shape))
+
+
+def filled(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """`x` with zeros at the ends of its dimensions, to a larger shape."""
+    return x if tuple(x.shape) == tuple(shape) else jnp.pad(x, [(0, n - d) for d, n in zip(x.shape, shape, strict=True)])
+
+
+def pad(x: jax.Array, shape: Sequence[int] | None) -> Any:
+    """`x`, or a `Padded` that keeps it in a larger shape."""
+    return x if shape is None or tuple(shape) == tuple(x.shape) else Padded(filled(x, shape), x.shape)
+
+
+def logical(tree: Any) -> Any:
+    """A tree with plain arrays in place of padded ones, each whole on every device that holds some of it."""
+    return jax.tree.map(lambda x: x.__jax_array__() if is_padded(x) else x, tree, is_leaf=is_padded)
+
+
+def mapped(fn: Callable, tree: Any, *others: Any) -> Any:
+    """`jax.tree.map` over arrays as they are kept; the `others` have leaves where `tree` has padded arrays."""
+    one = lambda x, *more: Padded(fn(x.kept, *more), x.shape) if is_padded(x) else fn(x, *more)
+    return jax.tree.map(one, tree, *others, is_leaf=is_padded)
+
+
+def structure(tree: Any) -> Any:
+    """The tree's structure, padded arrays as leaves."""
+    return jax.tree.structure(tree, is_leaf=is_padded)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The tree's leaves, padded arrays as they are."""
+    return jax.tree.leaves(tree, is_leaf=is_padded)
