@@ -191,9 +191,10 @@ def _foreign_reduction(demand: Demand, c: Collective, s: Shape, sharded: Mapping
     if sharded and "scatter" in c.op_name and c.trips > demand.accumulate:
         return ("the gradient of a table that is looked up in a loop is summed in each turn: look it up before the loop, or return "
                 "zj.Loss, so that each device adds up its own part's first")
-    if sharded and all(place.kept for leaf, place in demand.sharded if leaf in sharded):
-        return ("the gradient of a parameter that is padded (Zero(uneven='pad')) is summed whole: with one loss, its padding comes "
-                "before the sum. Return zj.Loss, so that each device pads its own part's")
+    padded = [leaf for leaf, place in demand.sharded if place.kept and leaf.trained]
+    if padded and not demand.per_device and c.backward:
+        return (f"gradients are summed whole, as that of {padded[0].path} is, which is padded (Zero(uneven='pad')): with one loss "
+                "the padding stands before the sum. Return zj.Loss, so that each device pads its own part's")
     if sharded:
         return ("the gradient of a sharded parameter is summed whole on every device; a reduce-scatter would leave each its shard. "
                 "It is not read through zerojax, or looked up at places that do not depend on the example (positions), or twice "
