@@ -15,16 +15,21 @@ def _as_loss(result):
     return result if isinstance(result, zj.Loss) else zj.Loss(result, 1.0)
 
 
-def _gradients(model, compute, scale):
-    def total(params, state, batch):
-        cast = jax.tree.map(lambda x: x.astype(compute), params)
+def path_of(path):
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _gradients(model, compute, keep, scale):
+    def total(trained, frozen, state, batch):
+        params = jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)
+        cast = jax.tree.map_with_path(lambda path, x: x.astype(keep.get(path_of(path), compute)), params)
         loss = _as_loss(model.loss(model.join(cast, state), batch))
         return jnp.float32(loss.total) * scale / jax.lax.stop_gradient(loss.weight), loss
 
     @functools.partial(jax.jit, compiler_options=QUICK)
-    def gradients(params, state, batch):
+    def gradients(trained, frozen, state, batch):
         """(gradient of the total, the new state, total, weight)."""
-        grads, loss = jax.grad(total, has_aux=True)(params, state, batch)
+        grads, loss = jax.grad(total, has_aux=True)(trained, frozen, state, batch)
         grads = jax.tree.map(lambda g: g * (loss.weight / scale), grads)
         return grads, state if loss.model_state is None else loss.model_state, loss.total, jnp.float32(loss.weight)
 
@@ -43,17 +48,23 @@ def _update(tx, clip_norm):
     return update
 
 
-def train(model, tx, batches, *, accumulate=1, clip_norm=None, compute="float32", scale=1.0):
-    """(params, model state, losses) of a zoo model after one step a batch; float16 needs a loss scale."""
-    params, state = model.split(jax.jit(model.init)() if model.jits else model.init())
-    gradients, update = _gradients(model, compute, scale), _update(tx, clip_norm)
+def train(model, tx, batches, *, accumulate=1, clip_norm=None, compute="float32", scale=1.0, trained=lambda path: True, keep=None):
+    """(params, model state, losses) of a zoo model after one step a batch; float16 needs a loss scale.
+
+    `trained(path)`: what is; `keep`: by path, the dtype that a parameter is computed in instead.
+    """
+    whole, state = model.split(jax.jit(model.init)() if model.jits else model.init())
+    only = lambda wanted: jax.tree.map_with_path(lambda path, x: x if trained(path_of(path)) == wanted else None, whole)
+    params, frozen = only(True), only(False)
+    gradients, update = _gradients(model, compute, keep or {}, scale), _update(tx, clip_norm)
     opt_state, losses = tx.init(params), []
     for batch in batches:
         sums = []
         for i in range(accumulate):  # microbatch i: examples i, i + accumulate, ...
-            grads, state, *counts = gradients(params, state, jax.tree.map(lambda x, i=i: x[i::accumulate], batch))
+            grads, state, *counts = gradients(params, frozen, state, jax.tree.map(lambda x, i=i: x[i::accumulate], batch))
             sums.append((grads, *counts))
         grads, total, weight = jax.tree.map(lambda *xs: sum(xs), *sums)
         params, opt_state = update(jax.tree.map(lambda g, w=weight: g / w, grads), opt_state, params)
         losses.append(total / weight)
+    params = jax.tree.map(lambda a, b: b if a is None else a, params, frozen, is_leaf=lambda x: x is None)
     return params, state, losses

@@ -131,7 +131,8 @@ def test_one_loss_where_a_device_cannot_differentiate_its_part(name):
     loss, why = OBSTACLES[name]
     zero = _zero()
     step, state = zero.train_step(loss, SGD), zero.init(_weights, SGD)
-    assert step._way(state, X)[0] is False and why in step._way(state, X)[1]
+    demand = step._demand(state, X)
+    assert demand.per_device is False and why in demand.why
     value, grads = _one_device(loss, jax.random.fold_in(state.rng, 0))
     state, metrics = step(state, X)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
@@ -163,7 +164,7 @@ def test_what_a_platform_decides_is_no_choice():
     """jax.lax.platform_dependent is a cond on the platform."""
     loss = lambda p, x: _sum(jax.lax.platform_dependent(x @ p["w"], cpu=lambda y: y, default=lambda y: y))
     zero = _zero()
-    assert zero.train_step(loss, SGD)._way(zero.init(_weights, SGD), X)[0]
+    assert zero.train_step(loss, SGD)._demand(zero.init(_weights, SGD), X).per_device
 
 
 def test_the_plan_says_which_way_and_why():

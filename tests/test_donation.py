@@ -42,13 +42,13 @@ def test_a_state_of_ones_own_that_zero_jit_took_is_told():
     zero = _zero()
     state, step = zero.create(lambda: {"params": {"w": jnp.ones((4, 8))}}), zero.jit(lambda state, x: state)
     step(state, X)
-    with pytest.raises(zj.StateError, match="zero.jit was given .*donation.: params/w[.] Go on with the state returned last"):
+    with pytest.raises(zj.StateError, match=r"zero.jit was given .*donation.: params/w[.] Go on with the state returned last"):
         step(state, X)
 
 
 def test_a_state_is_taken_again_after_an_interrupt():
     """As Ctrl-C in a cell does: the step ran, and its result was not bound."""
-    zero, state, step = _started()
+    _, state, step = _started()
 
     def interrupted():
         step(state, X)
@@ -80,8 +80,7 @@ def test_arrays_that_are_in_a_state_twice():
 
 
 def test_a_train_state_with_one_array_twice():
-    zero, state, step = _started()
-    tx = optax.trace(0.9)
+    zero, tx = _zero(), optax.trace(0.9)
     state = zero.init(lambda: {"w": jnp.ones((4, 8))}, tx)
     state = state.replace(opt_state=state.opt_state._replace(trace=state.params))
     state, _ = zero.train_step(_loss, tx)(state, X)

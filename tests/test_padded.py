@@ -208,12 +208,12 @@ def test_a_scale_by_the_shape_is_refused():
         if not minds:
             assert _zero(6).init(init, optax.contrib.muon(0.1)).params["w"].shape == shape
             continue
-        with pytest.raises(zj.PolicyError, match="MuonState.* params/w is another after two updates"):
+        with pytest.raises(zj.PolicyError, match=r"MuonState.* params/w is another after two updates"):
             _zero(6).init(init, optax.contrib.muon(0.1))
 
 
 def test_a_transform_that_adds_noise_is_refused():
-    with pytest.raises(zj.PolicyError, match="AddNoiseState.* params/b is another after two updates of tiny arrays"):
+    with pytest.raises(zj.PolicyError, match=r"AddNoiseState.* params/b is another after two updates of tiny arrays"):
         _zero(6).init(_init, optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(0.1)))
 
 

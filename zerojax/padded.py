@@ -74,6 +74,8 @@ class Padded:
         return self.__jax_array__()[index]
 
     def __repr__(self):
+        if not is_padded(self):
+            return f"Padded({self.kept!r}, {self.shape})"
         return f"Padded({self.dtype}{list(self.shape)}, kept as {list(self.kept.shape)})"
 
 

@@ -19,7 +19,6 @@ from zerojax.errors import ModelError
 from zerojax.policy import Policy
 from zerojax.specs import Leaf, Placement
 
-
 WHOLE = 0.05  # of a state
 
 

@@ -15,7 +15,8 @@ from zerojax.plan import Plan
 
 COLORS = {"parameters": "#3b6fb6", "optimizer state": "#7fa8d9", "model state": "#b5cbe6", "batch": "#c9c9c9",
           "other arguments and results": "#8f8f8f", "gathered parameters": "#e07b39", "gradients": "#d9b23d",
-          "activations, other temporaries": "#7ab37a", "compute": "#7ab37a", "memory": "#b8d8b8", "network": "#e07b39"}
+          "activations, other temporaries": "#7ab37a", "constants": "#5a4a42", "compute": "#7ab37a",
+          "memory": "#b8d8b8", "network": "#e07b39"}
 
 
 def _axes(ax, size: tuple[float, float]):
@@ -37,15 +38,16 @@ def memory(plans: Mapping[str, Plan] | Plan, ax: Any = None):
     plans = {"": plans} if isinstance(plans, Plan) else plans
     ax = _axes(ax, (1.5 + 1.6 * len(plans), 4.2))
     scale, unit = _unit(max(p.memory.peak for p in plans.values()))
+    highest = max(p.memory.peak for p in plans.values()) / scale
     for kind in next(iter(plans.values())).memory.kinds:
         for shift, width, of in ((-0.2, 0.36, lambda m: m.kinds), (0.2, 0.28, lambda m: m.zero)):
             sizes = [(of(p.memory).get(kind) or 0) / scale for p in plans.values()]
             below = [sum((of(p.memory).get(k) or 0) / scale for k in _before(p, kind)) for p in plans.values()]
             ax.bar(np.arange(len(plans)) + shift, sizes, width, bottom=below, color=COLORS[kind], alpha=1 if shift < 0 else 0.55,
-                   label=kind if shift < 0 and any(sizes) else None, edgecolor="white", linewidth=0.5)
+                   label=kind if shift < 0 and max(sizes) > 1e-3 * highest else None, edgecolor="white", linewidth=0.5)
     ax.set_xticks(np.arange(len(plans)), list(plans))
     ax.set_ylabel(f"{unit} on each device\nleft: compiled, right: ZeRO's formula")
-    ax.set_ylim(0, 1.05 * max(p.memory.peak for p in plans.values()) / scale)
+    ax.set_ylim(0, 1.05 * highest)
     ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), reverse=True)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
