@@ -46,6 +46,8 @@ def allowed(row) -> bool:
     return (not (one_loss and compute != reduce) and (way != "per_device" or model != "resnet")
             and (compute == F32 or row["tx"] == "momentum")  # Adam divides rounding by itself
             and (row["uneven"] is None or row["tx"] != "adafactor")  # which minds padding
+            # XLA's CPU devices may then join two collectives in different orders, and wait for ever (jax 0.10 to 0.12)
+            and not (one_loss and compute == F16 and model == "tied")
             and (not row["keep"] or compute == F32 or model in ("mlp", "matrices")))  # others can't carry float32 in their loops
 
 
