@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the GPU compile
 
 import checkpoints
 import hosts
+import lora
 import machine
 import overhead
 import plans
@@ -23,6 +24,7 @@ TABLES = {
     "compile": ("Compile time for 8 H200s, with the GPU compiler", programs.compile_table),
     "plans": ("What a plan costs: 7 B parameters in 24 scanned layers, stage 3, without a GPU", plans.plans_table),
     "checkpoints": ("Checkpoints beside Orbax alone", checkpoints.markdown),
+    "lora": ("Fine-tuning 1 B parameters with LoRA: 8 H200s, one sequence of 1024 a GPU", lora.markdown),
     "hosts": ("Several processes", hosts.markdown),
     "collectives": ("MiB each GPU sends in a step, and keeps: H200s that are not there", programs.collectives_table),
 }

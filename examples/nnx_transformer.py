@@ -1,6 +1,7 @@
 """An NNX transformer: scanned blocks with remat and dropout, ZeRO stage 3, on a task whose answer is known.
 
     python examples/nnx_transformer.py --stage 2 --accumulate 2
+    python examples/nnx_transformer.py --trainable 'blocks/.*|head/.*'    # the embeddings are frozen
 
 Each sequence is random letters, then the same letters backwards; the model learns to write the second half. The module is
 plain NNX: it is given back to the loss as `init_fn` made it, and parameters are gathered where it reads them.
@@ -67,6 +68,7 @@ def arguments():
     parser.add_argument("--stage", type=int, default=3, help="of ZeRO, 0 to 3")
     parser.add_argument("--devices", type=int, default=8, help="how many; on a CPU as many are simulated")
     parser.add_argument("--accumulate", type=int, default=1, help="microbatches a step")
+    parser.add_argument("--trainable", metavar="REGEX", help="paths of the parameters that are trained; the others are frozen")
     parser.add_argument("--steps", type=int, default=40)
     return parser.parse_args()
 
@@ -76,7 +78,7 @@ def main():
     jax.config.update("jax_num_cpu_devices", args.devices)
     zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:args.devices]), args.stage, min_shard=2**10)
     tx = optax.adam(optax.cosine_decay_schedule(3e-3, args.steps))
-    state = zero.init(lambda: Transformer(nnx.Rngs(0)), tx)
+    state = zero.init(lambda: Transformer(nnx.Rngs(0)), tx, trainable=args.trainable)
     step = zero.train_step(loss_fn, tx, accumulate=args.accumulate, clip_norm=1.0)
     print(zero.layout(state))
     for i, letters in zip(range(1, args.steps + 1), zj.feed(sequences(128, seed=0), zero), strict=False):

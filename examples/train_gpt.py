@@ -139,7 +139,8 @@ def main():
     args = arguments()
     jax.config.update("jax_num_cpu_devices", args.devices)
     mesh = zj.make_mesh(devices=jax.devices()[:args.devices])
-    zero = zj.Zero(mesh, args.stage, precision=zj.Precision(compute=args.compute), min_shard=2**10)  # <-- the policy
+    zero = zj.Zero(mesh, args.stage, precision=zj.Precision(compute=args.compute), min_shard=2**10,
+                   uneven="pad")  # <-- the policy
     open_checkpoints = lambda: zj.Checkpointer(args.checkpoint, every=args.every, zero=zero)
     with zj.Preemption() as preemption, open_checkpoints() if args.checkpoint else contextlib.nullcontext() as checkpoints:
         train(args, zero, checkpoints, preemption)

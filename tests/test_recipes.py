@@ -32,7 +32,7 @@ class Plain:
     def gathered(self, fn):
         return fn
 
-    def value_and_grad(self, loss_fn, *, accumulate=1, has_aux=False, batch_argnums=1, scale=None):
+    def value_and_grad(self, loss_fn, *, accumulate=1, has_aux=False, batch_argnums=1, scale=None, trainable=None):
         factor = 1.0 if scale is None else scale.value
 
         def mean(model, *args):
@@ -47,6 +47,8 @@ class Plain:
             outs = [grad(mean, has_aux=True)(model, part, *rest) for part in parts]
             total, weight = sum(o[1][0] for o in outs), sum(o[1][1] for o in outs)
             grads = jax.tree.map(lambda *gs: sum(gs) / weight / factor, *(o[0] for o in outs))
+            chosen = lambda path, g: g if re.fullmatch(trainable, jax.tree_util.keystr(path, simple=True, separator="/")) else None
+            grads = jax.tree.map_with_path(chosen, grads) if trainable else grads
             return ((total / weight, outs[0][1][2]), grads) if has_aux else (total / weight, grads)
 
         return run

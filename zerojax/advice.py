@@ -166,6 +166,6 @@ def plan_of(recipe: Recipe, topology: str | Topology, choice: Choice, precision:
     """The plan of a recipe laid out as a choice says."""
     mesh = make_mesh(topology=topology, replica=choice.replica)
     zero = Zero(mesh, choice.stage, precision=precision, min_shard=min_shard)
-    state = zero.abstract(recipe.init_fn, recipe.tx)
+    state = zero.abstract(recipe.init_fn, recipe.tx, trainable=recipe.trainable)
     step = zero.train_step(recipe.loss(choice.remat), recipe.tx, accumulate=choice.accumulate)
     return step.plan(state, recipe.rows(mesh.size * choice.accumulate), cache=cache)

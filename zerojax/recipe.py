@@ -27,6 +27,7 @@ class Recipe:
       tx: an optax transform.
       batch: arrays or `ShapeDtypeStruct`s of a whole batch, over all devices and microbatches; or a function of the number of
         devices and microbatches together that makes them, for batches that grow with the cluster.
+      trainable: which parameters are trained, as for `Zero.init`; None is all.
 
     Raises:
       RecipeError: one of these that is not what it has to be.
@@ -42,6 +43,7 @@ class Recipe:
     loss_fn: Callable | Mapping[str, Callable]
     tx: Any
     batch: Any
+    trainable: Any = None
 
     def __post_init__(self):
         if not callable(self.init_fn):
