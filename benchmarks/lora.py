@@ -70,8 +70,8 @@ def markdown() -> str:
             sent = lambda kinds, plan=plan: sum(t.bytes for t in plan.communication if t.kind in kinds) / MIB
             ok = "yes" if not any(f.wrong for f in plan.findings) else "no"
             rows.append(f"| {name} | {stage} | {frozen / 1e6:,.1f} | {trained / 1e6:,.1f} | {expected:,.1f} "
-                        f"| {plan.memory.state / MIB:,.1f} | {plan.memory.state / MIB / expected:.3f} | {sent(['all-gather']):,.1f} "
-                        f"| {sent(['reduce-scatter', 'all-reduce']):,.1f} | {ok} |")
+                        f"| {plan.memory.state / MIB:,.1f} | {plan.memory.state / MIB / expected:.3f} "
+                        f"| {sent(['all-gather']):,.1f} | {sent(['reduce-scatter', 'all-reduce']):,.1f} | {ok} |")
     return "\n".join(rows) + "\n"
 
 

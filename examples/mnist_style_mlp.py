@@ -3,8 +3,8 @@
     python examples/mnist_style_mlp.py --stage 3 --devices 8
 
 The pictures are scikit-learn's digits, scaled to 28 x 28. The four lines are marked with <-- and change nothing else: with
-`--stage 0` it is plain data parallelism, and the losses are the same. Over `--devices 10` no dimension of 784 x 128 divides: a state
-of your own stays whole, and the layout says so; one that `zero.init` makes is padded (`Zero(uneven="pad")`).
+`--stage 0` it is plain data parallelism, and the losses are the same. Over `--devices 10` no dimension of 784 x 128 divides: a
+state of your own stays whole, and the layout says so; one that `zero.init` makes is padded (`Zero(uneven="pad")`).
 """
 
 import argparse

@@ -229,7 +229,7 @@ def warn_of_whole(policy: Policy, state: TrainState) -> None:
         first = max(whole, key=lambda row: row.bytes)
         warnings.warn(f"zero.init: {kept / total:.0%} of the state's {tables.size(total)} stay whole on every device, as "
                       f"{first.path}: {first.reason}, the devices that share a state. Write Zero(..., uneven='pad'), which keeps "
-                      "rows of zeros at the ends, or take a number of devices that divides.", stacklevel=4)
+                      "rows of zeros at the ends, or take a number of devices that divides.", stacklevel=3)
 
 
 def shardings(policy: Policy, state: TrainState) -> TrainState:

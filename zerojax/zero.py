@@ -99,7 +99,10 @@ class Zero(Policy):
           LayoutError: a rule does not fit its leaf, or matches none; nothing is trained.
         """
         init_fn, args = states.given(init_fn, tx, args)
-        return self._born(lambda: self._planned(init_fn, tx, args, trainable, rng), *args)
+        state = self._born(lambda: self._planned(init_fn, tx, args, trainable, rng), *args)
+        if not isinstance(self.mesh, AbstractMesh):  # a plan says it of the others
+            states.warn_of_whole(self, state)
+        return state
 
     def abstract(self, init_fn: Callable, tx, *args, trainable: Any = None, rng: jax.Array | None = None) -> TrainState:
         """What `init` would return, as `ShapeDtypeStruct`s with shardings; nothing is allocated."""
@@ -120,7 +123,6 @@ class Zero(Policy):
         build = states.builder(self, *states.survey(self, init_fn, args, trainable), init_fn, tx, rng)
         abstract = jax.eval_shape(build, *args)
         optimizer.check_padding(tx, abstract.trained)
-        states.warn_of_whole(self, abstract)
         return build, states.shardings(self, abstract)
 
     def create(self, make: Callable[[], Any]) -> Any:
