@@ -102,14 +102,12 @@ class Differentiator:
 
         run = lambda made, *args: (made._parts if made.per_device else made._pull)(params, gathered, *args, scale)
         if self.accumulate == 1:
-            grads, loss, aux = run(self, model_state, inputs)
-            return grads, self._at_rest(loss), aux
+            return run(self, model_state, inputs)
 
         def body(carry, xs):
             (grads, model_state), (micro, index) = carry, xs
             made, mine = self._folded(self._merged(micro, self._rest(inputs)), index)
             new, loss, aux = run(made, model_state, mine)
-            loss = self._at_rest(loss)
             grads = self._kept([a + b.astype(a.dtype) for a, b in zip(grads, new, strict=True)])
             return (grads, loss.model_state), (loss.replace(model_state=None), aux)
 
@@ -193,12 +191,6 @@ class Differentiator:
     def _trained(self, xs: Sequence) -> list:
         """Those of what is trained."""
         return trees.taken(xs, [leaf.trained for leaf in self.objective.leaves])
-
-    def _at_rest(self, loss: Loss) -> Loss:
-        """A loss whose model state is in shards again."""
-        leaves, treedef = jax.tree.flatten(loss.model_state)
-        put = lambda g, x: g.constrain(x, g.spec) if g.sharded else x
-        return loss.replace(model_state=treedef.unflatten(map(put, self.state_pairs, leaves)))
 
     def _shape(self, pair, x):
         return (self.policy.parts, *x.shape) if pair.local else x.shape

@@ -112,3 +112,23 @@ def test_what_the_loss_closes_over_is_told_and_counted():
     assert plan.memory.kinds["constants"] >= teacher.nbytes
     assert plan.memory.peak >= sum(plan.figures[k] for k in ("argument", "temp")) + teacher.nbytes
     assert any("MiB of constants are part of the program, the largest f32[" in str(f) for f in plan.findings)
+
+
+class Counted(nnx.Module):
+    """A layer that keeps a large table of its own, which changes with every batch."""
+
+    def __init__(self, rngs):
+        self.layer, self.seen = nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=rngs), nnx.Cache(jnp.zeros((4 * WIDTH, WIDTH)))
+
+    def __call__(self, x):
+        self.seen[...] = 0.9 * self.seen[...] + 0.1
+        return self.layer(x)
+
+
+def test_large_state_that_changes_stays_in_shards():
+    zero = ZERO(3)
+    state = zero.abstract(lambda: Counted(nnx.Rngs(0)), TX)
+    plan = zero.train_step(MEAN(lambda m, x: m(x)), TX, accumulate=4).plan(state, X)
+    table = 4 * 4 * WIDTH**2
+    assert plan.memory.kinds["model state"] == pytest.approx(table / 8, rel=0.01)
+    assert plan.figures["temp"] < table  # never whole
