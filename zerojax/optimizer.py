@@ -1,8 +1,7 @@
-"""An optax transform as a program: which gradients it uses, and which parameters it never moves."""
+"""An optax transform as a program: which parameters it never moves, and whether it minds padding."""
 
 import dataclasses
 import functools
-import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -27,14 +26,13 @@ class Update:
 
     Attributes:
       jaxpr: of gradients, optimizer state, parameters and the loss; out: the tree of (updates, optimizer state).
-      still: of each parameter, whether its update is 0 whatever the gradients are, as `optax.set_to_zero` makes it.
-      unused: of each parameter, whether nothing at all depends on its gradient.
+      still: of each parameter, whether its update is 0 whatever the gradients are, as `optax.set_to_zero` makes it. Where
+        nothing else needs its gradient, XLA drops that.
     """
 
     jaxpr: Any
     out: Tree
     still: tuple[bool, ...]
-    unused: tuple[bool, ...]
 
     def __call__(self, grads: Tree, opt_state: Tree, params: Tree, value: jax.Array) -> tuple[Tree, Tree]:
         """(updates, optimizer state)."""
@@ -49,11 +47,6 @@ class Update:
     def moved(self, leaves: Sequence) -> list:
         """Those, of one a parameter, of parameters that it moves; all, if it moves none."""
         return [x for x, still in zip(leaves, self.still, strict=True) if not still] or list(leaves)
-
-    @property
-    def frozen(self) -> list[bool]:
-        """Of each parameter, whether it needs no gradient; some always do."""
-        return [still and unused and not all(self.still) for still, unused in zip(self.still, self.unused, strict=True)]
 
 
 def init(tx: Any, params: Tree) -> Tree:
@@ -87,7 +80,7 @@ def trace(tx: Any, grads: Tree, opt_state: Tree, params: Tree, value: Any) -> Up
             jaxpr, out = traced(without)
     except (TypeError, ValueError, AttributeError) as error:
         raise _refused(error, "at update it is given gradients, its state, the parameters and the loss's value") from error
-    return Update(jaxpr, out, *_judged(jaxpr.jaxpr, len(jax.tree.leaves(grads)), len(jax.tree.leaves(out[0]))))
+    return Update(jaxpr, out, _still(jaxpr.jaxpr)[:len(jax.tree.leaves(out[0]))])
 
 
 def check_padding(tx: Any, params: Tree) -> None:
@@ -169,29 +162,18 @@ def _functions(error: Exception) -> Iterator[str]:
         trace = trace.tb_next
 
 
-def _judged(jaxpr, grads: int, updates: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
-    """(still, unused): see `Update`. A set of gradients is an integer of as many bits."""
-    on = {v: 1 << i for i, v in enumerate(jaxpr.invars[:grads])}
-    zeros = set()
-    value = lambda v: 0 if isinstance(v, jex.Literal) else on.get(v, 0)
+def _still(jaxpr) -> tuple[bool, ...]:
+    """Of each result, whether it is 0 in every place, by the equations alone."""
+    zeros: set = set()
     for eqn in jaxpr.eqns:
-        needs = functools.reduce(operator.or_, map(value, eqn.invars), 0)
-        on.update(dict.fromkeys(eqn.outvars, needs))
         if eqn.primitive.name in _ASIDE and _makes_zeros(eqn, zeros):
             zeros.update(eqn.outvars)
-    still = tuple(v in zeros for v in jaxpr.outvars[:updates])
-    used = functools.reduce(operator.or_, map(value, jaxpr.outvars), 0)
-    return still, tuple(not used >> i & 1 for i in range(grads))
+    return tuple(not isinstance(v, jex.Literal) and v in zeros for v in jaxpr.outvars)
 
 
 def _makes_zeros(eqn, zeros: set) -> bool:
     """Whether an equation gives 0 in every place: it spreads a 0, or arrays of zeros."""
-    bodies = list(jex.jaxprs_in_params(eqn.params))
-    if bodies:
-        inner: set = set()
-        for e in bodies[0].eqns:
-            if e.primitive.name in _ASIDE and _makes_zeros(e, inner):
-                inner.update(e.outvars)
-        return all(v in inner for v in bodies[0].outvars)
+    if bodies := list(jex.jaxprs_in_params(eqn.params)):
+        return all(_still(bodies[0]))
     known = [not v.val if isinstance(v, jex.Literal) else v in zeros for v in eqn.invars]
     return any(known) if eqn.primitive.name == "mul" else all(known)

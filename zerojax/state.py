@@ -244,13 +244,6 @@ def lying(policy: Policy, state: TrainState) -> TrainState:
     return jax.tree.map(put, placements(policy, state), state, is_leaf=lambda x: isinstance(x, Placement))
 
 
-def frozen(state: TrainState, flags: Sequence[bool]) -> TrainState:
-    """A state of which some of the trained parameters are frozen too; only its losses may be asked for."""
-    rest = iter(flags)
-    leaves = [dataclasses.replace(leaf, group="frozen") if leaf.trained and next(rest) else leaf for leaf in state.model.leaves]
-    return state.replace(model=dataclasses.replace(state.model, leaves=tuple(leaves)))
-
-
 def read(policy: Policy, state: TrainState) -> tuple[tuple[Leaf, ...], tuple[Placement, ...]]:
     """What a step reads of a state, parameters and the model's state; and where they lie."""
     there = lying(policy, state)

@@ -6,7 +6,6 @@
 
 import collections
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,7 +22,6 @@ from zerojax.loss import Loss
 from zerojax.optimizer import Update
 from zerojax.plan import Plan
 from zerojax.policy import Policy
-from zerojax.specs import Leaf
 from zerojax.state import TrainState
 from zerojax.transforms import Call
 
@@ -106,13 +104,11 @@ class TrainStep:
         found = []
 
         def studied(state, batch):
-            call, diff, _ = self._studied(state, batch)
-            found.append((call.parts.leaves, diff))
+            _, diff, _ = self._studied(state, batch)
+            found.append((diff.per_device, diff.why))
 
         jax.eval_shape(studied, state, batch)
-        (leaves, diff), = found
-        places = states.read(self.policy, state)[1]
-        return Demand(self.policy, (*leaves, *state.model.state), places, self.accumulate, diff.per_device, diff.why)
+        return Demand(self.policy, *states.read(self.policy, state), self.accumulate, *found[0])
 
     def _raise_if_stuck(self, state):
         """Looks at the step before the last, so that every host raises at the same call and the device has one more to do."""
@@ -128,7 +124,7 @@ class TrainStep:
     def _step(self, state: TrainState, batch):
         call, diff, update = self._studied(state, batch)
         grads, loss, _ = diff(call.parts.flat, state.model_state, call.inputs, state.scale)
-        grads = _with_zeros(state, call.parts.leaves, grads)
+        grads = jax.tree.structure(state.trained).unflatten(grads)
         return self._finish(state, update, grads, loss, states.placements(self.policy, state))
 
     def _studied(self, state, batch) -> tuple[Call, Differentiator, Update]:
@@ -136,7 +132,7 @@ class TrainStep:
         self._check_optimizer(state)
         data.check(self.policy, batch, self.accumulate)
         update = optimizer.trace(self.tx, state.trained, state.opt_state, state.trained, jnp.float32(0))
-        call = self._call(states.frozen(state, update.frozen), batch)
+        call = self._call(state, batch)
         return call, call.differentiator(self.policy), update
 
     def _call(self, state, batch) -> Call:
@@ -168,13 +164,6 @@ class TrainStep:
         if loss.aux is not None:
             metrics["aux"] = jax.tree.map(lambda x: x / loss.weight, loss.aux)
         return _at_rest(self.policy, new, places), metrics
-
-
-def _with_zeros(state, leaves: Sequence[Leaf], grads: list):
-    """Gradients in the tree of what is trained, 0 for what the optimizer never moves."""
-    mine, given = iter(grads), zip(leaves, state.model.leaves, jax.tree.leaves(state.params), strict=True)
-    full = [next(mine) if leaf.trained else jnp.zeros_like(x) for leaf, known, x in given if known.trained]
-    return jax.tree.structure(state.trained).unflatten(full)
 
 
 def _clipped(grads, grad_norm, clip_norm: float | None):
