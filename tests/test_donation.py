@@ -99,3 +99,31 @@ def test_a_learning_rate_set_by_hand_compiles_nothing(rate):
     np.testing.assert_allclose(before - state.params["w"], np.float32(rate) / 8, rtol=1e-5)
     state, _ = step(state, X)
     assert len(traced) == traces
+
+
+def test_a_number_of_another_kind_is_not_cut_short():
+    """A rate set to 1 stays floating, so that a later 0.5 is not 0."""
+    _, state, step = _started()
+    rates = (1, 0.5, 2)
+    for rate in rates:
+        before = np.asarray(state.params["w"])
+        state.opt_state.hyperparams["learning_rate"] = rate
+        state, _ = step(state, X)
+        np.testing.assert_allclose(before - state.params["w"], rate / 8, rtol=1e-5)
+    assert state.opt_state.hyperparams["learning_rate"].dtype == np.float32
+
+
+def test_an_array_that_is_an_argument_too():
+    zero = _zero()
+    state = zero.create(lambda: {"params": {"w": jnp.ones((4, 8))}})
+    step = zero.jit(lambda state, x, old: (jax.tree.map(lambda a: a + 1, state), old["w"].sum()))
+    new, total = step(state, X, state["params"])
+    np.testing.assert_allclose(new["params"]["w"], 2)
+    assert float(total) == 32
+
+
+def test_move_of_a_state_that_a_step_took_is_told():
+    zero, state, step = _started()
+    step(state, X)
+    with pytest.raises(zj.StateError, match="move was given a state"):
+        zero.move(state, zj.Zero(zero.mesh, 1))

@@ -80,3 +80,19 @@ def test_fp8_scales_are_overwritten_by_their_gradients(form, accumulate):
     for (path, a), (_, b) in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves_with_path(theirs), strict=True):
         if outputs not in str(path):
             np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-3, err_msg=str(path))
+
+
+def test_fp8_scales_in_a_loop_of_ones_own():
+    """Their gradients are new values: as jax's of a bare mean, refused where they would be divided."""
+    x = jax.random.normal(jax.random.key(1), (16, 8))
+    mean = lambda variables, x: jnp.square(Fp8().apply(variables, x) - 1).mean()
+    zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:8]), 3, min_shard=1)
+    variables = Fp8().init(jax.random.key(0), x)
+    grads = zero.jit(lambda v, x: zero.value_and_grad(mean)(v, x)[1], donate=False)(variables, x)
+    theirs = jax.grad(mean)(variables, x)
+    ours, expected = (g["_overwrite_with_gradient"]["Dense_0"]["Fp8DirectDotGeneralOp_0"] for g in (grads, theirs))
+    np.testing.assert_allclose(ours["input_amax_history"], expected["input_amax_history"], rtol=2e-2)
+    of_examples = lambda v, x: zj.Loss(mean(v, x) * x.shape[0], x.shape[0])
+    for loss, accumulate in ((of_examples, 1), (mean, 2)):
+        with pytest.raises(zj.LossError, match="are new values, not to be divided by a weight"):
+            zero.jit(lambda v, x, f=loss, a=accumulate: zero.value_and_grad(f, accumulate=a)(v, x), donate=False)(variables, x)

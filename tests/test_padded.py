@@ -250,3 +250,55 @@ def test_wherever_a_padded_parameter_is_read(name, form):
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_a_transform_that_minds_is_refused_by_the_step_too():
+    """One without state, behind an init with another, or behind a move."""
+    minds = optax.stateless(lambda u, p: jax.tree.map(lambda g: g - g.mean(0, keepdims=True), u))
+    zero = _zero(6)
+    moved = _zero(6, uneven=None).move(_zero(6, uneven=None).init(_init, minds), zero)
+    for state in (zero.init(_init, optax.sgd(0.1)), moved):
+        with pytest.raises(zj.PolicyError, match="minds rows of zeros"):
+            zero.train_step(_sum, minds)(state, X)
+
+
+@pytest.mark.parametrize("make", [lambda: optax.adagrad(0.1), lambda: optax.novograd(0.1), lambda: optax.lamb(0.1)])
+def test_transforms_that_do_not_mind_are_taken(make):
+    zero, one = _zero(6), zj.Zero(zj.make_mesh(devices=jax.devices()[:1]))
+    ends = []
+    for z in (zero, one):
+        state, step = z.init(_init, make()), z.train_step(_sum, make(), compiler_options=oracle.QUICK)
+        for _ in range(2):
+            state, _ = step(state, X)
+        ends.append(jax.tree.leaves(zj.logical(state.params)))
+    for a, b in zip(*ends, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_a_loop_of_ones_own_over_padded_parameters():
+    zero = _zero(6)
+    state = zero.init(_init, TX)
+    value, grads = zero.jit(lambda s, x: zero.value_and_grad(_sum)(s.params, x), donate=False)(state, X)
+    theirs = jax.grad(_mean)(_init(), X)
+    np.testing.assert_allclose(value, _mean(_init(), X), rtol=1e-6)
+    for path, g in theirs.items():
+        np.testing.assert_allclose(grads[path], g, rtol=0, atol=1e-6 * np.abs(g).max())
+    total = zero.jit(lambda s, x: zero.gathered(_mean)(s.params, x), donate=False)(state, X)
+    np.testing.assert_allclose(total, value, rtol=1e-6)
+
+
+def test_a_padded_array_is_iterated_and_has_an_arrays_methods():
+    b = _zero(6).init(_init, TX).params["b"]
+    assert [float(x) for x in b] == list(range(7)) and len(b) == 7 and 3.0 in b
+    assert float(b.max()) == 6 and b.astype("int32").tolist() == list(range(7)) and b.reshape(7, 1).T.shape == (1, 7)
+
+
+def test_parameters_on_other_devices_are_taken():
+    params = jax.device_put(_init(), jax.devices()[9])
+    state = _zero(6).init(params, TX)
+    np.testing.assert_array_equal(state.params["w"], params["w"])
+
+
+def test_a_rule_at_stage_0_needs_no_padding():
+    with pytest.raises(zj.LayoutError, match="dimension 1 of 13 does not divide by 6"):
+        _zero(6, 0, rules={"w": P(None, "data")}).init(_init, TX)

@@ -1,5 +1,9 @@
 """What is trained and what is frozen: one device's numbers, no gradient, no optimizer state, no part in any norm."""
 
+import copy
+import dataclasses
+import functools
+import pickle
 import warnings
 
 import equinox as eqx
@@ -309,3 +313,58 @@ def test_a_large_array_that_the_loss_closes_over_is_told(rows, told, make):
     text = [str(w.message) for w in caught if "closes over" in str(w.message)]
     assert bool(text) == told
     assert not told or "arrays of 32.0 MiB, the largest float32[8, 1048576]: they are part of the program" in text[0]
+
+
+def test_a_frozen_scalar_counts_in_no_norm():
+    init = lambda: {"w": jnp.ones((8, 8)), "s": jnp.float32(3)}
+    tx = optax.multi_transform({"t": optax.sgd(0.1), "f": optax.set_to_zero()}, {"w": "t", "s": "f"})
+    loss = lambda p, x: zj.Loss(jnp.square(x @ p["w"] * p["s"]).sum(), x.shape[0])
+    zero = _zero()
+    state, metrics = zero.train_step(loss, tx)(zero.init(init, tx), X)
+    grads = jax.grad(lambda p: jnp.square(X @ p["w"] * p["s"]).sum() / 16)(init())
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads["w"]), rtol=1e-5)
+    assert float(state.params["s"]) == 3
+
+
+@pytest.mark.parametrize("zero_of", [lambda u: 0.0, lambda u: jnp.zeros(())])
+def test_an_update_that_is_a_constant(zero_of):
+    tx = optax.stateless(lambda u, p: {"w": u["w"], "s": zero_of(u)})
+    zero = _zero()
+    state = zero.init(lambda: {"w": jnp.ones((8, 8)), "s": jnp.float32(3)}, tx)
+    state, _ = zero.train_step(lambda p, x: (x @ p["w"] * p["s"]).mean(), tx)(state, X)
+    assert float(state.params["s"]) == 3
+
+
+@pytest.mark.parametrize("variables", [True, False])
+def test_a_dtype_by_path_in_a_loop_of_ones_own(variables):
+    seen, zero = {}, _zero(precision=zj.Precision(compute="bfloat16", keep={"router/.*": "float32"}))
+    params = {"router": {"kernel": jnp.eye(8)}, "w": jnp.eye(8)}
+
+    def loss(tree, x):
+        p = tree["params"] if variables else tree
+        seen.update(router=p["router"]["kernel"].dtype.name, w=p["w"].dtype.name)
+        return (x @ p["router"]["kernel"] @ p["w"]).mean()
+
+    zero.jit(zero.value_and_grad(loss), donate=False)({"params": params} if variables else params, X)
+    assert seen == {"router": "float32", "w": "bfloat16"}
+    with pytest.raises(zj.LayoutError, match=r"Precision.keep 'rooter' matches none"):
+        _zero(precision=zj.Precision(keep={"rooter": "float32"})).create(lambda: {"params": {"router": jnp.eye(8)}})
+
+
+def test_a_precision_is_a_plain_value():
+    precision = zj.Precision(compute="bfloat16", keep={"router/.*": "float32"})
+    assert pickle.loads(pickle.dumps(precision)) == copy.deepcopy(precision) == precision
+    assert dataclasses.asdict(precision)["keep"] == (("router/.*", "float32"),)
+    assert hash(precision) == hash(copy.deepcopy(precision))
+
+
+def test_a_partial_chooses():
+    chosen = functools.partial(lambda word, path, x: word in path, "lora")
+    state = _zero().init(_tree, TX, trainable=chosen)
+    assert list(_by_path(state.opt_state[0].mu)) == ["lora/a", "lora/b"]
+
+
+def test_masks_see_none_for_what_is_frozen():
+    tx = optax.adamw(1e-2, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p, is_leaf=lambda x: x is None))
+    with pytest.raises(zj.PolicyError, match=r"frozen ones are None: choose with jax.tree.map"):
+        _zero().init(_tree, tx, trainable="lora/.*")

@@ -27,27 +27,27 @@ def check_alive(where: str, tree: Any) -> None:
                      "interrupted, restore a checkpoint or begin anew; zero.jit(donate=False) keeps what it is given.")
 
 
-def ready(where: str, mesh: Any, state: Any, dtypes: Sequence[Any] = ()) -> Any:
+def ready(where: str, mesh: Any, state: Any, dtypes: Sequence[Any] = (), others: Any = ()) -> Any:
     """A state to donate. An array that is in it twice, as an average that begins as the parameters themselves, is copied; numbers
     that were set by hand, as a learning rate, get the dtype and place that a step expects, so that nothing is compiled again.
 
     Args:
-      dtypes: of the leaves of an earlier state.
+      dtypes: that the leaves are to have.
+      others: arguments that are not donated; an array that is among them too is copied.
 
     Raises:
       StateError: see `check_alive`.
     """
     check_alive(where, state)
     flat, treedef = jax.tree.flatten(state)
-    twice = len({id(x) for x in flat}) < len(flat)
-    if not twice and not any(_is_loose(mesh, x) for x in flat):
+    seen = {id(x) for x in jax.tree.leaves(others)}
+    if len(seen.union(map(id, flat))) == len(seen) + len(flat) and not any(_is_loose(mesh, x) for x in flat):
         return state
     wanted = dtypes if len(dtypes) == len(flat) else [None] * len(flat)
-    return treedef.unflatten(_once(_placed(mesh, x, dtype) for x, dtype in zip(flat, wanted, strict=True)))
+    return treedef.unflatten(_once((_placed(mesh, x, dtype) for x, dtype in zip(flat, wanted, strict=True)), seen))
 
 
-def _once(leaves: Iterator[Any]) -> Iterator[Any]:
-    seen = set()
+def _once(leaves: Iterator[Any], seen: set[int]) -> Iterator[Any]:
     for x in leaves:
         yield jax.numpy.copy(x) if _is_array(x) and id(x) in seen else x
         seen.add(id(x))
@@ -57,14 +57,16 @@ def _placed(mesh: Any, x: Any, dtype: Any) -> Any:
     if not _is_loose(mesh, x):
         return x
     x = np.array(x)  # on devices, the step would take the memory of the user's own
-    x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype) if dtype is None else dtype)
+    same_kind = dtype is not None and np.can_cast(x.dtype, dtype, "same_kind")
+    x = x.astype(dtype if same_kind else jax.dtypes.canonicalize_dtype(x.dtype))
     return jax.device_put(x, NamedSharding(mesh, P()))
 
 
 def _is_loose(mesh: Any, x: Any) -> bool:
     """Whether it is a number that no mesh holds."""
-    number = not x.committed and not trees.is_key(x) if _is_array(x) else isinstance(x, (bool, int, float, np.generic, np.ndarray))
-    return number and np.ndim(x) == 0 and isinstance(mesh, Mesh)
+    if getattr(x, "ndim", 0) or not isinstance(mesh, Mesh):
+        return False
+    return not x.committed and not trees.is_key(x) if _is_array(x) else isinstance(x, (bool, int, float, np.generic, np.ndarray))
 
 
 def _is_array(x: Any) -> bool:

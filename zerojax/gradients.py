@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import data, layout, rewrite, study, trees
+from zerojax import data, layout, rewrite, specs, study, trees
 from zerojax.errors import BatchError, LossError
 from zerojax.gather import PARTS, Gather
 from zerojax.loss import Loss
@@ -225,7 +225,10 @@ def differentiator(policy: Policy, objective: Objective, places: Sequence[Placem
     rows = objective.examples // accumulate
     part, whole = rows // policy.parts, traced(rows)
     study.warn_of_constants(whole)
-    study.warn_of_means(whole)
+    study.warn_of_means(whole, lambda: traced(2 * rows))
+    if (whole.is_sum or accumulate > 1) and any(leaf.overwritten and leaf.trained for leaf in objective.leaves):
+        raise LossError(f"the gradients of {specs.OVERWRITTEN} are new values, not to be divided by a weight or averaged "
+                        "over microbatches: return a bare mean and write accumulate=1, or use zero.init and train_step.")
     if accumulate > 1 and (why := next((o for o in whole.obstacles if o.startswith(study.CLOSES_OVER)), "")):
         raise BatchError(f"accumulate={accumulate}, but the loss {why}, which is not split with the batch; pass it as an argument "
                          "and name it in batch_argnums.")

@@ -31,7 +31,7 @@ class Jitted:
         batches = [x for i, x in enumerate(args, 1) if i in self._splits]
         data.check_given(self.policy, batches + [x for k, x in kwargs.items() if self._split_of(k) is not None])
         if self._options["donate_argnums"]:
-            state = donation.ready("zero.jit", self.policy.mesh, state)
+            state = donation.ready("zero.jit", self.policy.mesh, state, others=(args, kwargs))
         else:
             donation.check_alive("zero.jit", state)
         self._agreed(self.policy, "zero.jit", lambda: {

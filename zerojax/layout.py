@@ -52,7 +52,7 @@ def describe(tree: Tree, bases: Sequence[P] | None = None, scanned: Sequence[int
 
 def computed(policy: Policy, leaf: Leaf) -> str:
     """The dtype that a program reads a leaf of a model in; the model's state is read as it is."""
-    return leaf.dtype if leaf.group == "state" else policy.precision.computed(leaf.path, leaf.dtype)
+    return leaf.dtype if leaf.group == "state" or leaf.overwritten else policy.precision.computed(leaf.path, leaf.dtype)
 
 
 def place(policy: Policy, leaf: Leaf) -> Placement:
@@ -62,7 +62,7 @@ def place(policy: Policy, leaf: Leaf) -> Placement:
     if rule is None:
         return place_other(policy, leaf, policy.uneven == "pad" and leaf.group != "state")
     placed = specs.by_rule(leaf, rule, policy.rules[rule], policy.axes, policy.mesh.shape, policy.replica_axis,
-                           policy.uneven == "pad")
+                           policy.uneven == "pad" and policy.stage > 0)
     return placed if policy.stage else _whole(placed)
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.core import meta, unfreeze
 from flax.linen.spmd import logical_to_mesh
 from jax.sharding import PartitionSpec as P
 
+from zerojax import padded, trees
 from zerojax.errors import LossError
 
 
@@ -113,7 +113,7 @@ class Tree:
     @classmethod
     def split(cls, model) -> tuple["Tree", Any, Any, list]:
         """Both trees are the model's, with None in the other's places."""
-        leaves, treedef = jax.tree.flatten(model)
+        leaves, treedef = jax.tree.flatten(model, is_leaf=padded.is_padded)
         groups = tuple(_groups(model))
         only = lambda *wanted: [x if group in wanted else None for x, group in zip(leaves, groups, strict=True)]
         params, state = treedef.unflatten(only("params")), treedef.unflatten(only("state", "equinox"))
@@ -137,7 +137,7 @@ class Tree:
 
 def _groups(model):
     """For each leaf: "params", "state", "equinox" (state that goes by itself) or "static"."""
-    for node in jax.tree.leaves(model, is_leaf=_is_equinox_state):
+    for node in jax.tree.leaves(model, is_leaf=lambda x: _is_equinox_state(x) or padded.is_padded(x)):
         yield from ["equinox"] * len(jax.tree.leaves(node)) if _is_equinox_state(node) else [_group(node)]
 
 
@@ -146,7 +146,7 @@ def _is_equinox_state(x) -> bool:
 
 
 def _group(leaf) -> str:
-    if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)):
+    if not (trees.is_array(leaf) or padded.is_padded(leaf)):
         return "static"
     return "params" if jnp.issubdtype(leaf.dtype, jnp.inexact) else "state"
 

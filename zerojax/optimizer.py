@@ -17,7 +17,8 @@ from zerojax import padded, trees
 from zerojax.errors import PolicyError
 
 Tree = Any
-_ASIDE = {"convert_element_type", "broadcast_in_dim", "reshape", "copy", "neg", "mul", "jit", "pjit"}  # 0 stays 0
+_ASIDE = {"convert_element_type", "broadcast_in_dim", "reshape", "copy", "neg", "mul", "jit", "pjit", "reshard",
+          "sharding_constraint"}  # 0 stays 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ def init(tx: Any, params: Tree) -> Tree:
     try:
         return tx.init(params)
     except (TypeError, ValueError, AttributeError) as error:
-        raise _refused(error, "at init it is given the parameters") from error
+        raise _refused(error, "at init it is given the parameters", params) from error
 
 
 def trace(tx: Any, grads: Tree, opt_state: Tree, params: Tree, value: Any) -> Update:
@@ -79,7 +80,7 @@ def trace(tx: Any, grads: Tree, opt_state: Tree, params: Tree, value: Any) -> Up
                 raise
             jaxpr, out = traced(without)
     except (TypeError, ValueError, AttributeError) as error:
-        raise _refused(error, "at update it is given gradients, its state, the parameters and the loss's value") from error
+        raise _refused(error, "at update it is given gradients, its state, the parameters and the loss's value", params) from error
     return Update(jaxpr, out, _still(jaxpr.jaxpr)[:len(jax.tree.leaves(out[0]))])
 
 
@@ -112,9 +113,11 @@ def _differs(tx: Any, params: Tree) -> str:
     values, grads = ([jax.tree.map(draw, params, is_leaf=padded.is_padded) for _ in range(2)] for _ in range(2))
     plain, other = (_updated(tx, tree(values[0]), list(map(tree, grads))) for tree in (lambda tree: tree, grow))
     for (path, a), b in zip(jax.tree.leaves_with_path(plain), padded.leaves(other), strict=True):
-        kept = b.kept if padded.is_padded(b) else b
-        if not trees.is_key(kept) and not np.allclose(padded.filled(jnp.asarray(a), kept.shape), kept, rtol=1e-4, atol=1e-6):
-            return f"{jax.tree_util.keystr(path, simple=True, separator='/')} is another after two updates of tiny arrays"
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        rows = name.startswith("params") and padded.is_padded(b)  # whose rows of zeros have to stay zeros
+        ours, theirs = (padded.filled(jnp.asarray(a), b.kept.shape), b.kept) if rows else (a, b)
+        if not trees.is_key(theirs) and not np.allclose(ours, theirs, rtol=1e-4, atol=1e-6):
+            return f"{name} is another after two updates of tiny arrays"
     return ""
 
 
@@ -145,9 +148,12 @@ def _named(tree: Any) -> Iterator[str]:
         yield from _named(child)
 
 
-def _refused(error: Exception, what: str) -> PolicyError:
+def _refused(error: Exception, what: str, params: Tree) -> PolicyError:
     names = [name.partition(".")[0] for name in _functions(error)] + re.findall(r"(\w+)\.<locals>", str(error))
     name = f"the optimizer ({names[-1]})" if names else "the optimizer"
+    none = any(x is None for x in jax.tree.leaves(params, is_leaf=lambda x: x is None))
+    what += " (frozen ones are None: choose with jax.tree.map)" * none
+    what += " (paths to padded ones end in one key more)" * any(map(padded.is_padded, padded.leaves(params)))
     return PolicyError(f"{name} can't be used in zerojax's step: {what}, no more, and it says {str(error)!r}. Take another "
                        "transform, or write a loop of your own: zero.value_and_grad under zero.jit.")
 
@@ -168,12 +174,16 @@ def _still(jaxpr) -> tuple[bool, ...]:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in _ASIDE and _makes_zeros(eqn, zeros):
             zeros.update(eqn.outvars)
-    return tuple(not isinstance(v, jex.Literal) and v in zeros for v in jaxpr.outvars)
+    return tuple(_is_zero(v, zeros) for v in jaxpr.outvars)
+
+
+def _is_zero(v, zeros: set) -> bool:
+    return not np.any(v.val) if isinstance(v, jex.Literal) else v in zeros
 
 
 def _makes_zeros(eqn, zeros: set) -> bool:
     """Whether an equation gives 0 in every place: it spreads a 0, or arrays of zeros."""
     if bodies := list(jex.jaxprs_in_params(eqn.params)):
         return all(_still(bodies[0]))
-    known = [not v.val if isinstance(v, jex.Literal) else v in zeros for v in eqn.invars]
+    known = [_is_zero(v, zeros) for v in eqn.invars]
     return any(known) if eqn.primitive.name == "mul" else all(known)

@@ -73,6 +73,17 @@ class Padded:
     def __getitem__(self, index):
         return self.__jax_array__()[index]
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self):
+        return iter(self.__jax_array__())
+
+    def __getattr__(self, name: str):
+        if name.startswith("_") or not hasattr(jax.Array, name) or not is_padded(self):
+            raise AttributeError(f"Padded has no attribute {name!r}")
+        return getattr(self.__jax_array__(), name)
+
     def __repr__(self):
         if not is_padded(self):
             return f"Padded({self.kept!r}, {self.shape})"
@@ -89,7 +100,7 @@ for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv"
 
 def is_padded(x: Any) -> bool:
     """Whether it is a padded array, or the shape of one; not what optax leaves where a transform is masked."""
-    return isinstance(x, Padded) and hasattr(x.kept, "shape")
+    return isinstance(x, Padded) and len(getattr(x.kept, "shape", ())) == len(x.shape) > 0
 
 
 def cut(x: Any, shape: Sequence[int]) -> jax.Array:

@@ -68,21 +68,18 @@ class Precision:
     compute: str | None = None
     reduce: str | None = None
     accumulate: str = "float32"
-    keep: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    keep: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
         for field in ("params", "compute", "reduce", "accumulate"):
             if (dtype := getattr(self, field)) is not None:
                 object.__setattr__(self, field, _dtype_name(field, dtype))
                 self._check(field, getattr(self, field))
-        keep = {pattern: _dtype_name(f"keep={pattern!r}", dtype) for pattern, dtype in self.keep.items()}
-        object.__setattr__(self, "keep", MappingProxyType(keep))
+        keep = {pattern: _dtype_name(f"keep={pattern!r}", dtype) for pattern, dtype in dict(self.keep).items()}
+        object.__setattr__(self, "keep", tuple(keep.items()))
         for pattern, dtype in keep.items():
             _check_pattern("Precision.keep", pattern)
             self._check("params", dtype)
-
-    def __hash__(self):
-        return hash((self.params, self.compute, self.reduce, self.accumulate, tuple(self.keep.items())))
 
     def _check(self, field: str, dtype: str):
         if dtype == "float16" and field in ("params", "accumulate"):
@@ -103,8 +100,9 @@ class Precision:
         return self.reduce or self.computes
 
     def kept(self, path: str) -> str | None:
-        """The dtype that a parameter has of its own, or None."""
-        return next((dtype for pattern, dtype in self.keep.items() if re.fullmatch(pattern, path)), None)
+        """The dtype that a parameter has of its own, or None; also by its path in linen's dict of variables."""
+        names = (path, path.removeprefix("params/"))
+        return next((dtype for pattern, dtype in dict(self.keep).items() if any(re.fullmatch(pattern, n) for n in names)), None)
 
     def at_rest(self, path: str) -> str:
         """The dtype of a trained parameter between steps."""

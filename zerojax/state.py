@@ -11,7 +11,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from zerojax import layout, models, optimizer, padded, scale, scanned, specs, tables, trained, trees
@@ -96,7 +98,7 @@ def _check_floating(leaves: Sequence[Leaf]):
                              "zero.init(..., trainable=...); or keep it in another collection (linen) or kind of Variable (NNX).")
 
 
-def given(init_fn: Any, tx: Any, args: tuple) -> tuple[Callable, tuple]:
+def given(policy: Policy, init_fn: Any, tx: Any, args: tuple) -> tuple[Callable, tuple]:
     """(init_fn, args) for `Zero.init`, which also takes a model at hand: an NNX module, or a tree of arrays.
 
     Raises:
@@ -120,7 +122,14 @@ def given(init_fn: Any, tx: Any, args: tuple) -> tuple[Callable, tuple]:
         what = type(init_fn).__name__ + (" and arguments for it" if arrays else "")
         raise ModelError(f"zero.init was given a {what}; write a function that makes the model and what it is called with, or a "
                          "model that is there: zero.init(model, tx).")
-    return lambda arrays: model(put(arrays)), (arrays,)
+    return lambda arrays: model(put(arrays)), ([_at_hand(policy, x) for x in arrays],)
+
+
+def _at_hand(policy: Policy, x: Any) -> Any:
+    """An array that jit takes beside those of the mesh: one on other devices by way of the host."""
+    ours = set(policy.mesh.devices.flat) if isinstance(policy.mesh, Mesh) else set()
+    elsewhere = isinstance(x, jax.Array) and x.committed and x.sharding.device_set != ours
+    return np.asarray(x) if elsewhere and x.is_fully_addressable and not trees.is_key(x) else x
 
 
 def survey(policy: Policy, init_fn, args, trainable=None) -> tuple[Model, list]:
@@ -148,7 +157,7 @@ def survey(policy: Policy, init_fn, args, trainable=None) -> tuple[Model, list]:
                          "Return the parameters, as model.init(key, x) or a module.")
     _check_floating(leaves)
     specs.check_axes(leaves, policy.mesh.axis_names)
-    for what, patterns in {"rule": policy.rules, "Precision.keep": policy.precision.keep}.items():
+    for what, patterns in {"rule": policy.rules, "Precision.keep": dict(policy.precision.keep)}.items():
         specs.check_patterns(what, patterns, [leaf.path for leaf in leaves])
     _check_static(found["kind"])
     return Model(found["kind"], _kept(policy, leaves), state), found["treedefs"]

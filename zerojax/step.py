@@ -60,15 +60,22 @@ class TrainStep:
                               "take a mesh of devices: zj.make_mesh().")
         self._raise_if_stuck(state)
         data.check_given(self.policy, batch)
+        self._dtypes = self._dtypes or self._expected(state)
         state = donation.ready("train_step", self.policy.mesh, state, self._dtypes)
         self._agreed(self.policy, "train_step", lambda: self._fields(state, batch), state, batch)
         state, metrics = self._jitted(state, batch)
-        self._dtypes = self._dtypes or [x.dtype for x in jax.tree.leaves(state)]
         if self.max_skipped and not isinstance(metrics["skipped"], Tracer):
             metrics["skipped"].copy_to_host_async()
             self._pending.append(metrics["skipped"])
             self._last = state.skipped
         return state, metrics
+
+    def _expected(self, state) -> list:
+        """The dtypes of the leaves of a state with this optimizer; raises what stands against it."""
+        _check_state(state)
+        optimizer.check_padding(self.tx, state.trained)
+        own = lambda state: state.replace(opt_state=optimizer.init(self.tx, state.trained))
+        return [x.dtype for x in jax.tree.leaves(jax.eval_shape(own, state))]
 
     def _fields(self, state, batch) -> dict:
         """What other processes have to have in common with this one."""
@@ -92,7 +99,7 @@ class TrainStep:
           CompileError: the compiler failed, aborted or ran out of memory; with its last lines.
           BatchError, LossError, PolicyError: as the step would.
         """
-        _check_state(state)
+        self._expected(state)
         data.check(self.policy, batch, self.accumulate)
         data.check_mesh(self.policy, (state, batch))
         batch = data.placed(self.policy, batch)
@@ -144,8 +151,8 @@ class TrainStep:
     def _check_optimizer(self, state):
         ours = jax.eval_shape(functools.partial(optimizer.init, self.tx), state.trained)
         shapes = lambda tree: [(layout.path_of(p), x.shape) for p, x in jax.tree.leaves_with_path(tree)]
-        if shapes(ours) != shapes(state.opt_state):
-            odd = sorted(set(shapes(ours)) ^ set(shapes(state.opt_state)))[:3]
+        if shapes(ours) != shapes(state.opt_state) or jax.tree.structure(ours) != jax.tree.structure(state.opt_state):
+            odd = sorted(set(shapes(ours)) ^ set(shapes(state.opt_state)))[:3] or [optimizer.kinds(ours)]
             raise ModelError(f"train_step was given another optimizer than zero.init: their states differ at {odd}; "
                              "give both the same optax transform.")
 

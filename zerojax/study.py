@@ -164,9 +164,11 @@ def _obstacles(policy: Policy, objective: Objective, jaxpr, model_state, found) 
     return tuple(dict.fromkeys(filter(None, found)))
 
 
-def warn_of_means(program: Program) -> None:
-    """Warns of a `Loss` whose total is a mean, which would be divided by the weight again."""
-    if program.is_sum and means.is_mean(program.jaxpr, 0, 1):  # a Loss's first results are total and weight
+def warn_of_means(program: Program, larger: Callable[[], Program]) -> None:
+    """Warns of a `Loss` whose total is a mean, also of a `larger` batch (or else a constant divides it); it would be divided by
+    the weight again."""
+    seems = lambda program: means.is_mean(program.jaxpr, 0, 1)  # a Loss's first results are total and weight
+    if program.is_sum and seems(program) and seems(larger()):
         warnings.warn("Loss.total is a mean (a sum divided by the number of its terms), and is divided by Loss.weight again: loss "
                       "and gradients are as many times smaller. Write zj.Loss(losses.sum(), losses.size).", stacklevel=2)
 

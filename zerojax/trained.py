@@ -9,7 +9,6 @@
 """
 
 import dataclasses
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ def flags(trainable: Any, model: Any, paths: Sequence[str], params: Sequence[Any
         return [True] * len(paths)
     if isinstance(trainable, str):
         chosen = [specs.find_rule(path, [trainable]) is not None for path in paths]
-    elif inspect.isroutine(trainable):
+    elif callable(trainable) and not isinstance(trainable, type) and not type(trainable).__module__.startswith("flax."):
         chosen = [bool(trainable(path, x)) for path, x in zip(paths, params, strict=True)]
     else:
         kept = _of_filter(trainable, model)

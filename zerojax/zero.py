@@ -10,7 +10,7 @@ from flax import nnx
 from flax.core import meta
 from jax.sharding import AbstractMesh, NamedSharding
 
-from zerojax import agreement, data, fingerprint, layout, models, optimizer, padded, plan, scanned, specs, transforms
+from zerojax import agreement, data, donation, fingerprint, layout, models, optimizer, padded, plan, scanned, specs, transforms
 from zerojax import state as states
 from zerojax.audit import Demand
 from zerojax.errors import ModelError, PolicyError
@@ -98,7 +98,7 @@ class Zero(Policy):
           ModelError: `init_fn` returned no floating array, or a parameter that is not floating.
           LayoutError: a rule does not fit its leaf, or matches none; nothing is trained.
         """
-        init_fn, args = states.given(init_fn, tx, args)
+        init_fn, args = states.given(self, init_fn, tx, args)
         state = self._born(lambda: self._planned(init_fn, tx, args, trainable, rng), *args)
         if not isinstance(self.mesh, AbstractMesh):  # a plan says it of the others
             states.warn_of_whole(self, state)
@@ -106,7 +106,7 @@ class Zero(Policy):
 
     def abstract(self, init_fn: Callable, tx, *args, trainable: Any = None, rng: jax.Array | None = None) -> TrainState:
         """What `init` would return, as `ShapeDtypeStruct`s with shardings; nothing is allocated."""
-        init_fn, args = states.given(init_fn, tx, args)
+        init_fn, args = states.given(self, init_fn, tx, args)
         build, shardings = self._planned(init_fn, tx, args, trainable, rng)
         return _shaped(build, shardings, *args)
 
@@ -136,7 +136,9 @@ class Zero(Policy):
         """A sharding for each leaf of what `make` makes."""
         abstract = jax.eval_shape(make)
         params, places = self._ruled(abstract, scanned.stacked(jax.make_jaxpr(make)()))
-        specs.check_patterns("rule", self.rules, [leaf.path for leaf in params.values()])
+        paths = [leaf.path for leaf in params.values()]
+        specs.check_patterns("rule", self.rules, paths)
+        specs.check_patterns("Precision.keep", dict(self.precision.keep), paths)
         specs.check_axes(list(params.values()), self.mesh.axis_names)
         return jax.tree.structure(abstract).unflatten([specs.sharding(self.mesh, p.spec) for p in places])
 
@@ -185,7 +187,9 @@ class Zero(Policy):
             batch are then the aux.
           batch_argnums: arguments whose arrays are split by their first dimension.
           scale: a `zj.LossScale`, for float16; the gradients come back without it.
-          trainable: which parameters have gradients, as for `init`; a teacher or backbone is read alike.
+          trainable: which parameters have gradients, as for `init`; a teacher or backbone is read alike. The
+            transform is then to be given the trained alone (docs/recipes.md, "Freezing and LoRA"): flax's `apply_gradients` takes
+            no None.
 
         Returns:
           a function with the arguments of `loss_fn` that returns (value, gradients), or ((value, aux), gradients). Gradients
@@ -273,6 +277,7 @@ class Zero(Policy):
         if (ours, self.precision.keep) != (theirs, other.precision.keep):
             raise PolicyError(f"move changes where a state lies, not its dtype, but from {ours} parameters to {theirs}; write the "
                               "same Precision(params=...), or save and restore with cast=True.")
+        donation.check_alive("move", state)
         if isinstance(other.mesh, AbstractMesh):
             raise PolicyError("move to GPUs that are not there; take a mesh of devices: zj.make_mesh().")
         if isinstance(state, TrainState):
