@@ -278,6 +278,7 @@ BY_THE_OPTIMIZER = {
 def test_norms_are_of_what_the_optimizer_moves(name, form):
     zero, tx, clip = _zero(), BY_THE_OPTIMIZER[name](), 0.01
     state = zero.init(_tree, tx)
+    born = np.asarray(state.params["backbone"])
     step = zero.train_step(FORMS[form](_scanned), tx, clip_norm=clip, compiler_options=oracle.QUICK)
     params, opt_state = _tree(), tx.init(_tree())
     for _ in range(3):
@@ -290,7 +291,7 @@ def test_norms_are_of_what_the_optimizer_moves(name, form):
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
         np.testing.assert_allclose(metrics["param_norm"], optax.tree.norm(params["lora"]), rtol=1e-5)
     close(_by_path(state.params), _by_path(params))
-    np.testing.assert_array_equal(state.params["backbone"], _tree()["backbone"])
+    np.testing.assert_array_equal(state.params["backbone"], born)
 
 
 def test_an_optimizer_that_moves_nothing_still_has_norms():
