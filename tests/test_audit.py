@@ -7,9 +7,9 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import zerojax as zj
-from zerojax import audit
+from zerojax import audit, provenance
 from zerojax.collectives import Collective
-from zerojax.hlo import Shape
+from zerojax.hlo import Frame, Shape
 from zerojax.specs import Leaf, Placement
 
 MESH = AbstractMesh((2, 4, 2), ("replica", "data", "model"), (AxisType.Auto,) * 3)
@@ -29,9 +29,12 @@ def demand(stage=3, accumulate=1, per_device=True, **policy):
     return audit.Demand(zero, LEAVES, PLACES, accumulate, per_device)
 
 
+PAIR = Frame(str(provenance.PAIR), 1, "top")
+
+
 def moved(kind, dims, groups=DATA, dtype="bf16", trips=6, backward=False, ours=True, name=None):
     path = "jit(step)/transpose(jvp(M))/blocks/up" if backward else "jit(step)/jvp(M)/blocks/up"
-    return Collective(name or kind, kind, (Shape(dtype, dims),), groups, trips, True, "body", path, "", ours)
+    return Collective(name or kind, kind, (Shape(dtype, dims),), groups, trips, True, "body", path, (PAIR,) if ours else ())
 
 
 LAYER = (1024, 2048)  # of 4096, half on each device of "model"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from zerojax import collectives, hlo
+from zerojax import collectives, hlo, provenance
 
 MESH = {"replica": 2, "data": 4}
 OVER_DATA = ((0, 1, 2, 3), (4, 5, 6, 7))
@@ -69,10 +69,10 @@ PROGRAM = PROGRAM.replace("METADATA", 'metadata={op_name="jit(step)/layer/gather
 
 
 def test_collectives_of_a_program():
-    gather, scatter, reduce = collectives.of(hlo.parse(PROGRAM))
+    gather, scatter, reduce = collectives.of(hlo.parse(PROGRAM), provenance.is_users)
     assert (gather.kind, gather.trips, gather.asynchronous, gather.axes(MESH)) == ("all-gather", 5, True, ("data",))
     assert gather.shapes == (hlo.Shape("bf16", (64, 8)),)
-    assert (gather.op_name, gather.source) == ("jit(step)/layer/gather", "/home/me/m.py:7")
+    assert (gather.op_name, provenance.source(gather.frames)) == ("jit(step)/layer/gather", "/home/me/m.py:7")
     assert (scatter.kind, scatter.trips, scatter.shapes[0].dims) == ("reduce-scatter", 1, (64, 8))
     assert (reduce.axes(MESH), reduce.size) == (("replica",), 2)
 
@@ -97,3 +97,16 @@ def test_a_loop_inside_a_loop_multiplies():
 ENTRY %main""").replace("condition=%cond, body=%body, backend_config={\"known_trip_count\":{\"n\":\"5\"}}",
                         "condition=%cond, body=%outer, backend_config={\"known_trip_count\":{\"n\":\"5\"}}")
     assert collectives.of(hlo.parse(outer))[0].trips == 15
+
+
+def test_zerojaxs_own_files_are_where_findings_look_for_them():
+    from zerojax import compiler, gather
+
+    assert provenance.PAIR.samefile(gather.__file__) and provenance.ENTRY.samefile(compiler.__file__)
+    assert not provenance.is_users(hlo.Frame(__file__.replace("tests", "zerojax"), 1, "f"))
+    assert provenance.is_users(hlo.Frame(__file__, 1, "f"))
+
+
+def test_a_line_outside_of_the_planned_function_is_not_its_source():
+    inner, entry, outer = (hlo.Frame(f, 1, "f") for f in (str(provenance.PAIR), str(provenance.ENTRY), "/home/me/script.py"))
+    assert provenance.source([inner, entry, outer]) == ""

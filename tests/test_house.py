@@ -10,8 +10,8 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "zerojax"
 STAIRS = ["errors", "tables", "trees", "padded", "cluster", "rendezvous", "launch",  # the command, and processes that meet
           "policy", "specs", "layout", "theory", "hlo", "collectives", "cost", "schedule", "liveness",  # vocabulary, arithmetic
-          "identity", "topology", "mesh", "compiler", "exchange", "fingerprint", "agreement", "distributed",  # placement
-          "audit", "memory", "notes", "plan",  # foresight
+          "topology", "mesh", "exchange", "fingerprint", "agreement", "distributed",  # placement
+          "provenance", "identity", "compiler", "audit", "memory", "notes", "plan",  # foresight
           "gather", "rewrite", "means", "models", "scanned", "trained",  # mechanism
           "loss", "scale", "data", "parts", "reader", "source", "study", "gradients", "optimizer", "donation", "state",  # training
           "frame", "transforms", "step", "jitted",  # what a training loop calls

@@ -9,15 +9,13 @@ import collections
 import dataclasses
 import functools
 import itertools
-import linecache
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from zerojax import layout, specs, theory
+from zerojax import layout, provenance, specs, theory
 from zerojax.collectives import Collective
 from zerojax.hlo import Shape
 from zerojax.policy import Policy
@@ -114,19 +112,7 @@ class Finding:
     wrong: bool = False
 
     def __str__(self):
-        return self.what + (f" From {_readable(self.source)}" if self.source else "")
-
-
-def _readable(source: str) -> str:
-    """ "file:line" with the line's text; a file below the working directory by its path from there, a notebook's as "cell"."""
-    file, _, line = source.rpartition(":")
-    code = linecache.getline(file, int(line)).strip()
-    path = pathlib.Path(file)
-    if path.parent.name.startswith("ipykernel_"):
-        path = pathlib.Path("cell")
-    elif path.is_relative_to(pathlib.Path.cwd()):
-        path = path.relative_to(pathlib.Path.cwd())
-    return f"{path}:{line}" + (f": {code}" if code else "")
+        return self.what + (f" From {provenance.readable(self.source)}" if self.source else "")
 
 
 def collectives_of(demand: Demand, found: Sequence[Collective]) -> list[Finding]:
@@ -183,7 +169,7 @@ def _foreign_reduction(demand: Demand, c: Collective, s: Shape, sharded: Mapping
         return "" if s.elements <= _whole(demand) + _shards(demand) else "only shards of gradients are summed over the copies"
     if s.elements <= _whole(demand):
         return ""
-    if c.op_name and not c.differentiated and not c.ours:
+    if c.op_name and not c.differentiated and not provenance.by_the_pair(c.frames):
         return "it is outside of the loss and its gradient: the optimizer (or what else the step does) communicates"
     computes = _hlo_name(demand.policy.precision.computes)
     cast = (f"; or the model computes in {s.dtype} where Precision(compute=...) says {computes}, and the cast keeps XLA from "
@@ -252,7 +238,7 @@ def _too_often(demand: Demand, pairs: list[tuple[Collective, Shape]]) -> list[Fi
     if pairs[0][0].kind == "all-gather" and not odd:
         for backward in (False, True):
             allowed = most / 2 if demand.policy.stage == 3 else most * (not backward)
-            ours = {c.name for c, _ in pairs if c.ours}
+            ours = {c.name for c, _ in pairs if provenance.by_the_pair(c.frames)}
             mine = [(c, s) for c, s in pairs if c.backward == backward]
             odd += [f for f in _excess(demand, mine, allowed) if f.instruction not in ours]
     return odd
@@ -260,7 +246,7 @@ def _too_often(demand: Demand, pairs: list[tuple[Collective, Shape]]) -> list[Fi
 
 def _excess(demand: Demand, pairs: list[tuple[Collective, Shape]], most: float) -> list[Finding]:
     total = moved = sum(s.elements * c.trips for c, s in pairs)
-    odd, left = [], sorted(pairs, key=lambda p: (not p[0].ours, p[0].trips))
+    odd, left = [], sorted(pairs, key=lambda p: (not provenance.by_the_pair(p[0].frames), p[0].trips))
     often = f"{moved / most:.3g} times as much as" if most else "though nothing of it is"
     while left and total > SLACK * most:
         c, s = left.pop()
@@ -289,7 +275,7 @@ def _finding(demand: Demand, c: Collective, s: Shape, why: str) -> Finding:
     path = c.op_name.replace("/(", "/").removesuffix(")")  # of a combined instruction: a/(b:c)
     module = "/".join(part for part in path.split("/") if "(" not in part and part not in _STRUCTURE)[-80:]
     what = f"{c.kind} of {s} {over}, {c.trips} x, {size(c.wire(s))} sent a step" + (f"; {module}" if module else "")
-    return Finding(f"{c.name} ({what}): {why}.", c.wire(s), c.name, c.source, True)
+    return Finding(f"{c.name} ({what}): {why}.", c.wire(s), c.name, provenance.source(c.frames), True)
 
 
 def _by_instruction(findings: list[Finding]) -> list[Finding]:

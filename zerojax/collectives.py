@@ -8,11 +8,11 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from zerojax.hlo import Instruction, Program, Shape
+from zerojax.hlo import Frame, Instruction, Program, Shape
 
 _SPELLING = re.compile(r"(?:replica_groups|source_target_pairs)="
                        r"(?:mesh\[.*?\].*? \{.*?\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|\{\{.*?\}\})")
@@ -30,8 +30,7 @@ class Collective:
       trips: how often it runs in one execution of the program.
       asynchronous: it has a start and a done, with room for compute between.
       op_name: the operation it came from, with the path of the module that asked for it.
-      source: the innermost line of Python that is the user's, "file:line"; empty if the compiler kept none.
-      ours: it came from zerojax's gather or scatter, as far as the compiler kept that.
+      frames: the lines of Python it came from, innermost first, as far as the compiler kept them.
     """
 
     name: str
@@ -42,8 +41,7 @@ class Collective:
     asynchronous: bool
     computation: str
     op_name: str
-    source: str
-    ours: bool
+    frames: tuple[Frame, ...] = ()
 
     @property
     def backward(self) -> bool:
@@ -138,9 +136,14 @@ def _named(mesh: str, dims: str | None, order: str | None, axes: str) -> tuple[t
     return tuple(map(tuple, rows.tolist()))
 
 
-def of(program: Program) -> tuple[Collective, ...]:
-    """The collectives of a program, in the order of its text, those that never run left out."""
-    return tuple(_collective(program, inst, name) for name, body in program.computations.items() if program.times[name]
+def of(program: Program, wanted: Callable[[Frame], bool] = bool) -> tuple[Collective, ...]:
+    """Returns the collectives of a program that run, in the order of its text.
+
+    Args:
+      wanted: the lines of Python to look for. A collective for which the compiler kept none of them takes the origin of the
+        nearest instruction that has one.
+    """
+    return tuple(_collective(program, inst, name, wanted) for name, body in program.computations.items() if program.times[name]
                  for inst in body if kind(inst))
 
 
@@ -150,7 +153,7 @@ def kind(inst: Instruction) -> str | None:
     return op if op in KINDS else None
 
 
-def _collective(program: Program, inst: Instruction, computation: str) -> Collective:
+def _collective(program: Program, inst: Instruction, computation: str, wanted: Callable[[Frame], bool]) -> Collective:
     which, asynchronous = inst.op.removesuffix("-start"), inst.op.endswith("-start")
     whole = inst.shapes
     if asynchronous:  # the start's shape lists operands as well; the done's lists what comes out
@@ -160,19 +163,18 @@ def _collective(program: Program, inst: Instruction, computation: str) -> Collec
     if which == "reduce-scatter":  # shards come out; the sum was over arrays as large as the group
         axis = int(inst.attribute("dimensions").split(",")[0] or 0)
         whole = tuple(Shape(s.dtype, tuple(d * len(grouped[0]) if i == axis else d for i, d in enumerate(s.dims))) for s in whole)
-    op_name, source, ours = origin(program, inst, computation)
     beside = asynchronous and '"is_sync":true' not in inst.attributes
-    return Collective(inst.name, which, whole, grouped, program.times[computation], beside, computation, op_name, source,
-                      ours)
+    return Collective(inst.name, which, whole, grouped, program.times[computation], beside, computation,
+                      *origin(program, inst, computation, wanted))
 
 
-def origin(program: Program, inst: Instruction, computation: str) -> tuple[str, str, bool]:
-    """(op_name, "file:line" of the user's, whether by `gather`); of what is near, where the compiler kept none for it."""
+def origin(program: Program, inst: Instruction, computation: str, wanted: Callable[[Frame], bool]) -> tuple[str, tuple[Frame, ...]]:
+    """Returns `Collective.op_name` and `Collective.frames`."""
     for near in _near(program, inst, computation):
-        frames = list(program.frames(near))
-        if user := next((f for f in frames if f.users), None):
-            return near.attribute("op_name"), str(user), any(f.ours for f in frames)
-    return inst.attribute("op_name"), "", False
+        frames = tuple(program.frames(near))
+        if any(map(wanted, frames)):
+            return near.attribute("op_name"), frames
+    return inst.attribute("op_name"), ()
 
 
 def _near(program: Program, inst: Instruction, computation: str, most: int = 16) -> Iterator[Instruction]:

@@ -29,7 +29,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from zerojax import identity
+from zerojax import identity, provenance
 from zerojax import topology as topologies
 from zerojax.errors import CompileError, ModelError
 from zerojax.policy import has_64_bits
@@ -167,16 +167,15 @@ def _keep(path: pathlib.Path, answer: bytes) -> None:
 
 
 def _environment() -> dict[str, str]:
-    home = pathlib.Path(__file__).parent.parent
     return os.environ | {
         topologies.NO_GPU_VARIABLE: "1", "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false",
         "JAX_ENABLE_X64": str(int(has_64_bits())), "TF_CPP_MIN_LOG_LEVEL": "2",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(home), os.environ.get("PYTHONPATH")]))}
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(provenance.PACKAGE.parent), os.environ.get("PYTHONPATH")]))}
 
 
 def _run(work: pathlib.Path, request: dict, topology: Topology) -> None:
     with open(work / "log", "w+b") as log:
-        child = subprocess.Popen([sys.executable, "-m", "zerojax.compiler", str(work)], env=_environment(),
+        child = subprocess.Popen([sys.executable, "-m", __name__, str(work)], env=_environment(),
                                  stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             _wait(child, f"compiling for {topology.devices} x {topology.gpu.name}")

@@ -6,17 +6,12 @@ scheduled: the order of a computation's instructions is the order they are start
 
 import dataclasses
 import functools
-import itertools
 import math
-import pathlib
 import re
-import runpy
 from collections.abc import Iterator, Mapping
 
 BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64,
         "f16": 16, "bf16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
-HERE = pathlib.Path(__file__).parent
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "equinox")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(?.*?\)?) ([\w\-]+)\(([^)]*)\)(.*)$")
@@ -112,20 +107,6 @@ class Frame:
     line: int
     function: str
 
-    @property
-    def users(self) -> bool:
-        """Neither Python's own, nor in jax, flax, optax, equinox, nor here."""
-        if self.file.startswith("<frozen ") or pathlib.Path(self.file).parent == pathlib.Path(runpy.__file__).parent:
-            return False
-        parts = pathlib.PurePath(self.file).parts
-        library = any(a in ("site-packages", "dist-packages") and b in LIBRARIES for a, b in itertools.pairwise(parts))
-        return not library and pathlib.Path(self.file).parent != HERE
-
-    @property
-    def ours(self) -> bool:
-        """In zerojax's gather and scatter."""
-        return pathlib.Path(self.file) == HERE / "gather.py"
-
     def __str__(self):
         return f"{self.file}:{self.line}"
 
@@ -182,15 +163,13 @@ class Program:
         return {}
 
     def frames(self, inst: Instruction) -> Iterator[Frame]:
-        """The lines of Python it came from, innermost first, as far as the compiler kept them."""
+        """Yields the lines of Python it came from, innermost first, as far as the compiler kept them."""
         number, frames = int(inst.attribute("stack_frame_id") or 0), self.tables.get("StackFrames", {})
         while number in frames:
             here = _fields(frames[number])
             place = _fields(self.tables["FileLocations"][here["file_location_id"]])
-            file = self.tables["FileNames"][place["file_name_id"]]
-            if file == str(HERE / "compiler.py"):  # further out, only the plan was asked for
-                return
-            yield Frame(file, place["line"], self.tables["FunctionNames"][place["function_name_id"]])
+            yield Frame(self.tables["FileNames"][place["file_name_id"]], place["line"],
+                        self.tables["FunctionNames"][place["function_name_id"]])
             number = here.get("parent_frame_id", 1) - 1  # printed one too high: 1 is none
 
 

@@ -10,13 +10,13 @@ import pathlib
 import re
 from collections.abc import Mapping
 
-from zerojax.hlo import HERE, Frame
+from zerojax import provenance
+from zerojax.hlo import Frame
 
 _LOCATION = re.compile(r' loc\((?:[^()"]|"[^"]*"|\((?:[^()"]|"[^"]*")*\))*\)')
 _ALIAS = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.MULTILINE)
 _FILE = re.compile(r'"([^"\n]+)":\d+:\d+')
 _SITE = re.compile(r"callsite\((#loc\d*) at (#loc\d*)\)")
-_ENTRY = str(HERE / "compiler.py")  # what is called from further out only asked for the plan
 
 
 def digest(module: str) -> list[str]:
@@ -27,13 +27,13 @@ def digest(module: str) -> list[str]:
     (True, False)
     """
     plain = _LOCATION.sub("", "\n".join(line for line in module.splitlines() if not line.startswith("#loc")))
-    sources = sorted({_source(file) for file in _files(module) if Frame(file, 0, "").users})
-    return [_sha(plain), str(HERE), *sources]
+    sources = sorted({_source(file) for file in _files(module) if provenance.is_users(Frame(file, 0, ""))})
+    return [_sha(plain), str(provenance.PACKAGE), *sources]
 
 
 def _source(file: str) -> str:
     """Of a file, by its place and text; of a notebook's cell, which has another place in every kernel, by its text."""
-    cell = pathlib.Path(file).parent.name.startswith("ipykernel_")
+    cell = provenance.is_cell(pathlib.Path(file))
     return _sha(("" if cell else file) + "".join(linecache.getlines(file)))
 
 
@@ -46,7 +46,7 @@ def _files(module: str) -> set[str]:
     files = lambda names: {file for name in names for file in _FILE.findall(aliases[name])}
     outside = set()
     for inner, outer in _SITE.findall(module):
-        if _ENTRY in files(_reach(aliases, inner)):
+        if str(provenance.ENTRY) in files(_reach(aliases, inner)):
             outside |= _reach(aliases, outer)
     return files(set(aliases) - outside)
 

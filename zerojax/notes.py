@@ -7,6 +7,7 @@ import collections
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from zerojax import provenance
 from zerojax.audit import Demand, Finding, itemsize
 from zerojax.collectives import Collective
 from zerojax.hlo import Program
@@ -56,7 +57,7 @@ def _saved_weights(demand: Demand, account: Memory, found: Sequence[Collective])
         first = max(gathers, key=lambda c: c.bytes * c.trips)
         yield Finding(f"{size(alive)} of gathered weights, of {size(whole)} in all, are alive at once (the most by {first.name}). "
                       "Those of a repeating block are gathered again for the backward pass, in place of kept, if it is under "
-                      "nn.remat(Block, policy=zj.policies.regather()).", alive, first.name, first.source)
+                      "nn.remat(Block, policy=zj.policies.regather()).", alive, first.name, provenance.source(first.frames))
 
 
 def _lost_donation(layout: Layout, figures: Mapping[str, int]):
@@ -76,7 +77,8 @@ def _combined(account: Memory, found: Sequence[Collective]):
         largest = max(s.bytes for s in first.shapes)
         option = f"compiler_options={{'xla_gpu_all_gather_combine_threshold_bytes': {largest}}}"
         yield Finding(f"{first.name} gathers {len(first.shapes)} arrays at once, {size(first.bytes)} (the largest {size(largest)}) "
-                      f"of a peak of {size(account.peak)}; {option} keeps them apart.", first.bytes, first.name, first.source)
+                      f"of a peak of {size(account.peak)}; {option} keeps them apart.", first.bytes, first.name,
+                      provenance.source(first.frames))
 
 
 def _constants(program: Program):

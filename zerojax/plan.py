@@ -13,7 +13,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from zerojax import audit, compiler, hlo, memory, notes, schedule, tables
+from zerojax import audit, compiler, hlo, memory, notes, provenance, schedule, tables
 from zerojax import collectives as moves
 from zerojax.audit import Demand, Finding
 from zerojax.collectives import Collective
@@ -122,7 +122,9 @@ class Plan:
     @functools.cached_property
     def runs(self) -> Mapping[str, schedule.Run]:
         """By computation: the simulated schedule; empty for devices whose speed is not known."""
-        return schedule.simulate(self.program, speed_of(self.topology), moves.of(self.program)) if self.topology else {}
+        if not self.topology:
+            return {}
+        return schedule.simulate(self.program, speed_of(self.topology), moves.of(self.program, provenance.is_users))
 
     def check(self, allow: str | None = None) -> "Plan":
         """Itself, if ZeRO explains everything that is communicated, and state lies as it says.
@@ -232,7 +234,7 @@ def make(demand: Demand, layout: Layout, batch_bytes: float, jitted: Any, args: 
 def read(demand: Demand, layout: Layout, batch_bytes: float, compiled: compiler.Compiled, topology: Topology | None) -> Plan:
     """The `Plan` of what the compiler made."""
     program = hlo.parse(compiled.text)
-    found = moves.of(program)
+    found = moves.of(program, provenance.is_users)
     account = memory.account(demand, layout, batch_bytes, compiled.memory, program, topology and topology.gpu.memory)
     speed = topology and speed_of(topology)
     runs = schedule.simulate(program, speed, found) if speed else {}
