@@ -10,7 +10,8 @@ import optax
 from machine import table
 
 import zerojax as zj
-from zerojax import collectives, hlo, liveness, schedule
+from zerojax.hlo import collectives, liveness, schedule
+from zerojax.hlo.program import parse
 from zerojax.plan import speed_of
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests" / "compiled"))
@@ -33,7 +34,7 @@ def plan(gpus: int) -> tuple[float, float, zj.Plan]:
 def reading(made: zj.Plan) -> float:
     """Seconds to parse the program, find its collectives, simulate it and follow its buffers."""
     start = time.perf_counter()
-    program = hlo.parse(made.hlo)
+    program = parse(made.hlo)
     found = collectives.of(program)
     schedule.simulate(program, speed_of(zj.Topology.parse("h200:8x8")), found)
     liveness.peak(program)

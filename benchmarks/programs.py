@@ -17,7 +17,9 @@ from jax.sharding import PartitionSpec as P
 from machine import table
 
 import zerojax as zj
-from zerojax import collectives, hlo, theory, topology
+from zerojax import theory, topology
+from zerojax.hlo import collectives
+from zerojax.hlo.program import parse
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests" / "compiled"))
 import models
@@ -111,7 +113,7 @@ def measure(gpus: int, way: Way) -> Measured:
     middle = time.perf_counter()
     compiled = lowered.compile(compiler_options=topology.COMPILER_OPTIONS)
     memory = compiled.memory_analysis()
-    return Measured(middle - start, time.perf_counter() - middle, collectives.of(hlo.parse(compiled.as_text())),
+    return Measured(middle - start, time.perf_counter() - middle, collectives.of(parse(compiled.as_text())),
                     memory.argument_size_in_bytes, memory.temp_size_in_bytes)
 
 

@@ -8,8 +8,8 @@ from jax.sharding import PartitionSpec as P
 
 import zerojax as zj
 from zerojax import audit, provenance
-from zerojax.collectives import Collective
-from zerojax.hlo import Frame, Shape
+from zerojax.hlo.collectives import Collective
+from zerojax.hlo.program import Frame, Shape
 from zerojax.specs import Leaf, Placement
 
 MESH = AbstractMesh((2, 4, 2), ("replica", "data", "model"), (AxisType.Auto,) * 3)

@@ -2,7 +2,9 @@
 
 import pytest
 
-from zerojax import collectives, hlo, provenance
+from zerojax import provenance
+from zerojax.hlo import collectives
+from zerojax.hlo.program import Frame, Shape, parse
 
 MESH = {"replica": 2, "data": 4}
 OVER_DATA = ((0, 1, 2, 3), (4, 5, 6, 7))
@@ -69,16 +71,16 @@ PROGRAM = PROGRAM.replace("METADATA", 'metadata={op_name="jit(step)/layer/gather
 
 
 def test_collectives_of_a_program():
-    gather, scatter, reduce = collectives.of(hlo.parse(PROGRAM), provenance.is_users)
+    gather, scatter, reduce = collectives.of(parse(PROGRAM), provenance.is_users)
     assert (gather.kind, gather.trips, gather.asynchronous, gather.axes(MESH)) == ("all-gather", 5, True, ("data",))
-    assert gather.shapes == (hlo.Shape("bf16", (64, 8)),)
+    assert gather.shapes == (Shape("bf16", (64, 8)),)
     assert (gather.op_name, provenance.source(gather.frames)) == ("jit(step)/layer/gather", "/home/me/m.py:7")
     assert (scatter.kind, scatter.trips, scatter.shapes[0].dims) == ("reduce-scatter", 1, (64, 8))
     assert (reduce.axes(MESH), reduce.size) == (("replica",), 2)
 
 
 def test_wire_bytes_are_the_ring_algorithms():
-    gather, scatter, reduce = collectives.of(hlo.parse(PROGRAM))
+    gather, scatter, reduce = collectives.of(parse(PROGRAM))
     assert gather.wire_bytes == 64 * 8 * 2 * 3 / 4 * 5
     assert scatter.wire_bytes == 64 * 8 * 4 * 3 / 4
     assert reduce.wire_bytes == 2 * 2 * 8 * 4 / 2
@@ -86,7 +88,7 @@ def test_wire_bytes_are_the_ring_algorithms():
 
 def test_groups_that_are_no_axes_have_none():
     odd = PROGRAM.replace("{{0,4},{1,5},{2,6},{3,7}}", "{{0,5},{1,4},{2,6},{3,7}}")
-    assert collectives.of(hlo.parse(odd))[-1].axes(MESH) is None
+    assert collectives.of(parse(odd))[-1].axes(MESH) is None
 
 
 def test_a_loop_inside_a_loop_multiplies():
@@ -96,17 +98,17 @@ def test_a_loop_inside_a_loop_multiplies():
 
 ENTRY %main""").replace("condition=%cond, body=%body, backend_config={\"known_trip_count\":{\"n\":\"5\"}}",
                         "condition=%cond, body=%outer, backend_config={\"known_trip_count\":{\"n\":\"5\"}}")
-    assert collectives.of(hlo.parse(outer))[0].trips == 15
+    assert collectives.of(parse(outer))[0].trips == 15
 
 
 def test_zerojaxs_own_files_are_where_findings_look_for_them():
     from zerojax import compiler, gather
 
     assert provenance.PAIR.samefile(gather.__file__) and provenance.ENTRY.samefile(compiler.__file__)
-    assert not provenance.is_users(hlo.Frame(__file__.replace("tests", "zerojax"), 1, "f"))
-    assert provenance.is_users(hlo.Frame(__file__, 1, "f"))
+    assert not provenance.is_users(Frame(__file__.replace("tests", "zerojax"), 1, "f"))
+    assert provenance.is_users(Frame(__file__, 1, "f"))
 
 
 def test_a_line_outside_of_the_planned_function_is_not_its_source():
-    inner, entry, outer = (hlo.Frame(f, 1, "f") for f in (str(provenance.PAIR), str(provenance.ENTRY), "/home/me/script.py"))
+    inner, entry, outer = (Frame(f, 1, "f") for f in (str(provenance.PAIR), str(provenance.ENTRY), "/home/me/script.py"))
     assert provenance.source([inner, entry, outer]) == ""

@@ -2,7 +2,8 @@
 
 import pytest
 
-from zerojax import collectives, cost, hlo, liveness, schedule
+from zerojax.hlo import collectives, cost, liveness, schedule
+from zerojax.hlo.program import parse
 
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true, num_partitions=8
@@ -62,12 +63,12 @@ SPEED = schedule.Speed(flops=lambda dtype: 1e6, bandwidth=1e9, link=1e6, network
 
 @pytest.fixture
 def program():
-    return hlo.parse(PROGRAM)
+    return parse(PROGRAM)
 
 
 def test_a_product_is_two_operations_a_multiply_add_in_every_turn(program):
     assert schedule.total_flops(program) == {("bf16", False): 5 * 2 * 32 * 8 * 64}
-    again = hlo.parse(PROGRAM.replace("OP", "jvp/rematted_computation/dot"))
+    again = parse(PROGRAM.replace("OP", "jvp/rematted_computation/dot"))
     assert set(schedule.total_flops(again)) == {("bf16", True)}
 
 
@@ -88,7 +89,7 @@ ENTRY %main (a: f32[]) -> f32[] {{
   ROOT {line}
 }}
 """
-    assert schedule.total_flops(hlo.parse(text)) == {("bf16", False): flops}
+    assert schedule.total_flops(parse(text)) == {("bf16", False): flops}
 
 
 def test_a_fusion_is_charged_for_what_it_writes_in_place(program):
@@ -125,7 +126,7 @@ def test_between_hosts_a_group_is_as_fast_as_its_members_networks(program):
 def test_a_stack_of_gathered_weights_is_gathered_and_what_is_reduced_are_gradients(program):
     alive = liveness.peak(program)
     assert alive["gathered"] == (5 + 1) * 64 * 8 * 2  # the stack, around the loop, and one in it
-    no_gather = liveness.peak(hlo.parse(PROGRAM.replace("calls=%stacking", "calls=%sum")))
+    no_gather = liveness.peak(parse(PROGRAM.replace("calls=%stacking", "calls=%sum")))
     assert no_gather["gathered"] == 64 * 8 * 2
 
 
@@ -139,4 +140,4 @@ ENTRY %main (a: f32[1024]) -> f32[8192] {
   ROOT %d = f32[8192]{0} broadcast(%c), dimensions={0}
 }
 """
-    assert liveness.peak(hlo.parse(text)) == {"other": 2 * 4096}
+    assert liveness.peak(parse(text)) == {"other": 2 * 4096}

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from zerojax import layout, provenance, specs, theory
-from zerojax.collectives import Collective
-from zerojax.hlo import Shape
+from zerojax.hlo.collectives import Collective
+from zerojax.hlo.program import Shape
 from zerojax.policy import Policy
 from zerojax.specs import Leaf, Placement
 from zerojax.tables import size

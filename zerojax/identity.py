@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 
 from zerojax import provenance
-from zerojax.hlo import Frame
+from zerojax.hlo.program import Frame
 
 _LOCATION = re.compile(r' loc\((?:[^()"]|"[^"]*"|\((?:[^()"]|"[^"]*")*\))*\)')
 _ALIAS = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.MULTILINE)

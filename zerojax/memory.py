@@ -8,9 +8,10 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 
-from zerojax import liveness, theory
+from zerojax import theory
 from zerojax.audit import Demand, itemsize
-from zerojax.hlo import Program
+from zerojax.hlo import liveness
+from zerojax.hlo.program import Program
 from zerojax.layout import Layout, computed
 from zerojax.specs import Leaf
 

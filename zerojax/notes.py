@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from zerojax import provenance
 from zerojax.audit import Demand, Finding, itemsize
-from zerojax.collectives import Collective
-from zerojax.hlo import Program
+from zerojax.hlo.collectives import Collective
+from zerojax.hlo.program import Program
 from zerojax.layout import ELSEWHERE, Layout, computed
 from zerojax.memory import Memory, kind_of
 from zerojax.tables import size

@@ -13,12 +13,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from zerojax import audit, compiler, hlo, memory, notes, provenance, schedule, tables
-from zerojax import collectives as moves
+from zerojax import audit, compiler, memory, notes, provenance, tables
 from zerojax.audit import Demand, Finding
-from zerojax.collectives import Collective
 from zerojax.errors import PlanError
-from zerojax.hlo import Program
+from zerojax.hlo import collectives as moves
+from zerojax.hlo import schedule
+from zerojax.hlo.collectives import Collective
+from zerojax.hlo.program import Program, parse
 from zerojax.layout import Layout
 from zerojax.memory import Memory
 from zerojax.tables import Sheet, seconds, size
@@ -117,7 +118,7 @@ class Plan:
     @functools.cached_property
     def program(self) -> Program:
         """The program, parsed."""
-        return hlo.parse(self.hlo)
+        return parse(self.hlo)
 
     @functools.cached_property
     def runs(self) -> Mapping[str, schedule.Run]:
@@ -233,7 +234,7 @@ def make(demand: Demand, layout: Layout, batch_bytes: float, jitted: Any, args: 
 
 def read(demand: Demand, layout: Layout, batch_bytes: float, compiled: compiler.Compiled, topology: Topology | None) -> Plan:
     """The `Plan` of what the compiler made."""
-    program = hlo.parse(compiled.text)
+    program = parse(compiled.text)
     found = moves.of(program, provenance.is_users)
     account = memory.account(demand, layout, batch_bytes, compiled.memory, program, topology and topology.gpu.memory)
     speed = topology and speed_of(topology)

@@ -7,7 +7,7 @@ import runpy
 from collections.abc import Iterable, Iterator
 
 import zerojax
-from zerojax.hlo import Frame
+from zerojax.hlo.program import Frame
 
 PACKAGE = pathlib.Path(zerojax.__file__).parent
 PAIR = PACKAGE / "gather.py"

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from zerojax import collectives as moves
 from zerojax.errors import MissingExtraError, PolicyError
+from zerojax.hlo import collectives as moves
 from zerojax.plan import Plan
 
 COLORS = {"parameters": "#3b6fb6", "optimizer state": "#7fa8d9", "model state": "#b5cbe6", "batch": "#c9c9c9",

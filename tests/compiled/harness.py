@@ -10,7 +10,9 @@ import models
 import optax
 
 import zerojax as zj
-from zerojax import collectives, hlo, theory, topology
+from zerojax import theory, topology
+from zerojax.hlo import collectives
+from zerojax.hlo.program import Shape, parse
 from zerojax.layout import path_of
 
 LARGE = 64 * 1024  # bytes; smaller collectives are those of scalars, and of leaves left whole
@@ -52,7 +54,7 @@ class Program:
     memory: Any
     batch_bytes: int
 
-    def large(self, kind: str) -> list[tuple[collectives.Collective, hlo.Shape]]:
+    def large(self, kind: str) -> list[tuple[collectives.Collective, Shape]]:
         return [(c, s) for c in self.collectives for s in c.shapes if c.kind == kind and s.bytes >= LARGE]
 
     def wire(self, kind: str) -> float:
@@ -89,7 +91,7 @@ def program(spec: Spec) -> Program:
         step = zero.train_step(case.loss, tx, accumulate=spec.accumulate, compiler_options=topology.COMPILER_OPTIONS)
     compiled = step.lower(state, batch).compile()
     text = compiled.as_text()
-    found = collectives.of(hlo.parse(text))
+    found = collectives.of(parse(text))
     return Program(spec, zero, dict(mesh.shape), state.params, found, text, compiled.memory_analysis(), nbytes(batch))
 
 

@@ -8,7 +8,9 @@ import reference
 from harness import Spec, program
 
 import zerojax as zj
-from zerojax import collectives, hlo, topology
+from zerojax import topology
+from zerojax.hlo import collectives
+from zerojax.hlo.program import parse, shapes
 
 
 def _lowered(model, way, rows=8, seq=None):
@@ -28,7 +30,7 @@ def test_stage_3_needs_no_more_than_fsdp_by_hand():
     model, seq = models.Transformer(width=2048, layers=8, vocab=32000), 2048
     zero, state, batch, ours = _lowered(model, "global", seq=seq)
     by_hand = _compile(reference.lower(zero.mesh, state, batch))
-    assert {c.kind for c in collectives.of(hlo.parse(by_hand.as_text())) if c.bytes > 2**20} == {"all-gather", "reduce-scatter"}
+    assert {c.kind for c in collectives.of(parse(by_hand.as_text())) if c.bytes > 2**20} == {"all-gather", "reduce-scatter"}
     most = by_hand.memory_analysis().temp_size_in_bytes
     assert _compile(ours).memory_analysis().temp_size_in_bytes <= most
     assert _compile(_lowered(model, "per_device", seq=seq)[3]).memory_analysis().temp_size_in_bytes <= most
@@ -37,7 +39,7 @@ def test_stage_3_needs_no_more_than_fsdp_by_hand():
 def _stacked_weights(text):
     """Buffers of every layer's whole `up` or `down` matrix, in the compute dtype."""
     wanted = sorted((models.LAYERS, models.WIDTH, 4 * models.WIDTH))
-    return [s for s in hlo.shapes(text) if s.dtype == "bf16" and sorted(s.dims) == wanted]
+    return [s for s in shapes(text) if s.dtype == "bf16" and sorted(s.dims) == wanted]
 
 
 @pytest.mark.parametrize("way", ["global", pytest.param("per_device", marks=pytest.mark.slow)])
@@ -45,7 +47,7 @@ def test_regather_keeps_gathered_weights_out_of_the_residuals(way):
     model = models.Transformer(policy=zj.policies.regather())
     compiled = _compile(_lowered(model, way)[3])
     assert _stacked_weights(compiled.as_text()) == []
-    gathers = [c for c in collectives.of(hlo.parse(compiled.as_text())) if c.kind == "all-gather" and c.trips == models.LAYERS]
+    gathers = [c for c in collectives.of(parse(compiled.as_text())) if c.kind == "all-gather" and c.trips == models.LAYERS]
     assert len({c.computation for c in gathers}) == 2  # forward loop and backward loop
 
 

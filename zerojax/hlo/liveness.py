@@ -9,7 +9,7 @@ import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from zerojax.hlo import Instruction, Program, Shape
+from zerojax.hlo.program import Instruction, Program, Shape
 
 GATHERED, GRADIENTS, OTHER = "gathered", "gradients", "other"
 _VIEWS = {"bitcast", "opt-barrier", "get-tuple-element", "after-all"}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from zerojax.hlo import Frame, Instruction, Program, Shape
+from zerojax.hlo.program import Frame, Instruction, Program, Shape
 
 _SPELLING = re.compile(r"(?:replica_groups|source_target_pairs)="
                        r"(?:mesh\[.*?\].*? \{.*?\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|\{\{.*?\}\})")

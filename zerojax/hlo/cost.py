@@ -7,7 +7,7 @@ update of a result that they write in place.
 import math
 from collections import Counter
 
-from zerojax.hlo import Instruction, Program, Shape
+from zerojax.hlo.program import Instruction, Program, Shape
 
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "iota",
         "partition-id", "replica-id", "opt-barrier"}

@@ -8,9 +8,9 @@ import collections
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from zerojax import cost
-from zerojax.collectives import Collective
-from zerojax.hlo import Instruction, Program
+from zerojax.hlo import cost
+from zerojax.hlo.collectives import Collective
+from zerojax.hlo.program import Instruction, Program
 
 PRODUCTS, MEMORY, LINKS, LAUNCH, LATENCY = 0.7, 0.85, 0.8, 2e-6, 10e-6
 ASSUMPTIONS = (f"products at {PRODUCTS:.0%} of the GPU's dense peak, memory at {MEMORY:.0%} and links at {LINKS:.0%} of theirs, "
