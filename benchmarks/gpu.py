@@ -21,7 +21,7 @@ import optax
 from machine import header, seconds, steps, table
 
 import zerojax as zj
-from zerojax import topology
+from zerojax.layout import topology
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # dense bfloat16 FLOP/s, vendor's figures
 OPTIONS = {"learning_rate": 1e-4, "b1": 0.9, "b2": 0.95, "eps": 1e-8}

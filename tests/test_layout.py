@@ -13,8 +13,8 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import zerojax as zj
-from zerojax import specs
-from zerojax.specs import Leaf
+from zerojax.layout import rules
+from zerojax.layout.rules import Leaf
 
 
 def _zero(n=8, **settings):
@@ -32,7 +32,7 @@ def _specs(tree):
 @given(st.lists(st.integers(1, 64), min_size=0, max_size=4), st.integers(2, 16), st.integers(0, 3))
 def test_shard_takes_the_largest_free_dimension_that_divides(shape, n, scanned):
     leaf = Leaf("w", tuple(shape), "float32", P(*[None] * len(shape)), scanned if scanned < len(shape) else None)
-    place = specs.shard(leaf, ("data",), n, 1)
+    place = rules.shard(leaf, ("data",), n, 1)
     able = [d for i, d in enumerate(shape) if d % n == 0 and i != leaf.scanned]
     chosen = [i for i, entry in enumerate(place.spec) if entry == "data"]
     assert [shape[i] for i in chosen] == ([max(able)] if able else [])

@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from zerojax.errors import RecipeError as RecipeError
     from zerojax.errors import StateError as StateError
     from zerojax.errors import ZeroError as ZeroError
-    from zerojax.layout import Layout as Layout
+    from zerojax.layout.mesh import make_mesh as make_mesh
+    from zerojax.layout.padded import Padded as Padded
+    from zerojax.layout.padded import logical as logical
+    from zerojax.layout.placement import Layout as Layout
+    from zerojax.layout.topology import Gpu as Gpu
+    from zerojax.layout.topology import Topology as Topology
     from zerojax.loss import Loss as Loss
-    from zerojax.mesh import make_mesh as make_mesh
-    from zerojax.padded import Padded as Padded
-    from zerojax.padded import logical as logical
     from zerojax.plan import Plan as Plan
     from zerojax.policy import Precision as Precision
     from zerojax.preemption import Preemption as Preemption
@@ -38,8 +40,6 @@ if TYPE_CHECKING:
     from zerojax.source import Indexed as Indexed
     from zerojax.source import feed as feed
     from zerojax.state import TrainState as TrainState
-    from zerojax.topology import Gpu as Gpu
-    from zerojax.topology import Topology as Topology
     from zerojax.weights import export_safetensors as export_safetensors
     from zerojax.weights import load_safetensors as load_safetensors
     from zerojax.zero import Zero as Zero
@@ -54,10 +54,10 @@ _WHERE = {
     "errors": ["BatchError", "CheckpointError", "ClusterError", "CompileError", "CorruptCheckpointError", "LayoutError",
                "LossError", "MissingExtraError", "ModelError",
                "NonFiniteError", "PlanError", "PolicyError", "RecipeError", "StateError", "ZeroError"],
-    "layout": ["Layout"],
+    "layout.placement": ["Layout"],
     "loss": ["Loss"],
-    "mesh": ["make_mesh"],
-    "padded": ["Padded", "logical"],
+    "layout.mesh": ["make_mesh"],
+    "layout.padded": ["Padded", "logical"],
     "plan": ["Plan"],
     "policy": ["Precision"],
     "preemption": ["Preemption"],
@@ -65,7 +65,7 @@ _WHERE = {
     "scale": ["LossScale"],
     "source": ["Indexed", "feed"],
     "state": ["TrainState"],
-    "topology": ["Gpu", "Topology"],
+    "layout.topology": ["Gpu", "Topology"],
     "weights": ["export_safetensors", "load_safetensors"],
     "zero": ["Zero"],
 }

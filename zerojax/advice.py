@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 
 from zerojax.errors import PolicyError, RecipeError, ZeroError
-from zerojax.mesh import make_mesh
+from zerojax.layout.mesh import make_mesh
+from zerojax.layout.topology import Topology
 from zerojax.plan import Plan
 from zerojax.policy import Precision
 from zerojax.recipe import Recipe
 from zerojax.tables import Sheet, seconds, size
-from zerojax.topology import Topology
 from zerojax.zero import Zero
 
 

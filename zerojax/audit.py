@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from zerojax import layout, provenance, specs, theory
+from zerojax import provenance, theory
 from zerojax.hlo.collectives import Collective
 from zerojax.hlo.program import Shape
+from zerojax.layout import placement, rules
+from zerojax.layout.rules import Leaf, Placement
 from zerojax.policy import Policy
-from zerojax.specs import Leaf, Placement
 from zerojax.tables import size
 
 HLO_NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64", "int8": "s8", "uint8": "u8", "int16": "s16",
@@ -52,7 +53,7 @@ class Demand:
 
     def local(self, leaf: Leaf, place: Placement) -> tuple[int, ...]:
         """A parameter's dimensions once gathered, on one device: the model's own axes still divide it."""
-        axes = [specs.axes_of(P(entry)) for entry in place.whole]
+        axes = [rules.axes_of(P(entry)) for entry in place.whole]
         shape = place.kept or leaf.shape
         return tuple(d // math.prod(self.policy.mesh.shape[a] for a in on) for d, on in zip(shape, axes, strict=True))
 
@@ -80,7 +81,7 @@ class Demand:
         """Bytes each device sends in a step, by theory, shards and copies."""
         p, sent = self.policy, 0.0
         for leaf, place in zip(self.leaves, self.places, strict=True):
-            size, compute = math.prod(self.local(leaf, place)), itemsize(layout.computed(p, leaf))
+            size, compute = math.prod(self.local(leaf, place)), itemsize(placement.computed(p, leaf))
             reduce = itemsize(p.precision.reduced(leaf.path, leaf.dtype)) if leaf.trained else 0
             copies = 2 * (p.replicas - 1) / p.replicas * size * reduce
             if place.sharded:
@@ -154,7 +155,7 @@ def _foreign(demand: Demand, c: Collective, s: Shape) -> str:
         return f"a parameter is moved over {sorted(axes) or 'other groups'}, not over {sorted(p.axes)}"
     if c.kind != "all-gather" and not any(leaf.trained for leaf in sharded):
         return f"{next(iter(sharded)).path} is frozen, and a gradient of it is reduced"
-    dtypes = lambda leaf: layout.computed(p, leaf) if c.kind == "all-gather" else p.precision.reduced(leaf.path, leaf.dtype)
+    dtypes = lambda leaf: placement.computed(p, leaf) if c.kind == "all-gather" else p.precision.reduced(leaf.path, leaf.dtype)
     wanted = min(map(dtypes, sharded), key=itemsize)
     if s.dtype not in {_hlo_name(dtypes(leaf)) for leaf in sharded} and itemsize(wanted) * s.elements < s.bytes:
         verb, what = ("gathered", "compute") if c.kind == "all-gather" else ("reduced", "reduce")

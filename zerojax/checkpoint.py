@@ -17,8 +17,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding
 
-from zerojax import agreement, digest, donation, exchange, manifest, padded, store
+from zerojax import agreement, digest, donation, exchange, manifest, store
 from zerojax.errors import CheckpointError, CorruptCheckpointError
+from zerojax.layout import padded
 from zerojax.manifest import Manifest
 from zerojax.policy import Policy
 from zerojax.target import MODEL, Target

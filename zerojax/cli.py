@@ -168,7 +168,7 @@ def run_advise(args) -> int:
 
 def run_show(args) -> int:
     from zerojax import recipe
-    from zerojax.mesh import make_mesh
+    from zerojax.layout.mesh import make_mesh
     from zerojax.zero import Zero
 
     found = recipe.load(args.recipe)

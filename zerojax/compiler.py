@@ -30,10 +30,10 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from zerojax import identity, provenance
-from zerojax import topology as topologies
 from zerojax.errors import CompileError, ModelError
+from zerojax.layout import topology as topologies
+from zerojax.layout.topology import Topology
 from zerojax.policy import has_64_bits
-from zerojax.topology import Topology
 
 FORMAT = 1  # of what is kept on disk: to be raised when the child does something else
 CACHE_VARIABLE = "ZEROJAX_CACHE"

@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import exchange, padded, specs
+from zerojax import exchange
+from zerojax.layout import padded, rules
 
 _GOLDEN = np.uint32(0x9E3779B9)
 _CHUNKS = 1024  # of a row or so: they stay in the nearest cache
@@ -61,14 +62,14 @@ def _host():
 
 def _sums_over(x: jax.Array, mesh: Mesh, spec: P, shape: Any) -> jax.Array:
     with jax.set_mesh(mesh):  # another one may be set
-        spec = specs.full(spec, x.ndim)
+        spec = rules.full(spec, x.ndim)
         return _sums_within(x, mesh, spec, shape) if shape else _sums(x, mesh, spec)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _sums_within(x: jax.Array, mesh: Mesh, spec: P, shape: tuple[int, ...]) -> jax.Array:
     """As `_sums`, of what is within a logical shape; the first of copies does it."""
-    copies = tuple(axis for axis in mesh.axis_names if axis not in specs.axes_of(spec))
+    copies = tuple(axis for axis in mesh.axis_names if axis not in rules.axes_of(spec))
     strides = [math.prod(shape[d + 1:]) % 2**32 for d in range(x.ndim)]
 
     def local(part):
@@ -85,7 +86,7 @@ def _sums_within(x: jax.Array, mesh: Mesh, spec: P, shape: tuple[int, ...]) -> j
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _sums(x: jax.Array, mesh: Mesh, spec: P) -> jax.Array:
     """uint32[devices]: what each device adds; copies share the work, or one does it."""
-    copies = tuple(axis for axis in mesh.axis_names if axis not in specs.axes_of(spec))
+    copies = tuple(axis for axis in mesh.axis_names if axis not in rules.axes_of(spec))
     n = math.prod(mesh.shape[axis] for axis in copies)
     strides = [math.prod(x.shape[d + 1:]) % 2**32 for d in range(x.ndim)]
 

@@ -13,9 +13,9 @@ import jax
 from jax.core import Tracer
 from jax.sharding import Sharding
 
-from zerojax import layout, padded
+from zerojax.layout import padded, placement
+from zerojax.layout.rules import Leaf, Placement
 from zerojax.policy import Policy
-from zerojax.specs import Leaf, Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Frame:
         traced, named = {}, {}
         for (path, x), sharding in zip(jax.tree.leaves_with_path(arguments), shardings, strict=True):
             traced[id(x)] = x, sharding
-            name = layout.path_of(path)
-            for ending in {*layout.endings(name), *layout.endings(name.removesuffix("/value"))}:  # NNX's variables have values
+            name = placement.path_of(path)
+            for ending in {*placement.endings(name), *placement.endings(name.removesuffix("/value"))}:  # of NNX variables
                 named.setdefault((ending, jax.numpy.shape(x)), set()).add(sharding)
         return cls(traced, named)
 
@@ -63,5 +63,5 @@ def within(arguments: Any, shardings: Sequence[Sharding | None]) -> Iterator[Non
 def places(policy: Policy, leaves: Sequence[Leaf], xs: Sequence[Any]) -> list[Placement]:
     """Where arrays of a model are at rest; by the policy's rules where nothing is known."""
     frame = _frame.get()
-    return [layout.placed(policy, layout.place(policy, leaf), frame.sharding(leaf, x), x)
+    return [placement.placed(policy, placement.place(policy, leaf), frame.sharding(leaf, x), x)
             for leaf, x in zip(leaves, xs, strict=True)]

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from zerojax import padded, specs
+from zerojax.layout import padded, rules
 
 PARTS = "zerojax_parts"  # the mapped axis over which each device differentiates its own part
 SCOPE = "zerojax"  # the name of the pair's constraints
@@ -86,7 +86,7 @@ class Gather:
 
     def constrain(self, x: jax.Array, spec: P) -> jax.Array:
         with jax.named_scope(SCOPE):
-            return jax.lax.with_sharding_constraint(x, specs.sharding(self.mesh, spec))
+            return jax.lax.with_sharding_constraint(x, rules.sharding(self.mesh, spec))
 
     def top(self, x: jax.Array) -> jax.Array:
         """`x` whole in the compute dtype, with no cotangent."""

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import data, layout, rewrite, specs, study, trees
+from zerojax import data, rewrite, study, trees
 from zerojax.errors import BatchError, LossError
 from zerojax.gather import PARTS, Gather
+from zerojax.layout import placement, rules
+from zerojax.layout.rules import Leaf, Placement
 from zerojax.loss import Loss
 from zerojax.policy import Policy
-from zerojax.specs import Leaf, Placement
 from zerojax.study import Objective, Program
 
 Tree = Any
@@ -36,7 +37,7 @@ def pairs(policy: Policy, leaves: Sequence[Leaf], places: Sequence[Placement], j
 
     def pair(leaf, place):
         local = per_device and (policy.stage <= 1 or not place.sharded)
-        compute = layout.computed(policy, leaf)
+        compute = placement.computed(policy, leaf)
         reduce = policy.precision.reduced(leaf.path, leaf.dtype) if leaf.trained else compute
         return Gather(policy.mesh, place.spec, place.whole, leaf.dtype, compute, reduce, policy.axes, policy.replica_axis,
                       per_device, local, whole_first=policy.replica_axis is None, wide=wide.get(leaf.path, ""),
@@ -227,7 +228,7 @@ def differentiator(policy: Policy, objective: Objective, places: Sequence[Placem
     study.warn_of_constants(whole)
     study.warn_of_means(whole, lambda: traced(2 * rows))
     if (whole.is_sum or accumulate > 1) and any(leaf.overwritten and leaf.trained for leaf in objective.leaves):
-        raise LossError(f"the gradients of {specs.OVERWRITTEN} are new values, not to be divided by a weight or averaged "
+        raise LossError(f"the gradients of {rules.OVERWRITTEN} are new values, not to be divided by a weight or averaged "
                         "over microbatches: return a bare mean and write accumulate=1, or use zero.init and train_step.")
     if accumulate > 1 and (why := next((o for o in whole.obstacles if o.startswith(study.CLOSES_OVER)), "")):
         raise BatchError(f"accumulate={accumulate}, but the loss {why}, which is not split with the batch; pass it as an argument "

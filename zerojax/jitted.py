@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import agreement, data, donation, fingerprint, frame, layout, rewrite, specs
+from zerojax import agreement, data, donation, fingerprint, frame, rewrite
+from zerojax.layout import placement, rules
 from zerojax.plan import Plan
 
 
@@ -100,7 +101,7 @@ class Jitted:
         self._fresh = False
         traced = self.of(state, *args, **kwargs).trace(state, *args, **kwargs).jaxpr
         jaxpr = getattr(traced, "jaxpr", traced)
-        paths = [(layout.path_of(path), x) for path, x in jax.tree.leaves_with_path(state)]
+        paths = [(placement.path_of(path), x) for path, x in jax.tree.leaves_with_path(state)]
         held = {var: name for (name, x), var in zip(paths, jaxpr.invars, strict=False) if _is_read(self.policy, name, x)}
         bare = sorted(set().union(*(names for eqn, names in rewrite.uses(jaxpr, held) if eqn.primitive.name in _PRODUCTS)))
         if bare:
@@ -112,7 +113,7 @@ class Jitted:
 
 def _is_read(policy, name: str, x) -> bool:
     """Whether an array of the state is one that ZeRO spreads for a model to read: not optimizer state."""
-    spread = set(specs.axes_of(getattr(getattr(x, "sharding", None), "spec", P()))) & set(policy.axes)
+    spread = set(rules.axes_of(getattr(getattr(x, "sharding", None), "spec", P()))) & set(policy.axes)
     return bool(spread) and "opt_state" not in name.split("/") and jnp.issubdtype(x.dtype, jnp.floating)
 
 

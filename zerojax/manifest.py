@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from zerojax import layout, optimizer, padded
+from zerojax import optimizer
 from zerojax.errors import CheckpointError
 from zerojax.fingerprint import versions
+from zerojax.layout import padded, placement
 from zerojax.tables import Sheet, size
 
 FORMAT = 2
@@ -185,7 +186,7 @@ def flat(tree: Any) -> dict[str, Any]:
     Raises:
       CheckpointError: two leaves of one path.
     """
-    leaves = [(layout.path_of(path), x) for path, x in jax.tree.leaves_with_path(tree, is_leaf=padded.is_padded)]
+    leaves = [(placement.path_of(path), x) for path, x in jax.tree.leaves_with_path(tree, is_leaf=padded.is_padded)]
     paths = [path for path, _ in leaves]
     twice = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
     if twice:

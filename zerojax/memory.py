@@ -12,8 +12,8 @@ from zerojax import theory
 from zerojax.audit import Demand, itemsize
 from zerojax.hlo import liveness
 from zerojax.hlo.program import Program
-from zerojax.layout import Layout, computed
-from zerojax.specs import Leaf
+from zerojax.layout.placement import Layout, computed
+from zerojax.layout.rules import Leaf
 
 MARGIN = 0.1  # of the GPU's memory: CUDA's context, NCCL's buffers, fragmentation
 KINDS = {"params": "parameters", "opt_state": "optimizer state", "model_state": "model state"}

@@ -20,8 +20,9 @@ from flax.core import meta, unfreeze
 from flax.linen.spmd import logical_to_mesh
 from jax.sharding import PartitionSpec as P
 
-from zerojax import padded, trees
+from zerojax import trees
 from zerojax.errors import LossError
+from zerojax.layout import padded
 
 
 def named_axes(tree: Any) -> list[P]:

@@ -11,7 +11,7 @@ from zerojax import provenance
 from zerojax.audit import Demand, Finding, itemsize
 from zerojax.hlo.collectives import Collective
 from zerojax.hlo.program import Program
-from zerojax.layout import ELSEWHERE, Layout, computed
+from zerojax.layout.placement import ELSEWHERE, Layout, computed
 from zerojax.memory import Memory, kind_of
 from zerojax.tables import size
 

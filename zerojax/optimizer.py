@@ -13,8 +13,9 @@ import optax
 from jax.core import eval_jaxpr
 from jax.extend import core as jex
 
-from zerojax import padded, trees
+from zerojax import trees
 from zerojax.errors import PolicyError
+from zerojax.layout import padded
 
 Tree = Any
 _ASIDE = {"convert_element_type", "broadcast_in_dim", "reshape", "copy", "neg", "mul", "jit", "pjit", "reshard",

@@ -20,10 +20,10 @@ from zerojax.hlo import collectives as moves
 from zerojax.hlo import schedule
 from zerojax.hlo.collectives import Collective
 from zerojax.hlo.program import Program, parse
-from zerojax.layout import Layout
+from zerojax.layout.placement import Layout
+from zerojax.layout.topology import Topology
 from zerojax.memory import Memory
 from zerojax.tables import Sheet, seconds, size
-from zerojax.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)

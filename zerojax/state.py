@@ -16,10 +16,11 @@ from flax import nnx, struct
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from zerojax import layout, models, optimizer, padded, scale, scanned, specs, tables, trained, trees
+from zerojax import models, optimizer, scale, tables, trained, trees
 from zerojax.errors import ModelError
+from zerojax.layout import padded, placement, rules, scanned
+from zerojax.layout.rules import Leaf, Placement
 from zerojax.policy import Policy
-from zerojax.specs import Leaf, Placement
 
 WHOLE = 0.05  # of a state
 
@@ -88,7 +89,7 @@ def _cast(policy: Policy, leaves: Sequence[Leaf], params):
 def _padded(policy: Policy, leaves: Sequence[Leaf], params):
     """Parameters in the shapes that they are kept in."""
     flat, treedef = jax.tree.flatten(params)
-    return treedef.unflatten([padded.pad(x, layout.place(policy, leaf).kept) for leaf, x in zip(leaves, flat, strict=True)])
+    return treedef.unflatten([padded.pad(x, placement.place(policy, leaf).kept) for leaf, x in zip(leaves, flat, strict=True)])
 
 
 def _check_floating(leaves: Sequence[Leaf]):
@@ -145,8 +146,8 @@ def survey(policy: Policy, init_fn, args, trainable=None) -> tuple[Model, list]:
         model = init_fn(*args)
         found["kind"], params, state, bases = models.kind_of(model).split(model)
         found["treedefs"] = [jax.tree.structure(tree) for tree in (params, state)]
-        found["leaves"] = trained.marked(layout.describe(params, bases), trainable, model, jax.tree.leaves(params))
-        found["state"] = layout.describe(state, group="state")
+        found["leaves"] = trained.marked(placement.describe(params, bases), trainable, model, jax.tree.leaves(params))
+        found["state"] = placement.describe(state, group="state")
         return params, state
 
     scans = scanned.stacked(jax.make_jaxpr(traced)(*args))
@@ -156,9 +157,9 @@ def survey(policy: Policy, init_fn, args, trainable=None) -> tuple[Model, list]:
         raise ModelError(f"init_fn returned a model ({kind}) without a floating array: there is nothing to train. "
                          "Return the parameters, as model.init(key, x) or a module.")
     _check_floating(leaves)
-    specs.check_axes(leaves, policy.mesh.axis_names)
+    rules.check_axes(leaves, policy.mesh.axis_names)
     for what, patterns in {"rule": policy.rules, "Precision.keep": dict(policy.precision.keep)}.items():
-        specs.check_patterns(what, patterns, [leaf.path for leaf in leaves])
+        rules.check_patterns(what, patterns, [leaf.path for leaf in leaves])
     _check_static(found["kind"])
     return Model(found["kind"], _kept(policy, leaves), state), found["treedefs"]
 
@@ -205,15 +206,15 @@ def _rules(policy: Policy, state: TrainState) -> TrainState:
     """Where a policy would place each leaf of a state, as a state."""
     whole = Placement(P(), P(), "no parameter or optimizer state")
     of = lambda tree, places: padded.structure(tree).unflatten(places)
-    params = of(state.params, [layout.place(policy, leaf) for leaf in state.model.leaves])
-    opt = of(state.opt_state, layout.place_state(policy, state.model.leaves, state.opt_state))
-    kept = of(state.model_state, [layout.place(policy, leaf) for leaf in state.model.state])
+    params = of(state.params, [placement.place(policy, leaf) for leaf in state.model.leaves])
+    opt = of(state.opt_state, placement.place_state(policy, state.model.leaves, state.opt_state))
+    kept = of(state.model_state, [placement.place(policy, leaf) for leaf in state.model.state])
     return jax.tree.map(lambda _: whole, state).replace(params=params, opt_state=opt, model_state=kept)
 
 
 def placements(policy: Policy, state: TrainState) -> TrainState:
     """A `Placement` for each leaf of a state, as a state."""
-    fit = lambda rule, x: layout.fitting(policy, rule, x)
+    fit = lambda rule, x: placement.fitting(policy, rule, x)
     return jax.tree.map(fit, _rules(policy, state), state, is_leaf=lambda x: isinstance(x, Placement))
 
 
@@ -221,7 +222,7 @@ def moved(policy: Policy, state: TrainState) -> TrainState:
     """A state where `policy` wants it, padded as it wants it."""
 
     def move(rule, x):
-        put = lambda x: jax.device_put(x, specs.sharding(policy.mesh, rule.spec))
+        put = lambda x: jax.device_put(x, rules.sharding(policy.mesh, rule.spec))
         if (x.kept.shape if padded.is_padded(x) else None) == rule.kept:
             return padded.mapped(put, x)
         return padded.mapped(put, padded.pad(padded.logical(x), rule.kept))
@@ -232,7 +233,7 @@ def moved(policy: Policy, state: TrainState) -> TrainState:
 def warn_of_whole(policy: Policy, state: TrainState) -> None:
     """Warns where more than `WHOLE` of a state stays whole because its dimensions do not divide."""
     rows = report(policy, state).rows
-    whole = [row for row in rows if row.reason.startswith(specs.INDIVISIBLE)]
+    whole = [row for row in rows if row.reason.startswith(rules.INDIVISIBLE)]
     kept, total = sum(row.bytes for row in whole), sum(row.gathered_bytes for row in rows)
     if kept > WHOLE * total:
         first = max(whole, key=lambda row: row.bytes)
@@ -243,13 +244,13 @@ def warn_of_whole(policy: Policy, state: TrainState) -> None:
 
 def shardings(policy: Policy, state: TrainState) -> TrainState:
     """A `NamedSharding` for each leaf of a state, as a state."""
-    return jax.tree.map(lambda p: specs.sharding(policy.mesh, p.spec), placements(policy, state),
+    return jax.tree.map(lambda p: rules.sharding(policy.mesh, p.spec), placements(policy, state),
                         is_leaf=lambda x: isinstance(x, Placement))
 
 
 def lying(policy: Policy, state: TrainState) -> TrainState:
     """As `placements`, but where an array already lies somewhere, there."""
-    put = lambda rule, x: layout.placed(policy, rule, getattr(x, "sharding", None), x)
+    put = lambda rule, x: placement.placed(policy, rule, getattr(x, "sharding", None), x)
     return jax.tree.map(put, placements(policy, state), state, is_leaf=lambda x: isinstance(x, Placement))
 
 
@@ -266,10 +267,10 @@ def scaled(policy: Policy, state: TrainState) -> TrainState:
     return state if type(ours) is type(state.scale) else state.replace(scale=ours)
 
 
-def report(policy: Policy, state: TrainState) -> layout.Layout:
+def report(policy: Policy, state: TrainState) -> placement.Layout:
     """The `Layout` of a state."""
     places = jax.tree.leaves(lying(policy, state), is_leaf=lambda x: isinstance(x, Placement))
-    return layout.report(policy, state, places)
+    return placement.report(policy, state, places)
 
 
 def _first_key(args):

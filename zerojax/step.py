@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh
 
-from zerojax import agreement, data, donation, fingerprint, layout, loss, optimizer, plan, specs, transforms, trees
+from zerojax import agreement, data, donation, fingerprint, loss, optimizer, plan, transforms, trees
 from zerojax import state as states
 from zerojax.audit import Demand
 from zerojax.errors import ModelError, NonFiniteError, PolicyError
 from zerojax.gradients import Differentiator
+from zerojax.layout import placement, rules
 from zerojax.loss import Loss
 from zerojax.optimizer import Update
 from zerojax.plan import Plan
@@ -150,7 +151,7 @@ class TrainStep:
 
     def _check_optimizer(self, state):
         ours = jax.eval_shape(functools.partial(optimizer.init, self.tx), state.trained)
-        shapes = lambda tree: [(layout.path_of(p), x.shape) for p, x in jax.tree.leaves_with_path(tree)]
+        shapes = lambda tree: [(placement.path_of(p), x.shape) for p, x in jax.tree.leaves_with_path(tree)]
         if shapes(ours) != shapes(state.opt_state) or jax.tree.structure(ours) != jax.tree.structure(state.opt_state):
             odd = sorted(set(shapes(ours)) ^ set(shapes(state.opt_state)))[:3] or [optimizer.kinds(ours)]
             raise ModelError(f"train_step was given another optimizer than zero.init: their states differ at {odd}; "
@@ -182,8 +183,8 @@ def _clipped(grads, grad_norm, clip_norm: float | None):
 
 def _at_rest(policy, state, places):
     """Without it, XLA would give the parameters whatever sharding the update had."""
-    put = lambda p, x: jax.lax.with_sharding_constraint(x, specs.sharding(policy.mesh, p.spec))
-    return jax.tree.map(put, places, state, is_leaf=lambda x: isinstance(x, specs.Placement))
+    put = lambda p, x: jax.lax.with_sharding_constraint(x, rules.sharding(policy.mesh, p.spec))
+    return jax.tree.map(put, places, state, is_leaf=lambda x: isinstance(x, rules.Placement))
 
 
 def _check_state(state):

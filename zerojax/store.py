@@ -12,8 +12,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding
 
-from zerojax import agreement, digest, exchange, manifest, padded
+from zerojax import agreement, digest, exchange, manifest
 from zerojax.errors import CheckpointError, CorruptCheckpointError
+from zerojax.layout import padded
 from zerojax.manifest import Manifest
 
 _LARGEST_MANIFEST = 100 * 2**20  # bytes; safetensors allows its header as many

@@ -16,12 +16,13 @@ from jax.core import Tracer
 from jax.extend import core as jex
 from jax.sharding import PartitionSpec as P
 
-from zerojax import means, rewrite, specs, tables, trees
+from zerojax import means, rewrite, tables, trees
 from zerojax.errors import LossError, ModelError, PolicyError, ZeroError
 from zerojax.gather import SCOPE
+from zerojax.layout import rules
+from zerojax.layout.rules import Leaf
 from zerojax.loss import Loss, normalise
 from zerojax.policy import Policy
-from zerojax.specs import Leaf
 
 Tree = Any
 
@@ -158,7 +159,7 @@ def _obstacles(policy: Policy, objective: Objective, jaxpr, model_state, found) 
     floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(model_state)]
     written = any(w and f for w, f in zip(found["written"], floating, strict=True))
     of_state = "returns new model state" if written else "is of a model with floating state" if any(floating) else ""
-    fp8 = f"has state that its gradient overwrites ({specs.OVERWRITTEN})"
+    fp8 = f"has state that its gradient overwrites ({rules.OVERWRITTEN})"
     fp8 *= any(leaf.overwritten for leaf in (*objective.leaves, *objective.state))
     found = [objective.unsplit, fp8, of_state, _closed_over(objective, jaxpr), *_in_program(set(policy.batch_axes), jaxpr)]
     return tuple(dict.fromkeys(filter(None, found)))
@@ -195,7 +196,7 @@ def _in_program(axes: set[str], jaxpr) -> Iterator[str]:
     for eqn in jaxpr.eqns:
         name, p = eqn.primitive.name, eqn.params
         if name == "sharding_constraint":
-            pinned = sorted(axes & set(specs.axes_of(getattr(p["sharding"], "spec", P()))))
+            pinned = sorted(axes & set(rules.axes_of(getattr(p["sharding"], "spec", P()))))
             ours = SCOPE in str(eqn.source_info.name_stack).split("/")
             why = _GATHERS if ours else f"constrains activations over {pinned}"
             yield from [why] * bool(pinned)

@@ -14,9 +14,9 @@ from typing import Any
 
 from flax import nnx
 
-from zerojax import specs
 from zerojax.errors import LayoutError, PolicyError
-from zerojax.specs import Leaf
+from zerojax.layout import rules
+from zerojax.layout.rules import Leaf
 
 
 def flags(trainable: Any, model: Any, paths: Sequence[str], params: Sequence[Any]) -> list[bool]:
@@ -31,7 +31,7 @@ def flags(trainable: Any, model: Any, paths: Sequence[str], params: Sequence[Any
     if trainable is None:
         return [True] * len(paths)
     if isinstance(trainable, str):
-        chosen = [specs.find_rule(path, [trainable]) is not None for path in paths]
+        chosen = [rules.find_rule(path, [trainable]) is not None for path in paths]
     elif callable(trainable) and not isinstance(trainable, type) and not type(trainable).__module__.startswith("flax."):
         chosen = [bool(trainable(path, x)) for path, x in zip(paths, params, strict=True)]
     else:
@@ -39,7 +39,7 @@ def flags(trainable: Any, model: Any, paths: Sequence[str], params: Sequence[Any
         chosen = [path in kept for path in paths]
     if not any(chosen):
         if isinstance(trainable, str):
-            specs.check_patterns("trainable", [trainable], paths)
+            rules.check_patterns("trainable", [trainable], paths)
         raise LayoutError(f"trainable={trainable!r} chooses none of {len(paths)} parameters, as {', '.join(paths[:3])}: there is "
                           "nothing to train.")
     return chosen

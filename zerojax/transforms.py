@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zerojax import data, frame, gradients, layout, models, padded, rewrite, study, trained, trees
+from zerojax import data, frame, gradients, models, rewrite, study, trained, trees
 from zerojax.errors import BatchError, LossError, PolicyError
 from zerojax.gather import Gather
 from zerojax.gradients import Differentiator
+from zerojax.layout import padded, placement
+from zerojax.layout.rules import Leaf, Placement
 from zerojax.policy import Policy
 from zerojax.scale import NoScale
-from zerojax.specs import Leaf, Placement
 from zerojax.state import TrainState
 from zerojax.study import Objective
 
@@ -53,8 +54,8 @@ class Parts:
                                   "zero.init(..., trainable=...), so that its optimizer state is of the same parameters.")
         else:
             kind, params, model_state, specs = (models.Nnx if isinstance(model, nnx.Module) else models.Tree).split(model)
-            leaves = trained.marked(layout.describe(params, specs), trainable, model, jax.tree.leaves(params))
-            state = layout.describe(model_state, group="state")
+            leaves = trained.marked(placement.describe(params, specs), trainable, model, jax.tree.leaves(params))
+            state = placement.describe(model_state, group="state")
         places = frame.places(policy, leaves, padded.leaves(params))
         state_places = frame.places(policy, state, jax.tree.leaves(model_state))
         return cls(model, kind, params, model_state, leaves, places, state, state_places)

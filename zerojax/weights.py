@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zerojax import manifest, padded, store
+from zerojax import manifest, store
 from zerojax.errors import CheckpointError, CorruptCheckpointError, MissingExtraError
+from zerojax.layout import padded
 from zerojax.manifest import Entry, Manifest
 from zerojax.target import MODEL, Target
 

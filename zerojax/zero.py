@@ -10,16 +10,17 @@ from flax import nnx
 from flax.core import meta
 from jax.sharding import AbstractMesh, NamedSharding
 
-from zerojax import agreement, data, donation, fingerprint, layout, models, optimizer, padded, plan, scanned, specs, transforms
+from zerojax import agreement, data, donation, fingerprint, models, optimizer, plan, transforms
 from zerojax import state as states
 from zerojax.audit import Demand
 from zerojax.errors import ModelError, PolicyError
 from zerojax.jitted import Jitted
-from zerojax.layout import Layout
+from zerojax.layout import padded, placement, rules, scanned
+from zerojax.layout.placement import Layout
+from zerojax.layout.rules import Leaf, Placement
 from zerojax.plan import Plan
 from zerojax.policy import Policy
 from zerojax.scale import LossScale
-from zerojax.specs import Leaf, Placement
 from zerojax.state import TrainState
 from zerojax.step import EvalStep, TrainStep
 
@@ -27,7 +28,7 @@ from zerojax.step import EvalStep, TrainStep
 def _nnx_names(state) -> dict[int, str]:
     """The paths of an NNX state's parameters, by their place among its leaves."""
     flat = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return {i: layout.path_of(path) for i, (path, x) in enumerate(flat) if isinstance(x, nnx.Param)}
+    return {i: placement.path_of(path) for i, (path, x) in enumerate(flat) if isinstance(x, nnx.Param)}
 
 
 def _shapes(state):
@@ -137,21 +138,21 @@ class Zero(Policy):
         abstract = jax.eval_shape(make)
         params, places = self._ruled(abstract, scanned.stacked(jax.make_jaxpr(make)()))
         paths = [leaf.path for leaf in params.values()]
-        specs.check_patterns("rule", self.rules, paths)
-        specs.check_patterns("Precision.keep", dict(self.precision.keep), paths)
-        specs.check_axes(list(params.values()), self.mesh.axis_names)
-        return jax.tree.structure(abstract).unflatten([specs.sharding(self.mesh, p.spec) for p in places])
+        rules.check_patterns("rule", self.rules, paths)
+        rules.check_patterns("Precision.keep", dict(self.precision.keep), paths)
+        rules.check_axes(list(params.values()), self.mesh.axis_names)
+        return jax.tree.structure(abstract).unflatten([rules.sharding(self.mesh, p.spec) for p in places])
 
     def _ruled(self, state, scanned=None) -> tuple[dict[int, Leaf], list[Placement]]:
         """The parameters of an abstract state of the user's own, by their place among its leaves; and where the policy wants
         each leaf."""
         bases = models.named_axes(state)
         state = meta.unbox(state)  # of `nn.with_partitioning`'s boxes: their names are read, their arrays are the leaves
-        leaves = layout.describe(state, bases, scanned)
-        names = {i: name for i, leaf in enumerate(leaves) if (name := layout.param_name(leaf.path))} or _nnx_names(state)
+        leaves = placement.describe(state, bases, scanned)
+        names = {i: name for i, leaf in enumerate(leaves) if (name := placement.param_name(leaf.path))} or _nnx_names(state)
         params = {i: dataclasses.replace(leaves[i], path=name) for i, name in names.items()}
-        ruled = layout.place_state(self, list(params.values()), state)
-        return params, [layout.fitting(self, rule, x) for rule, x in zip(ruled, jax.tree.leaves(state), strict=True)]
+        ruled = placement.place_state(self, list(params.values()), state)
+        return params, [placement.fitting(self, rule, x) for rule, x in zip(ruled, jax.tree.leaves(state), strict=True)]
 
     def gathered(self, fn: Callable, argnums: int | Sequence[int] = 0) -> Callable:
         """`fn`, with the parameters in those arguments gathered where it reads them, as the stage says.
@@ -282,18 +283,18 @@ class Zero(Policy):
             raise PolicyError("move to GPUs that are not there; take a mesh of devices: zj.make_mesh().")
         if isinstance(state, TrainState):
             return states.moved(other, states.scaled(other, state))
-        shardings = [specs.sharding(other.mesh, p.spec) for p in other._ruled(_shapes(state))[1]]
+        shardings = [rules.sharding(other.mesh, p.spec) for p in other._ruled(_shapes(state))[1]]
         return jax.device_put(state, jax.tree.structure(state).unflatten(shardings))
 
     def layout(self, state: Any) -> Layout:
         """Who holds what: prints as a table of leaves with shape, spec, bytes per device, and why one is whole."""
-        return layout.report(self, state, self._places(state))
+        return placement.report(self, state, self._places(state))
 
     def _places(self, state) -> list[Placement]:
         if isinstance(state, TrainState):
             return jax.tree.leaves(states.lying(self, state), is_leaf=lambda x: isinstance(x, Placement))
         _, ruled = self._ruled(_shapes(state))
-        return [layout.placed(self, rule, getattr(x, "sharding", None), x)
+        return [placement.placed(self, rule, getattr(x, "sharding", None), x)
                 for rule, x in zip(ruled, jax.tree.leaves(state), strict=True)]
 
     def plan(self, fn: Callable, state: Any, *args: Any, accumulate: int = 1, compiler_options: dict | None = None,

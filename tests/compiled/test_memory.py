@@ -8,9 +8,9 @@ import reference
 from harness import Spec, program
 
 import zerojax as zj
-from zerojax import topology
 from zerojax.hlo import collectives
 from zerojax.hlo.program import parse, shapes
+from zerojax.layout import topology
 
 
 def _lowered(model, way, rows=8, seq=None):

@@ -7,8 +7,9 @@ import pytest
 from harness import BY_PARTS, LARGE, Program, Spec, expected, program
 from jax.sharding import PartitionSpec as P
 
-from zerojax import audit, layout, specs, theory
-from zerojax.specs import Placement
+from zerojax import audit, theory
+from zerojax.layout import placement, rules
+from zerojax.layout.rules import Placement
 
 HLO_NAME = {"bfloat16": "bf16", "float32": "f32"}
 
@@ -58,9 +59,9 @@ def test_bytes_on_the_wire_are_zeros(compiled):
 
 
 def test_the_plans_check_explains_everything(compiled):
-    leaves = layout.describe(compiled.params)
+    leaves = placement.describe(compiled.params)
     zero = compiled.zero
-    places = [Placement(specs.full(x.sharding.spec, x.ndim), P(*[None] * x.ndim)) for x in jax.tree.leaves(compiled.params)]
+    places = [Placement(rules.full(x.sharding.spec, x.ndim), P(*[None] * x.ndim)) for x in jax.tree.leaves(compiled.params)]
     demand = audit.Demand(zero, leaves, tuple(places), compiled.spec.accumulate, compiled.spec.way in BY_PARTS)
     assert audit.collectives_of(demand, compiled.collectives) == []
 

@@ -14,10 +14,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import padded, specs, tables
+from zerojax import tables
 from zerojax.errors import LayoutError
+from zerojax.layout import padded, rules
+from zerojax.layout.rules import Leaf, Placement
 from zerojax.policy import Policy
-from zerojax.specs import Leaf, Placement
 
 Tree = Any
 ELSEWHERE = "it was made so, against the policy"
@@ -46,7 +47,7 @@ def describe(tree: Tree, bases: Sequence[P] | None = None, scanned: Sequence[int
     flat = jax.tree.leaves_with_path(tree, is_leaf=padded.is_padded)
     bases = bases or [P()] * len(flat)
     scanned = scanned or [None] * len(flat)
-    return tuple(Leaf(path_of(p), x.shape, str(x.dtype), specs.full(b, len(x.shape)), s, group)
+    return tuple(Leaf(path_of(p), x.shape, str(x.dtype), rules.full(b, len(x.shape)), s, group)
                  for (p, x), b, s in zip(flat, bases, scanned, strict=True))
 
 
@@ -58,10 +59,10 @@ def computed(policy: Policy, leaf: Leaf) -> str:
 def place(policy: Policy, leaf: Leaf) -> Placement:
     """Where a leaf of a model lies at rest under a policy, and once gathered. Rules are about parameters; axes of the model that
     the mesh lacks do not count."""
-    rule = None if leaf.group == "state" else specs.find_rule(leaf.path, policy.rules)
+    rule = None if leaf.group == "state" else rules.find_rule(leaf.path, policy.rules)
     if rule is None:
         return place_other(policy, leaf, policy.uneven == "pad" and leaf.group != "state")
-    placed = specs.by_rule(leaf, rule, policy.rules[rule], policy.axes, policy.mesh.shape, policy.replica_axis,
+    placed = rules.by_rule(leaf, rule, policy.rules[rule], policy.axes, policy.mesh.shape, policy.replica_axis,
                            policy.uneven == "pad" and policy.stage > 0)
     return placed if policy.stage else _whole(placed)
 
@@ -70,8 +71,8 @@ def place_other(policy: Policy, leaf: Leaf, pad: bool = False) -> Placement:
     """Where a leaf lies that no rule is about. Random keys are whole."""
     if leaf.dtype.startswith("key"):
         return Placement(leaf.base, leaf.base, "a random key")
-    known = specs.keep(leaf.base, lambda axis: axis in policy.mesh.axis_names)
-    placed = specs.shard(dataclasses.replace(leaf, base=known), policy.axes, policy.shards, policy.min_shard, pad)
+    known = rules.keep(leaf.base, lambda axis: axis in policy.mesh.axis_names)
+    placed = rules.shard(dataclasses.replace(leaf, base=known), policy.axes, policy.shards, policy.min_shard, pad)
     return placed if policy.stage else _whole(placed)
 
 
@@ -117,7 +118,7 @@ def fitting(policy: Policy, ruled: Placement, x: Any) -> Placement:
     if kept:
         raise LayoutError(f"an array of shape {x.shape} is kept as {kept}, for another number of devices than the "
                           f"{policy.shards} that share a state here; write zero.move(state, other).")
-    return Placement(ruled.whole, ruled.whole, f"{specs.INDIVISIBLE} of {x.shape} divides by {policy.shards}, and it is not padded")
+    return Placement(ruled.whole, ruled.whole, f"{rules.INDIVISIBLE} of {x.shape} divides by {policy.shards}, and it is not padded")
 
 
 def placed(policy: Policy, ruled: Placement, sharding: Any, x: Any) -> Placement:
@@ -125,8 +126,8 @@ def placed(policy: Policy, ruled: Placement, sharding: Any, x: Any) -> Placement
     ruled = fitting(policy, ruled, x)
     if not isinstance(sharding, NamedSharding):
         return ruled
-    spec = specs.full(sharding.spec, len(x.shape))
-    return Placement(spec, specs.keep(spec, lambda axis: axis not in policy.axes), ruled.reason or ELSEWHERE, ruled.kept)
+    spec = rules.full(sharding.spec, len(x.shape))
+    return Placement(spec, rules.keep(spec, lambda axis: axis not in policy.axes), ruled.reason or ELSEWHERE, ruled.kept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,4 +211,4 @@ def report(policy: Policy, tree: Tree, placements: Sequence[Placement]) -> Layou
 
 def _bytes(policy: Policy, leaf: Leaf, place: Placement, spec: P) -> int:
     itemsize = 8 if leaf.dtype.startswith("key") else np.dtype(leaf.dtype).itemsize
-    return itemsize * math.prod(place.kept or leaf.shape) // math.prod(policy.mesh.shape[a] for a in specs.axes_of(spec))
+    return itemsize * math.prod(place.kept or leaf.shape) // math.prod(policy.mesh.shape[a] for a in rules.axes_of(spec))

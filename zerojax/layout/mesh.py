@@ -5,7 +5,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from zerojax.errors import PolicyError
-from zerojax.topology import Topology, check_installed
+from zerojax.layout.topology import Topology, check_installed
 
 
 def make_mesh(*, replica: int = 1, devices=None, topology: str | Topology | None = None) -> Mesh | AbstractMesh:
