@@ -88,7 +88,7 @@ def start():
     import jax
 
     import zerojax as zj
-    from zerojax import agreement, exchange
+    from zerojax.processes import agreement, exchange
 
     began = time.perf_counter()
     zj.initialize()

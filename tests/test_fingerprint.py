@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zerojax import fingerprint
+from zerojax.processes import fingerprint
 
 
 def of_program(fn, *args):

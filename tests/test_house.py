@@ -36,7 +36,7 @@ def test_no_file_is_two_concepts(path):
 
 
 JAX_FREE = ["zerojax", "zerojax.cli", "zerojax.hlo.liveness", "zerojax.hlo.schedule", "zerojax.theory",
-            "zerojax.launch", "zerojax.cluster", "zerojax.rendezvous"]
+            "zerojax.processes.launch", "zerojax.processes.launchers", "zerojax.processes.rendezvous"]
 
 
 @pytest.mark.parametrize("name", JAX_FREE)

@@ -9,7 +9,7 @@ import time
 import pytest
 
 import zerojax as zj
-from zerojax import launch
+from zerojax.processes import launch
 
 
 def run(tmp_path, script, *options, env=None, limit=60):

@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from zerojax.advice import advise as advise
     from zerojax.checkpoint import Checkpointer as Checkpointer
     from zerojax.checkpoint import Restored as Restored
-    from zerojax.distributed import initialize as initialize
     from zerojax.errors import BatchError as BatchError
     from zerojax.errors import CheckpointError as CheckpointError
     from zerojax.errors import ClusterError as ClusterError
@@ -34,7 +33,8 @@ if TYPE_CHECKING:
     from zerojax.loss import Loss as Loss
     from zerojax.plan import Plan as Plan
     from zerojax.policy import Precision as Precision
-    from zerojax.preemption import Preemption as Preemption
+    from zerojax.processes.joining import initialize as initialize
+    from zerojax.processes.preemption import Preemption as Preemption
     from zerojax.recipe import Recipe as Recipe
     from zerojax.scale import LossScale as LossScale
     from zerojax.source import Indexed as Indexed
@@ -50,7 +50,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "advice": ["advise"],
     "checkpoint": ["Checkpointer", "Restored"],
-    "distributed": ["initialize"],
+    "processes.joining": ["initialize"],
     "errors": ["BatchError", "CheckpointError", "ClusterError", "CompileError", "CorruptCheckpointError", "LayoutError",
                "LossError", "MissingExtraError", "ModelError",
                "NonFiniteError", "PlanError", "PolicyError", "RecipeError", "StateError", "ZeroError"],
@@ -60,7 +60,7 @@ _WHERE = {
     "layout.padded": ["Padded", "logical"],
     "plan": ["Plan"],
     "policy": ["Precision"],
-    "preemption": ["Preemption"],
+    "processes.preemption": ["Preemption"],
     "recipe": ["Recipe"],
     "scale": ["LossScale"],
     "source": ["Indexed", "feed"],

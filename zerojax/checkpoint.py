@@ -17,11 +17,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding
 
-from zerojax import agreement, digest, donation, exchange, manifest, store
+from zerojax import digest, donation, manifest, store
 from zerojax.errors import CheckpointError, CorruptCheckpointError
 from zerojax.layout import padded
 from zerojax.manifest import Manifest
 from zerojax.policy import Policy
+from zerojax.processes import agreement, exchange
 from zerojax.target import MODEL, Target
 
 _KINDS = (CorruptCheckpointError, CheckpointError)

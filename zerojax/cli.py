@@ -199,7 +199,7 @@ def run_theory(args) -> int:
 
 
 def run_launch(args) -> int:
-    from zerojax import launch
+    from zerojax.processes import launch
 
     command = [sys.executable, *["-m"] * args.module, args.script, *args.arguments]
     return launch.launch(launch.Launch(command, args.processes, args.devices, args.restarts))

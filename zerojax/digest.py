@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import exchange
 from zerojax.layout import padded, rules
+from zerojax.processes import exchange
 
 _GOLDEN = np.uint32(0x9E3779B9)
 _CHUNKS = 1024  # of a row or so: they stay in the nearest cache

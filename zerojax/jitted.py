@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import agreement, data, donation, fingerprint, frame, rewrite
+from zerojax import data, donation, frame, rewrite
 from zerojax.layout import placement, rules
 from zerojax.plan import Plan
+from zerojax.processes import agreement, fingerprint
 
 
 class Jitted:

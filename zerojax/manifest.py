@@ -13,8 +13,8 @@ import numpy as np
 
 from zerojax import optimizer
 from zerojax.errors import CheckpointError
-from zerojax.fingerprint import versions
 from zerojax.layout import padded, placement
+from zerojax.processes.fingerprint import versions
 from zerojax.tables import Sheet, size
 
 FORMAT = 2

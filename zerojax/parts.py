@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from zerojax import data, fingerprint
+from zerojax import data
 from zerojax.errors import BatchError
 from zerojax.policy import Policy, has_64_bits
+from zerojax.processes import fingerprint
 
 _NOTHING = object()
 

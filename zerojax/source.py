@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from zerojax import agreement, data, exchange
+from zerojax import data
 from zerojax.errors import BatchError, ClusterError
 from zerojax.parts import Part, Parts, Status
 from zerojax.policy import Policy
+from zerojax.processes import agreement, exchange
 from zerojax.reader import Reader
 
 

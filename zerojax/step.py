@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh
 
-from zerojax import agreement, data, donation, fingerprint, loss, optimizer, plan, transforms, trees
+from zerojax import data, donation, loss, optimizer, plan, transforms, trees
 from zerojax import state as states
 from zerojax.audit import Demand
 from zerojax.errors import ModelError, NonFiniteError, PolicyError
@@ -23,6 +23,7 @@ from zerojax.loss import Loss
 from zerojax.optimizer import Update
 from zerojax.plan import Plan
 from zerojax.policy import Policy
+from zerojax.processes import agreement, fingerprint
 from zerojax.state import TrainState
 from zerojax.transforms import Call
 

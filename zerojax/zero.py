@@ -10,7 +10,7 @@ from flax import nnx
 from flax.core import meta
 from jax.sharding import AbstractMesh, NamedSharding
 
-from zerojax import agreement, data, donation, fingerprint, models, optimizer, plan, transforms
+from zerojax import data, donation, models, optimizer, plan, transforms
 from zerojax import state as states
 from zerojax.audit import Demand
 from zerojax.errors import ModelError, PolicyError
@@ -20,6 +20,7 @@ from zerojax.layout.placement import Layout
 from zerojax.layout.rules import Leaf, Placement
 from zerojax.plan import Plan
 from zerojax.policy import Policy
+from zerojax.processes import agreement, fingerprint
 from zerojax.scale import LossScale
 from zerojax.state import TrainState
 from zerojax.step import EvalStep, TrainStep

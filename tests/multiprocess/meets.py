@@ -10,7 +10,7 @@ import time
 import jax
 
 import zerojax as zj
-from zerojax import fingerprint
+from zerojax.processes import fingerprint
 
 if __name__ == "__main__":
     keywords = json.loads(sys.argv[1])

@@ -11,7 +11,7 @@ import pytest
 from processes import HERE, Job, Process, environment, free_port
 
 import zerojax as zj
-from zerojax import cluster, rendezvous
+from zerojax.processes import launchers, rendezvous
 
 
 def alone(tmp_path, name="one", **keywords):
@@ -169,7 +169,7 @@ def test_what_differs_is_named_on_every_process_before_it_is_compiled(tmp_path):
 
 
 def test_what_started_the_process():
-    found = lambda **env: str(cluster.detected(env))
+    found = lambda **env: str(launchers.detected(env))
     both = {"MASTER_ADDR": "a", "MASTER_PORT": "5", "WORLD_SIZE": "4", "RANK": "3"}
     assert found(**both) == "process 3 of 4, coordinator a:5 (by torchrun's variables)"
     several = both | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -177,7 +177,7 @@ def test_what_started_the_process():
     jax_first = several | {"JAX_COORDINATOR_ADDRESS": "b:7", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
     assert found(**jax_first) == "process 0 of 2, coordinator b:7 (by JAX_COORDINATOR_ADDRESS)"
     assert found(SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2\n", SKYPILOT_NODE_RANK="1") == (
-        f"process 1 of 2, coordinator 10.0.0.1:{cluster.PORT} (by SkyPilot's variables)")
+        f"process 1 of 2, coordinator 10.0.0.1:{launchers.PORT} (by SkyPilot's variables)")
     slurm = {"SLURM_JOB_ID": "4097", "SLURM_STEP_NODELIST": "gpu[07-09]", "SLURM_NTASKS": "24", "SLURM_PROCID": "13",
              "SLURM_LOCALID": "5", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "8(x3)"}
     assert found(**slurm) == "process 13 of 24, coordinator gpu07:61441, devices [5] of this host (by SLURM's variables)"
@@ -190,16 +190,16 @@ def test_what_started_the_process():
     assert found(OMPI_MCA_orte_hnp_uri="x", OMPI_COMM_WORLD_SIZE="2") == "what jax detects itself (Open MPI)"
     assert found(KUBERNETES_SERVICE_HOST="x", JOB_COMPLETION_INDEX="0").startswith("what jax detects itself (Kubernetes")
     alone = ({}, {"SLURM_JOB_ID": "1"}, {"KUBERNETES_SERVICE_HOST": "x"}, both | {"WORLD_SIZE": "1", "RANK": "0"})
-    assert [cluster.detected(env) for env in alone] == [None] * 4
+    assert [launchers.detected(env) for env in alone] == [None] * 4
 
 
 @pytest.mark.parametrize("say, words", [
     (lambda: zj.initialize("a:1", 2), "process missing; give all three"),
     (lambda: zj.initialize("a", 2, 0), "address 'a' (by arguments) is not host:port"),
     (lambda: zj.initialize("a:1", 2, 2), "process 2 of 2"),
-    (lambda: cluster.detected({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}), "Open MPI 5, which does not say where"),
-    (lambda: cluster.detected({"JAX_COORDINATOR_ADDRESS": "a:1"}), "$JAX_NUM_PROCESSES and $JAX_PROCESS_ID missing"),
-    (lambda: cluster.detected({"MASTER_ADDR": "a", "WORLD_SIZE": "two", "RANK": "0"}), "$WORLD_SIZE is 'two'"),
+    (lambda: launchers.detected({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}), "Open MPI 5, which does not say where"),
+    (lambda: launchers.detected({"JAX_COORDINATOR_ADDRESS": "a:1"}), "$JAX_NUM_PROCESSES and $JAX_PROCESS_ID missing"),
+    (lambda: launchers.detected({"MASTER_ADDR": "a", "WORLD_SIZE": "two", "RANK": "0"}), "$WORLD_SIZE is 'two'"),
 ], ids=["some", "address", "number", "open mpi 5", "address alone", "text"])
 def test_what_can_not_be(say, words):
     with pytest.raises(zj.ClusterError) as caught:

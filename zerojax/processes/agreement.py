@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from zerojax import exchange, fingerprint
 from zerojax.errors import ClusterError
 from zerojax.policy import Policy
+from zerojax.processes import exchange, fingerprint
 
 T = TypeVar("T")
 _MOST, _LONG = 10, 100  # fields in an error, characters of a value

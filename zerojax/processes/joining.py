@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 
-from zerojax import agreement, cluster, fingerprint, rendezvous
-from zerojax.cluster import Job
 from zerojax.errors import ClusterError
+from zerojax.processes import agreement, fingerprint, launchers, rendezvous
+from zerojax.processes.launchers import Job
 
 _REACH = 5.0  # seconds: an address that a person wrote may be wrong
 _GRACE = 3.0  # seconds for what still runs, as the writing of a checkpoint, after an exception that nobody caught
@@ -57,7 +57,7 @@ def initialize(address: str | None = None, processes: int | None = None, process
     asked = {name: value for name, value in locals().items() if value != _DEFAULTS[name]}
     if _joined:
         return _again(asked)
-    job = cluster.given(address, processes, process) or cluster.detected()
+    job = launchers.given(address, processes, process) or launchers.detected()
     if job is None or job.processes == 1:
         return None
     _check_early()

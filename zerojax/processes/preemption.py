@@ -10,8 +10,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
-from zerojax import exchange
 from zerojax.errors import CheckpointError, ClusterError
+from zerojax.processes import exchange
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
