@@ -17,10 +17,10 @@ from jax.sharding import PartitionSpec as P
 from machine import table
 
 import zerojax as zj
-from zerojax import theory
 from zerojax.hlo import collectives
 from zerojax.hlo.program import parse
 from zerojax.layout import topology
+from zerojax.plan import theory
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests" / "compiled"))
 import models

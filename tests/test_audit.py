@@ -7,10 +7,10 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import zerojax as zj
-from zerojax import audit, provenance
 from zerojax.hlo.collectives import Collective
 from zerojax.hlo.program import Frame, Shape
 from zerojax.layout.rules import Leaf, Placement
+from zerojax.plan import audit, provenance
 
 MESH = AbstractMesh((2, 4, 2), ("replica", "data", "model"), (AxisType.Auto,) * 3)
 DATA = tuple(tuple(r * 8 + d * 2 + m for d in range(4)) for r in range(2) for m in range(2))

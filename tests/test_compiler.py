@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import zerojax as zj
-from zerojax import compiler
 from zerojax.layout import topology
+from zerojax.plan import compiler
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import pytest
 
-from zerojax import provenance
 from zerojax.hlo import collectives
 from zerojax.hlo.program import Frame, Shape, parse
+from zerojax.plan import provenance
 
 MESH = {"replica": 2, "data": 4}
 OVER_DATA = ((0, 1, 2, 3), (4, 5, 6, 7))
@@ -102,7 +102,8 @@ ENTRY %main""").replace("condition=%cond, body=%body, backend_config={\"known_tr
 
 
 def test_zerojaxs_own_files_are_where_findings_look_for_them():
-    from zerojax import compiler, gather
+    from zerojax import gather
+    from zerojax.plan import compiler
 
     assert provenance.PAIR.samefile(gather.__file__) and provenance.ENTRY.samefile(compiler.__file__)
     assert not provenance.is_users(Frame(__file__.replace("tests", "zerojax"), 1, "f"))

@@ -35,7 +35,7 @@ def test_no_file_is_two_concepts(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
-JAX_FREE = ["zerojax", "zerojax.cli", "zerojax.hlo.liveness", "zerojax.hlo.schedule", "zerojax.theory",
+JAX_FREE = ["zerojax", "zerojax.cli", "zerojax.hlo.liveness", "zerojax.hlo.schedule", "zerojax.plan.theory",
             "zerojax.processes.launch", "zerojax.processes.launchers", "zerojax.processes.rendezvous"]
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from zerojax.layout.topology import Gpu as Gpu
     from zerojax.layout.topology import Topology as Topology
     from zerojax.loss import Loss as Loss
-    from zerojax.plan import Plan as Plan
+    from zerojax.plan.plan import Plan as Plan
     from zerojax.policy import Precision as Precision
     from zerojax.processes.joining import initialize as initialize
     from zerojax.processes.preemption import Preemption as Preemption
@@ -58,7 +58,7 @@ _WHERE = {
     "loss": ["Loss"],
     "layout.mesh": ["make_mesh"],
     "layout.padded": ["Padded", "logical"],
-    "plan": ["Plan"],
+    "plan.plan": ["Plan"],
     "policy": ["Precision"],
     "processes.preemption": ["Preemption"],
     "recipe": ["Recipe"],

@@ -8,7 +8,7 @@ import jax
 from zerojax.errors import PolicyError, RecipeError, ZeroError
 from zerojax.layout.mesh import make_mesh
 from zerojax.layout.topology import Topology
-from zerojax.plan import Plan
+from zerojax.plan.plan import Plan
 from zerojax.policy import Precision
 from zerojax.recipe import Recipe
 from zerojax.tables import Sheet, seconds, size

@@ -19,7 +19,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from zerojax import theory
+from zerojax.plan import theory
 from zerojax.tables import Sheet
 
 GB = 1e9

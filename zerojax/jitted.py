@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from zerojax import data, donation, frame, rewrite
 from zerojax.layout import placement, rules
-from zerojax.plan import Plan
+from zerojax.plan.plan import Plan
 from zerojax.processes import agreement, fingerprint
 
 

@@ -13,15 +13,16 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh
 
-from zerojax import data, donation, loss, optimizer, plan, transforms, trees
+from zerojax import data, donation, loss, optimizer, transforms, trees
 from zerojax import state as states
-from zerojax.audit import Demand
 from zerojax.errors import ModelError, NonFiniteError, PolicyError
 from zerojax.gradients import Differentiator
 from zerojax.layout import placement, rules
 from zerojax.loss import Loss
 from zerojax.optimizer import Update
-from zerojax.plan import Plan
+from zerojax.plan import plan
+from zerojax.plan.audit import Demand
+from zerojax.plan.plan import Plan
 from zerojax.policy import Policy
 from zerojax.processes import agreement, fingerprint
 from zerojax.state import TrainState

@@ -11,7 +11,7 @@ import numpy as np
 
 from zerojax.errors import MissingExtraError, PolicyError
 from zerojax.hlo import collectives as moves
-from zerojax.plan import Plan
+from zerojax.plan.plan import Plan
 
 COLORS = {"parameters": "#3b6fb6", "optimizer state": "#7fa8d9", "model state": "#b5cbe6", "batch": "#c9c9c9",
           "other arguments and results": "#8f8f8f", "gathered parameters": "#e07b39", "gradients": "#d9b23d",

@@ -10,15 +10,16 @@ from flax import nnx
 from flax.core import meta
 from jax.sharding import AbstractMesh, NamedSharding
 
-from zerojax import data, donation, models, optimizer, plan, transforms
+from zerojax import data, donation, models, optimizer, transforms
 from zerojax import state as states
-from zerojax.audit import Demand
 from zerojax.errors import ModelError, PolicyError
 from zerojax.jitted import Jitted
 from zerojax.layout import padded, placement, rules, scanned
 from zerojax.layout.placement import Layout
 from zerojax.layout.rules import Leaf, Placement
-from zerojax.plan import Plan
+from zerojax.plan import plan
+from zerojax.plan.audit import Demand
+from zerojax.plan.plan import Plan
 from zerojax.policy import Policy
 from zerojax.processes import agreement, fingerprint
 from zerojax.scale import LossScale

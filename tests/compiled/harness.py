@@ -10,11 +10,11 @@ import models
 import optax
 
 import zerojax as zj
-from zerojax import theory
 from zerojax.hlo import collectives
 from zerojax.hlo.program import Shape, parse
 from zerojax.layout import topology
 from zerojax.layout.placement import path_of
+from zerojax.plan import theory
 
 LARGE = 64 * 1024  # bytes; smaller collectives are those of scalars, and of leaves left whole
 WAYS = {"global": "global", "per_device": "per_device", "own": None, "own_sum": None}

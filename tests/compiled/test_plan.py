@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import zerojax as zj
-from zerojax import compiler, theory
+from zerojax.plan import compiler, theory
 
 TX = optax.adam(1e-3)
 BF16 = zj.Precision(compute="bfloat16")

@@ -7,9 +7,9 @@ import pytest
 from harness import BY_PARTS, LARGE, Program, Spec, expected, program
 from jax.sharding import PartitionSpec as P
 
-from zerojax import audit, theory
 from zerojax.layout import placement, rules
 from zerojax.layout.rules import Placement
+from zerojax.plan import audit, theory
 
 HLO_NAME = {"bfloat16": "bf16", "float32": "f32"}
 

@@ -13,8 +13,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from zerojax import audit, compiler, memory, notes, provenance, tables
-from zerojax.audit import Demand, Finding
+from zerojax import tables
 from zerojax.errors import PlanError
 from zerojax.hlo import collectives as moves
 from zerojax.hlo import schedule
@@ -22,7 +21,9 @@ from zerojax.hlo.collectives import Collective
 from zerojax.hlo.program import Program, parse
 from zerojax.layout.placement import Layout
 from zerojax.layout.topology import Topology
-from zerojax.memory import Memory
+from zerojax.plan import audit, compiler, hints, memory, provenance
+from zerojax.plan.audit import Demand, Finding
+from zerojax.plan.memory import Memory
 from zerojax.tables import Sheet, seconds, size
 
 
@@ -239,7 +240,7 @@ def read(demand: Demand, layout: Layout, batch_bytes: float, compiled: compiler.
     account = memory.account(demand, layout, batch_bytes, compiled.memory, program, topology and topology.gpu.memory)
     speed = topology and speed_of(topology)
     runs = schedule.simulate(program, speed, found) if speed else {}
-    findings = [*_judged(demand, found), *notes.of(demand, layout, compiled.memory, account, program, found)]
+    findings = [*_judged(demand, found), *hints.of(demand, layout, compiled.memory, account, program, found)]
     return Plan(title(demand, topology), account, traffic(demand, found, speed, runs), demand.total,
                 compute(program, topology, runs) if topology else None, tuple(findings), layout, topology, compiled.text,
                 compiled.memory, compiled.seconds, compiled.cached)

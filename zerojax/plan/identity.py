@@ -10,8 +10,8 @@ import pathlib
 import re
 from collections.abc import Mapping
 
-from zerojax import provenance
 from zerojax.hlo.program import Frame
+from zerojax.plan import provenance
 
 _LOCATION = re.compile(r' loc\((?:[^()"]|"[^"]*"|\((?:[^()"]|"[^"]*")*\))*\)')
 _ALIAS = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.MULTILINE)

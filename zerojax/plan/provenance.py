@@ -11,7 +11,7 @@ from zerojax.hlo.program import Frame
 
 PACKAGE = pathlib.Path(zerojax.__file__).parent
 PAIR = PACKAGE / "gather.py"
-ENTRY = PACKAGE / "compiler.py"  # frames outside of it only asked for the plan
+ENTRY = PACKAGE / "plan" / "compiler.py"  # frames outside of it only asked for the plan
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "equinox")
 
 

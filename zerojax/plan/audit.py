@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from zerojax import provenance, theory
 from zerojax.hlo.collectives import Collective
 from zerojax.hlo.program import Shape
 from zerojax.layout import placement, rules
 from zerojax.layout.rules import Leaf, Placement
+from zerojax.plan import provenance, theory
 from zerojax.policy import Policy
 from zerojax.tables import size
 

@@ -29,10 +29,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from zerojax import identity, provenance
 from zerojax.errors import CompileError, ModelError
 from zerojax.layout import topology as topologies
 from zerojax.layout.topology import Topology
+from zerojax.plan import identity, provenance
 from zerojax.policy import has_64_bits
 
 FORMAT = 1  # of what is kept on disk: to be raised when the child does something else

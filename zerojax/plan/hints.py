@@ -7,12 +7,12 @@ import collections
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from zerojax import provenance
-from zerojax.audit import Demand, Finding, itemsize
 from zerojax.hlo.collectives import Collective
 from zerojax.hlo.program import Program
 from zerojax.layout.placement import ELSEWHERE, Layout, computed
-from zerojax.memory import Memory, kind_of
+from zerojax.plan import provenance
+from zerojax.plan.audit import Demand, Finding, itemsize
+from zerojax.plan.memory import Memory, kind_of
 from zerojax.tables import size
 
 SAVED, COMBINED = 0.3, 0.25  # of all parameters, of the peak: what is worth a word
