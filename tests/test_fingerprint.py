@@ -84,7 +84,7 @@ def test_values_of_arrays_and_keys():
 CODE = """
 import jax; jax.config.update("jax_num_cpu_devices", 8)
 import zoo, optax, zerojax as zj
-from zerojax import fingerprint
+from zerojax.processes import fingerprint
 for name in ("scanned_remat", "nnx", "mlp", "resnet"):
     model, zero = zoo.MODELS[name](), zj.Zero(zj.make_mesh(), min_shard=1)
     state, step = zero.abstract(model.init, optax.adam(0.1)), zero.train_step(model.loss, optax.adam(0.1), accumulate=2)

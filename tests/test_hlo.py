@@ -102,10 +102,10 @@ ENTRY %main""").replace("condition=%cond, body=%body, backend_config={\"known_tr
 
 
 def test_zerojaxs_own_files_are_where_findings_look_for_them():
-    from zerojax import gather
+    from zerojax.gather import pair
     from zerojax.plan import compiler
 
-    assert provenance.PAIR.samefile(gather.__file__) and provenance.ENTRY.samefile(compiler.__file__)
+    assert provenance.PAIR.samefile(pair.__file__) and provenance.ENTRY.samefile(compiler.__file__)
     assert not provenance.is_users(Frame(__file__.replace("tests", "zerojax"), 1, "f"))
     assert provenance.is_users(Frame(__file__, 1, "f"))
 

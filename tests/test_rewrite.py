@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 import zerojax as zj
-from zerojax.models import Nnx, Tree
+from zerojax.gather.models import Nnx, Tree
 
 X = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
 KEY = jax.random.key(0)

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import data, rewrite, study, trees
+from zerojax import data, study, trees
 from zerojax.errors import BatchError, LossError
-from zerojax.gather import PARTS, Gather
+from zerojax.gather import rewrite
+from zerojax.gather.pair import PARTS, Gather
 from zerojax.layout import placement, rules
 from zerojax.layout.rules import Leaf, Placement
 from zerojax.loss import Loss

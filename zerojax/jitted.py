@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import data, donation, frame, rewrite
+from zerojax import data, donation, frame
+from zerojax.gather import rewrite
 from zerojax.layout import placement, rules
 from zerojax.plan.plan import Plan
 from zerojax.processes import agreement, fingerprint

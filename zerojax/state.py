@@ -16,8 +16,9 @@ from flax import nnx, struct
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from zerojax import models, optimizer, scale, tables, trained, trees
+from zerojax import optimizer, scale, tables, trained, trees
 from zerojax.errors import ModelError
+from zerojax.gather import models
 from zerojax.layout import padded, placement, rules, scanned
 from zerojax.layout.rules import Leaf, Placement
 from zerojax.policy import Policy

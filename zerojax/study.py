@@ -16,9 +16,10 @@ from jax.core import Tracer
 from jax.extend import core as jex
 from jax.sharding import PartitionSpec as P
 
-from zerojax import means, rewrite, tables, trees
+from zerojax import means, tables, trees
 from zerojax.errors import LossError, ModelError, PolicyError, ZeroError
-from zerojax.gather import SCOPE
+from zerojax.gather import rewrite
+from zerojax.gather.pair import SCOPE
 from zerojax.layout import rules
 from zerojax.layout.rules import Leaf
 from zerojax.loss import Loss, normalise

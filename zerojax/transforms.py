@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zerojax import data, frame, gradients, models, rewrite, study, trained, trees
+from zerojax import data, frame, gradients, study, trained, trees
 from zerojax.errors import BatchError, LossError, PolicyError
-from zerojax.gather import Gather
+from zerojax.gather import models, rewrite
+from zerojax.gather.pair import Gather
 from zerojax.gradients import Differentiator
 from zerojax.layout import padded, placement
 from zerojax.layout.rules import Leaf, Placement

@@ -10,9 +10,10 @@ from flax import nnx
 from flax.core import meta
 from jax.sharding import AbstractMesh, NamedSharding
 
-from zerojax import data, donation, models, optimizer, transforms
+from zerojax import data, donation, optimizer, transforms
 from zerojax import state as states
 from zerojax.errors import ModelError, PolicyError
+from zerojax.gather import models
 from zerojax.jitted import Jitted
 from zerojax.layout import padded, placement, rules, scanned
 from zerojax.layout.placement import Layout

@@ -10,7 +10,7 @@ import zerojax
 from zerojax.hlo.program import Frame
 
 PACKAGE = pathlib.Path(zerojax.__file__).parent
-PAIR = PACKAGE / "gather.py"
+PAIR = PACKAGE / "gather" / "pair.py"
 ENTRY = PACKAGE / "plan" / "compiler.py"  # frames outside of it only asked for the plan
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "equinox")
 

@@ -26,7 +26,7 @@ from jax.core import eval_jaxpr
 from jax.extend import core as jex
 from jax.sharding import Sharding
 
-from zerojax.gather import Gather
+from zerojax.gather.pair import Gather
 
 
 class Parameter:

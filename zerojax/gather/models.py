@@ -163,7 +163,7 @@ def _like(state, update):
 def kind_of(model) -> type[Linen] | type[Nnx] | type[Tree]:
     """
     >>> kind_of({"params": {}}), kind_of([1.0])
-    (<class 'zerojax.models.Linen'>, <class 'zerojax.models.Tree'>)
+    (<class 'zerojax.gather.models.Linen'>, <class 'zerojax.gather.models.Tree'>)
     """
     if isinstance(model, nnx.Module):
         return Nnx
