@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import zerojax as zj
-from zerojax.reader import Reader
+from zerojax.data.prefetch import Reader
 
 X = np.ones((8, 4), np.float32)
 

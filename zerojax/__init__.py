@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from zerojax.advice import advise as advise
     from zerojax.checkpoint import Checkpointer as Checkpointer
     from zerojax.checkpoint import Restored as Restored
+    from zerojax.data.feeding import Indexed as Indexed
+    from zerojax.data.feeding import feed as feed
     from zerojax.errors import BatchError as BatchError
     from zerojax.errors import CheckpointError as CheckpointError
     from zerojax.errors import ClusterError as ClusterError
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
     from zerojax.processes.preemption import Preemption as Preemption
     from zerojax.recipe import Recipe as Recipe
     from zerojax.scale import LossScale as LossScale
-    from zerojax.source import Indexed as Indexed
-    from zerojax.source import feed as feed
     from zerojax.state import TrainState as TrainState
     from zerojax.weights import export_safetensors as export_safetensors
     from zerojax.weights import load_safetensors as load_safetensors
@@ -63,7 +63,7 @@ _WHERE = {
     "processes.preemption": ["Preemption"],
     "recipe": ["Recipe"],
     "scale": ["LossScale"],
-    "source": ["Indexed", "feed"],
+    "data.feeding": ["Indexed", "feed"],
     "state": ["TrainState"],
     "layout.topology": ["Gpu", "Topology"],
     "weights": ["export_safetensors", "load_safetensors"],

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import data, study, trees
+from zerojax import study, trees
+from zerojax.data import batch as batches
 from zerojax.errors import BatchError, LossError
 from zerojax.gather import rewrite
 from zerojax.gather.pair import PARTS, Gather
@@ -117,7 +118,7 @@ class Differentiator:
         wide = lambda x: dtype if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != jnp.float64 else x.dtype
         trained = zip(self._trained(self.pairs), self._trained(params), strict=True)
         zeros = self._kept([jnp.zeros(self._shape(g, x), wide(x)) for g, x in trained])
-        micro = data.microbatches(self.policy, self._batch(inputs), self.accumulate)
+        micro = batches.microbatches(self.policy, self._batch(inputs), self.accumulate)
         (grads, model_state), (losses, aux) = jax.lax.scan(body, (zeros, model_state), (micro, jnp.arange(self.accumulate)))
         aux = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), aux)
         return grads, jax.tree.map(lambda x: x.sum(0), losses).replace(model_state=model_state), aux

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import data, donation, frame
+from zerojax import donation, frame
+from zerojax.data import batch as batches
 from zerojax.gather import rewrite
 from zerojax.layout import placement, rules
 from zerojax.plan.plan import Plan
@@ -31,8 +32,8 @@ class Jitted:
         self._agreed, self._fresh = agreement.Once(), False
 
     def __call__(self, state, *args, **kwargs):
-        batches = [x for i, x in enumerate(args, 1) if i in self._splits]
-        data.check_given(self.policy, batches + [x for k, x in kwargs.items() if self._split_of(k) is not None])
+        split = [x for i, x in enumerate(args, 1) if i in self._splits]
+        batches.check_given(self.policy, split + [x for k, x in kwargs.items() if self._split_of(k) is not None])
         if self._options["donate_argnums"]:
             state = donation.ready("zero.jit", self.policy.mesh, state, others=(args, kwargs))
         else:
@@ -91,7 +92,7 @@ class Jitted:
         """A batch over the devices: by its first dimension, or as the specs say."""
         specs = self._splits[index]
         if specs is None:
-            return data.spread(self.policy, batch)
+            return batches.spread(self.policy, batch)
         put = lambda spec, x: jax.lax.with_sharding_constraint(x, NamedSharding(self.policy.mesh, spec))
         return jax.tree.map(lambda spec, tree: jax.tree.map(functools.partial(put, spec), tree), specs, batch,
                             is_leaf=lambda x: isinstance(x, P))

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh
 
-from zerojax import data, donation, loss, optimizer, transforms, trees
+from zerojax import donation, loss, optimizer, transforms, trees
 from zerojax import state as states
+from zerojax.data import batch as batches
 from zerojax.errors import ModelError, NonFiniteError, PolicyError
 from zerojax.gradients import Differentiator
 from zerojax.layout import placement, rules
@@ -62,7 +63,7 @@ class TrainStep:
             raise PolicyError("train_step over GPUs that are not there: nothing can run on them. Write step.plan(state, batch), or "
                               "take a mesh of devices: zj.make_mesh().")
         self._raise_if_stuck(state)
-        data.check_given(self.policy, batch)
+        batches.check_given(self.policy, batch)
         self._dtypes = self._dtypes or self._expected(state)
         state = donation.ready("train_step", self.policy.mesh, state, self._dtypes)
         self._agreed(self.policy, "train_step", lambda: self._fields(state, batch), state, batch)
@@ -87,7 +88,7 @@ class TrainStep:
 
     def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
         """As jit's: states and batches may be `ShapeDtypeStruct`s; a batch without shardings is given its own."""
-        return self._jitted.lower(state, data.placed(self.policy, batch))
+        return self._jitted.lower(state, batches.placed(self.policy, batch))
 
     def plan(self, state: TrainState, batch: Any, *, cache: bool = True) -> Plan:
         """What a step needs and moves: memory, collectives, time, and whether they are ZeRO's. Nothing is run or allocated.
@@ -103,11 +104,11 @@ class TrainStep:
           BatchError, LossError, PolicyError: as the step would.
         """
         self._expected(state)
-        data.check(self.policy, batch, self.accumulate)
-        data.check_mesh(self.policy, (state, batch))
-        batch = data.placed(self.policy, batch)
+        batches.check(self.policy, batch, self.accumulate)
+        batches.check_mesh(self.policy, (state, batch))
+        batch = batches.placed(self.policy, batch)
         demand = self._demand(state, batch)
-        return plan.make(demand, states.report(self.policy, state), data.local_bytes(batch), self._jitted, (state, batch), {},
+        return plan.make(demand, states.report(self.policy, state), batches.local_bytes(batch), self._jitted, (state, batch), {},
                          self.compiler_options, cache=cache)
 
     def _demand(self, state, batch) -> Demand:
@@ -140,7 +141,7 @@ class TrainStep:
     def _studied(self, state, batch) -> tuple[Call, Differentiator, Update]:
         _check_state(state)
         self._check_optimizer(state)
-        data.check(self.policy, batch, self.accumulate)
+        batches.check(self.policy, batch, self.accumulate)
         update = optimizer.trace(self.tx, state.trained, state.opt_state, state.trained, jnp.float32(0))
         call = self._call(state, batch)
         return call, call.differentiator(self.policy), update
@@ -211,15 +212,15 @@ class EvalStep:
         self._jitted, self._agreed = jax.jit(self._evaluate, compiler_options=compiler_options), agreement.Once()
 
     def __call__(self, state: TrainState, batch: Any) -> dict[str, jax.Array]:
-        data.check_given(self.policy, batch)
+        batches.check_given(self.policy, batch)
         donation.check_alive("eval_step", state)
         self._agreed(self.policy, "eval_step", lambda: _fields(self.loss_fn, self._jitted, state, batch), state, batch)
         return self._jitted(state, batch)
 
     def _evaluate(self, state, batch):
         _check_state(state)
-        data.check(self.policy, batch)
-        batch = jax.lax.with_sharding_constraint(batch, data.sharding(self.policy))
+        batches.check(self.policy, batch)
+        batch = jax.lax.with_sharding_constraint(batch, batches.sharding(self.policy))
         judge = lambda model, batch, rng: loss.normalise(loss.call(self.loss_fn, model, batch, rng)).replace(model_state=None)
         result = transforms.gathered(self.policy, judge, 0)(state, batch, jax.random.fold_in(state.rng, _EVALUATION))
         metrics = {"loss": result.total / result.weight, "weight": result.weight}

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zerojax import data, frame, gradients, study, trained, trees
+from zerojax import frame, gradients, study, trained, trees
+from zerojax.data import batch as batches
 from zerojax.errors import BatchError, LossError, PolicyError
 from zerojax.gather import models, rewrite
 from zerojax.gather.pair import Gather
@@ -139,11 +140,11 @@ class Call:
         objective = Objective(call, tuple(flags), parts.kind, parts.leaves, padded.structure(parts.params), parts.state, has_aux,
                               _unsplit(inputs, flags), split[0].shape[0] if split else 0)
         if split or accumulate > 1:
-            data.check(policy, split, accumulate)
+            batches.check(policy, split, accumulate)
         if accumulate > 1 and objective.unsplit:
             raise BatchError(f"accumulate={accumulate}, but the loss {objective.unsplit}; name all arguments that are batches: "
                              "batch_argnums=(1, 2).")
-        split = iter(jax.lax.with_sharding_constraint(split, data.sharding(policy)))
+        split = iter(jax.lax.with_sharding_constraint(split, batches.sharding(policy)))
         return cls(parts, objective, [next(split) if flag else x for x, flag in zip(inputs, flags, strict=True)], accumulate)
 
     def differentiator(self, policy: Policy) -> Differentiator:

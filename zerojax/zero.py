@@ -10,8 +10,9 @@ from flax import nnx
 from flax.core import meta
 from jax.sharding import AbstractMesh, NamedSharding
 
-from zerojax import data, donation, optimizer, transforms
+from zerojax import donation, optimizer, transforms
 from zerojax import state as states
+from zerojax.data import batch as batches
 from zerojax.errors import ModelError, PolicyError
 from zerojax.gather import models
 from zerojax.jitted import Jitted
@@ -318,7 +319,7 @@ class Zero(Policy):
           ModelError: `state` has no params.
           CompileError: the compiler failed, with its last lines.
         """
-        data.check_mesh(self, (state, args, kwargs))
+        batches.check_mesh(self, (state, args, kwargs))
         if isinstance(fn, TrainStep):
             return fn.plan(state, *args, cache=cache)
         fn = fn.of(state, *args, **kwargs) if isinstance(fn, Jitted) else fn
@@ -329,8 +330,8 @@ class Zero(Policy):
             raise ModelError(f"zero.plan was given a state ({type(state).__name__}) without params; ZeRO is about parameters: "
                              "give a state with an attribute or key `params`.")
         demand = Demand(self, leaves, places, accumulate, False)
-        args, kwargs = data.placed(self, args), data.placed(self, kwargs)
-        return plan.make(demand, self.layout(state), data.local_bytes((args, kwargs)), fn, (state, *args), kwargs,
+        args, kwargs = batches.placed(self, args), batches.placed(self, kwargs)
+        return plan.make(demand, self.layout(state), batches.local_bytes((args, kwargs)), fn, (state, *args), kwargs,
                          compiler_options or {}, cache=cache)
 
     def _params(self, state) -> tuple[tuple[Leaf, ...], tuple[Placement, ...]]:
@@ -353,8 +354,8 @@ class Zero(Policy):
         Raises:
           BatchError: the mesh has no device of this process.
         """
-        return data.share(self)
+        return batches.share(self)
 
     def batch_sharding(self) -> NamedSharding:
         """Of a batch: its first dimension over every device."""
-        return data.sharding(self)
+        return batches.sharding(self)

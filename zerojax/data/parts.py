@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from zerojax import data
+from zerojax.data import batch as batches
 from zerojax.errors import BatchError
 from zerojax.policy import Policy, has_64_bits
 from zerojax.processes import fingerprint
@@ -51,7 +51,7 @@ class Parts:
         self.ended, self.failed = False, None
         self.rows, self.filler = 0 if pad is True else pad, None  # of padding: how many, and one of them
         self.x64 = has_64_bits()  # of the thread that asks, which may have set it for itself
-        held = list(data.parts_of(policy).values())
+        held = list(batches.parts_of(policy).values())
         self.told, self.twice = len(held) > 1, len(set(held)) < len(held)
 
     def position(self) -> Any:
@@ -77,12 +77,12 @@ class Parts:
 
     def _part(self, item, status) -> Part:
         item = self._padded(item) if self.pad else item
-        data.check_part(self.policy, item)
-        part = Part(status, data.joined(self.policy, item), self.position())
+        batches.check_part(self.policy, item)
+        part = Part(status, batches.joined(self.policy, item), self.position())
         return dataclasses.replace(part, shapes=fingerprint.shapes(item), marks=self._marks(item)) if self.told else part
 
     def _marks(self, item) -> tuple[int, int]:
-        parts = data.local_parts(self.policy)
+        parts = batches.local_parts(self.policy)
         each = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype), item)
         contents = [np.asarray(x).tobytes() for x in jax.tree.leaves(item)] if self.twice else []
         return zlib.crc32(repr(fingerprint.shapes(each)).encode()), zlib.crc32(b"".join(contents))
@@ -91,7 +91,7 @@ class Parts:
         """(arrays of `rows` examples, the weight of each)."""
         n = len(jax.tree.leaves(item)[0])
         if self.filler is None:
-            parts = data.local_parts(self.policy)
+            parts = batches.local_parts(self.policy)
             self.rows, self.filler = self.rows or -(-n // parts) * parts, jax.tree.map(lambda x: np.array(x[:1]), item)
         if n > self.rows:
             raise BatchError(f"a batch of {n} examples can't be filled up to {self.rows}, as the first had, or pad={self.pad} "

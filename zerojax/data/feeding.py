@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from zerojax import data
+from zerojax.data.batch import parts_of
+from zerojax.data.parts import Part, Parts, Status
+from zerojax.data.prefetch import Reader
 from zerojax.errors import BatchError, ClusterError
-from zerojax.parts import Part, Parts, Status
 from zerojax.policy import Policy
 from zerojax.processes import agreement, exchange
-from zerojax.reader import Reader
 
 
 class Indexed(Iterator):
@@ -58,7 +58,7 @@ class Feed(Iterator):
         self.source: Any = iter(batches)
         self.policy, self.prefetch, self.pad = policy, prefetch, pad
         self.known = hasattr(self.source, "get_state")
-        self._devices, self._held = exchange.devices_of(policy.mesh), data.parts_of(policy)
+        self._devices, self._held = exchange.devices_of(policy.mesh), parts_of(policy)
         self._restart()
 
     def _restart(self):

@@ -1,0 +1,1 @@
+"""Batches: from a source, ahead of their use, to the devices, and into microbatches."""
