@@ -9,7 +9,7 @@ import zoo
 from flax import nnx
 
 import zerojax as zj
-from zerojax.scale import LossScale
+from zerojax.train.loss_scale import LossScale
 
 TX = optax.adam(1e-2)
 X = np.random.default_rng(0).normal(size=(32, 8)).astype(np.float32)

@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from zerojax.layout.placement import Layout as Layout
     from zerojax.layout.topology import Gpu as Gpu
     from zerojax.layout.topology import Topology as Topology
-    from zerojax.loss import Loss as Loss
     from zerojax.plan.plan import Plan as Plan
     from zerojax.policy import Precision as Precision
     from zerojax.processes.joining import initialize as initialize
     from zerojax.processes.preemption import Preemption as Preemption
     from zerojax.recipe import Recipe as Recipe
-    from zerojax.scale import LossScale as LossScale
-    from zerojax.state import TrainState as TrainState
+    from zerojax.train.loss import Loss as Loss
+    from zerojax.train.loss_scale import LossScale as LossScale
+    from zerojax.train.state import TrainState as TrainState
     from zerojax.weights import export_safetensors as export_safetensors
     from zerojax.weights import load_safetensors as load_safetensors
     from zerojax.zero import Zero as Zero
@@ -55,16 +55,16 @@ _WHERE = {
                "LossError", "MissingExtraError", "ModelError",
                "NonFiniteError", "PlanError", "PolicyError", "RecipeError", "StateError", "ZeroError"],
     "layout.placement": ["Layout"],
-    "loss": ["Loss"],
+    "train.loss": ["Loss"],
     "layout.mesh": ["make_mesh"],
     "layout.padded": ["Padded", "logical"],
     "plan.plan": ["Plan"],
     "policy": ["Precision"],
     "processes.preemption": ["Preemption"],
     "recipe": ["Recipe"],
-    "scale": ["LossScale"],
+    "train.loss_scale": ["LossScale"],
     "data.feeding": ["Indexed", "feed"],
-    "state": ["TrainState"],
+    "train.state": ["TrainState"],
     "layout.topology": ["Gpu", "Topology"],
     "weights": ["export_safetensors", "load_safetensors"],
     "zero": ["Zero"],

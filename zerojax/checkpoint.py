@@ -17,13 +17,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding
 
-from zerojax import digest, donation, manifest, store
+from zerojax import digest, manifest, store
 from zerojax.errors import CheckpointError, CorruptCheckpointError
 from zerojax.layout import padded
 from zerojax.manifest import Manifest
 from zerojax.policy import Policy
 from zerojax.processes import agreement, exchange
 from zerojax.target import MODEL, Target
+from zerojax.train import donation
 
 _KINDS = (CorruptCheckpointError, CheckpointError)
 

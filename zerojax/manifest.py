@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from zerojax import optimizer
 from zerojax.errors import CheckpointError
 from zerojax.layout import padded, placement
 from zerojax.processes.fingerprint import versions
 from zerojax.tables import Sheet, size
+from zerojax.train import optimizer
 
 FORMAT = 2
 BYTES = "__bytes__"

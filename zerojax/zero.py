@@ -10,12 +10,9 @@ from flax import nnx
 from flax.core import meta
 from jax.sharding import AbstractMesh, NamedSharding
 
-from zerojax import donation, optimizer, transforms
-from zerojax import state as states
 from zerojax.data import batch as batches
 from zerojax.errors import ModelError, PolicyError
 from zerojax.gather import models
-from zerojax.jitted import Jitted
 from zerojax.layout import padded, placement, rules, scanned
 from zerojax.layout.placement import Layout
 from zerojax.layout.rules import Leaf, Placement
@@ -24,9 +21,12 @@ from zerojax.plan.audit import Demand
 from zerojax.plan.plan import Plan
 from zerojax.policy import Policy
 from zerojax.processes import agreement, fingerprint
-from zerojax.scale import LossScale
-from zerojax.state import TrainState
-from zerojax.step import EvalStep, TrainStep
+from zerojax.train import donation, optimizer, transforms
+from zerojax.train import state as states
+from zerojax.train.jitted import Jitted
+from zerojax.train.loss_scale import LossScale
+from zerojax.train.state import TrainState
+from zerojax.train.step import EvalStep, TrainStep
 
 
 def _nnx_names(state) -> dict[int, str]:

@@ -14,16 +14,17 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import study, trees
+from zerojax import trees
 from zerojax.data import batch as batches
 from zerojax.errors import BatchError, LossError
 from zerojax.gather import rewrite
 from zerojax.gather.pair import PARTS, Gather
 from zerojax.layout import placement, rules
 from zerojax.layout.rules import Leaf, Placement
-from zerojax.loss import Loss
 from zerojax.policy import Policy
-from zerojax.study import Objective, Program
+from zerojax.train import study
+from zerojax.train.loss import Loss
+from zerojax.train.study import Objective, Program
 
 Tree = Any
 

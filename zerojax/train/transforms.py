@@ -11,18 +11,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zerojax import frame, gradients, study, trained, trees
+from zerojax import trees
 from zerojax.data import batch as batches
 from zerojax.errors import BatchError, LossError, PolicyError
 from zerojax.gather import models, rewrite
 from zerojax.gather.pair import Gather
-from zerojax.gradients import Differentiator
 from zerojax.layout import padded, placement
 from zerojax.layout.rules import Leaf, Placement
 from zerojax.policy import Policy
-from zerojax.scale import NoScale
-from zerojax.state import TrainState
-from zerojax.study import Objective
+from zerojax.train import frame, gradients, study, trained
+from zerojax.train.gradients import Differentiator
+from zerojax.train.loss_scale import NoScale
+from zerojax.train.state import TrainState
+from zerojax.train.study import Objective
 
 Tree = Any
 

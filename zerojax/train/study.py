@@ -16,14 +16,15 @@ from jax.core import Tracer
 from jax.extend import core as jex
 from jax.sharding import PartitionSpec as P
 
-from zerojax import means, tables, trees
+from zerojax import tables, trees
 from zerojax.errors import LossError, ModelError, PolicyError, ZeroError
 from zerojax.gather import rewrite
 from zerojax.gather.pair import SCOPE
 from zerojax.layout import rules
 from zerojax.layout.rules import Leaf
-from zerojax.loss import Loss, normalise
 from zerojax.policy import Policy
+from zerojax.train import means
+from zerojax.train.loss import Loss, normalise
 
 Tree = Any
 

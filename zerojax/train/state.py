@@ -16,12 +16,13 @@ from flax import nnx, struct
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from zerojax import optimizer, scale, tables, trained, trees
+from zerojax import tables, trees
 from zerojax.errors import ModelError
 from zerojax.gather import models
 from zerojax.layout import padded, placement, rules, scanned
 from zerojax.layout.rules import Leaf, Placement
 from zerojax.policy import Policy
+from zerojax.train import loss_scale, optimizer, trained
 
 WHOLE = 0.05  # of a state
 
@@ -198,7 +199,7 @@ def builder(policy: Policy, model: Model, treedefs: list, init_fn, tx, rng):
         params = _padded(policy, model.leaves, _cast(policy, model.leaves, params))
         key = _first_key(args) if rng is None else rng
         return TrainState(jnp.int32(0), params, optimizer.init(tx, trees.only(params, model.trained)), model_state, key,
-                          scale.for_dtype(policy.precision.computes), jnp.int32(0), model)
+                          loss_scale.for_dtype(policy.precision.computes), jnp.int32(0), model)
 
     return build
 
@@ -264,7 +265,7 @@ def read(policy: Policy, state: TrainState) -> tuple[tuple[Leaf, ...], tuple[Pla
 
 def scaled(policy: Policy, state: TrainState) -> TrainState:
     """A state with a loss scale if `policy` needs one, a new one if it had none."""
-    ours = scale.for_dtype(policy.precision.computes)
+    ours = loss_scale.for_dtype(policy.precision.computes)
     return state if type(ours) is type(state.scale) else state.replace(scale=ours)
 
 

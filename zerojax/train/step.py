@@ -13,21 +13,22 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh
 
-from zerojax import donation, loss, optimizer, transforms, trees
-from zerojax import state as states
+from zerojax import trees
 from zerojax.data import batch as batches
 from zerojax.errors import ModelError, NonFiniteError, PolicyError
-from zerojax.gradients import Differentiator
 from zerojax.layout import placement, rules
-from zerojax.loss import Loss
-from zerojax.optimizer import Update
 from zerojax.plan import plan
 from zerojax.plan.audit import Demand
 from zerojax.plan.plan import Plan
 from zerojax.policy import Policy
 from zerojax.processes import agreement, fingerprint
-from zerojax.state import TrainState
-from zerojax.transforms import Call
+from zerojax.train import donation, loss, optimizer, transforms
+from zerojax.train import state as states
+from zerojax.train.gradients import Differentiator
+from zerojax.train.loss import Loss
+from zerojax.train.optimizer import Update
+from zerojax.train.state import TrainState
+from zerojax.train.transforms import Call
 
 
 def norm(tree) -> jax.Array:

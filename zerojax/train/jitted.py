@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import donation, frame
 from zerojax.data import batch as batches
 from zerojax.gather import rewrite
 from zerojax.layout import placement, rules
 from zerojax.plan.plan import Plan
 from zerojax.processes import agreement, fingerprint
+from zerojax.train import donation, frame
 
 
 class Jitted:
