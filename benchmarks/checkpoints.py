@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from machine import seconds, table
 
 import zerojax as zj
-from zerojax import digest
+from zerojax.checkpoint import digest
 
 LEAVES, SHAPE = 21, (2048, 2048)  # with Adam's two momenta: 1.06 GB
 GB = LEAVES * 3 * 4 * SHAPE[0] * SHAPE[1] / 1e9

@@ -39,7 +39,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens):
         embed = nn.Embed(VOCABULARY, WIDTH, dtype="bfloat16", param_dtype="bfloat16")
-        block = nn.remat(Block, policy=zj.policies.regather())
+        block = nn.remat(Block, policy=zj.remat.regather())
         x, _ = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)()(embed(tokens), None)
         return embed.attend(nn.RMSNorm(dtype=x.dtype)(x))
 

@@ -41,7 +41,7 @@ class GPT(nn.Module):
     @nn.compact
     def __call__(self, tokens):
         x = nn.Embed(VOCAB, WIDTH, name="embed")(tokens) + nn.Embed(SEQ, WIDTH, name="position")(jnp.arange(tokens.shape[1]))[None]
-        block = nn.remat(Block, prevent_cse=False, policy=zj.policies.regather())  # <-- whole weights are not kept for backward
+        block = nn.remat(Block, prevent_cse=False, policy=zj.remat.regather())  # <-- whole weights are not kept for backward
         layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
         x, _ = layers(name="blocks")(x, None)
         return nn.Dense(VOCAB, use_bias=False, name="head")(nn.LayerNorm(name="norm")(x))
@@ -130,7 +130,7 @@ def arguments():
 
 def resumed(checkpoints, zero, tx, resume):
     """What the checkpoint says, or a new state at the start of the data."""
-    target, if_none = zero.abstract(init, tx), "raise" if resume else "init"
+    target, if_none = zero.abstract(init, tx), "raise" if resume else "none"
     found = checkpoints and checkpoints.restore_latest(target, if_none=if_none)  # <-- of any stage and number of devices
     return (found.state, found.data_state) if found else (zero.init(init, tx), {"next": 0})  # <-- born sharded
 

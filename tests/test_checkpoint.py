@@ -205,12 +205,12 @@ def test_parameters_alone(tmp_path):
 
 def test_none_there(tmp_path):
     with zj.Checkpointer(tmp_path) as checkpoints:
-        assert checkpoints.restore_latest(states.target(), if_none="init") is None
-        with pytest.raises(zj.CheckpointError, match='holds no checkpoint; in a first run write if_none="init"'):
+        assert checkpoints.restore_latest(states.target(), if_none="none") is None
+        with pytest.raises(zj.CheckpointError, match='holds no checkpoint; in a first run write if_none="none"'):
             checkpoints.restore_latest(states.target())
         with pytest.raises(zj.CheckpointError, match=r"has no step 4; it has none"):
             checkpoints.restore(4, states.target())
-        with pytest.raises(zj.CheckpointError, match='write "raise" or "init"'):
+        with pytest.raises(zj.CheckpointError, match='write "raise" or "none"'):
             checkpoints.restore_latest(states.target(), if_none=lambda: None)
 
 
@@ -253,7 +253,7 @@ def test_others_may_restore_while_one_saves(tmp_path):
         for step in range(1, 6):
             checkpoints.save(states.state(step=step))
             with zj.Checkpointer(tmp_path) as reader:
-                reader.restore_latest(states.target(), if_none="init")
+                reader.restore_latest(states.target(), if_none="none")
     assert checkpoints.steps() == [3, 4, 5]
 
 

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import digest
+from zerojax.checkpoint import digest
 
 
 def by_definition(x):

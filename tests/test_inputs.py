@@ -381,7 +381,7 @@ class Constant(nnx.Module):
 
 
 def test_precision_can_be_replaced_field_by_field():
-    assert dataclasses.replace(zj.Precision(), compute="bfloat16").reduces == "bfloat16"
+    assert dataclasses.replace(zj.Precision(), compute="bfloat16").reduce_dtype == "bfloat16"
 
 
 ERRORS = {

@@ -69,11 +69,11 @@ def test_import_onto_any_mesh(checkpoint, tmp_path, options):
 
 
 def test_each_device_reads_its_part_once(checkpoint, tmp_path, monkeypatch):
-    from zerojax import weights
+    from zerojax.checkpoint import safetensors
 
     file, = zj.export_safetensors(checkpoint, tmp_path / "m.safetensors")
-    read, slice_ = [], weights._slice
-    monkeypatch.setattr(weights, "_slice", lambda tensor, index, x: read.append(slice_(tensor, index, x)) or read[-1])
+    read, slice_ = [], safetensors._slice
+    monkeypatch.setattr(safetensors, "_slice", lambda tensor, index, x: read.append(slice_(tensor, index, x)) or read[-1])
     zj.load_safetensors(file, {"w": states.target(states.zero(replica=2)).params["w"]}, rename={})
     assert [x.shape for x in read] == [(16, 32)] * 4
 

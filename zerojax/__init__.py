@@ -4,11 +4,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from zerojax import policies as policies
+    from zerojax import remat as remat
     from zerojax import viz as viz
     from zerojax.advice import advise as advise
-    from zerojax.checkpoint import Checkpointer as Checkpointer
-    from zerojax.checkpoint import Restored as Restored
+    from zerojax.checkpoint.checkpointer import Checkpointer as Checkpointer
+    from zerojax.checkpoint.checkpointer import Restored as Restored
+    from zerojax.checkpoint.safetensors import export_safetensors as export_safetensors
+    from zerojax.checkpoint.safetensors import load_safetensors as load_safetensors
     from zerojax.data.feeding import Indexed as Indexed
     from zerojax.data.feeding import feed as feed
     from zerojax.errors import BatchError as BatchError
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
     from zerojax.train.loss import Loss as Loss
     from zerojax.train.loss_scale import LossScale as LossScale
     from zerojax.train.state import TrainState as TrainState
-    from zerojax.weights import export_safetensors as export_safetensors
-    from zerojax.weights import load_safetensors as load_safetensors
     from zerojax.zero import Zero as Zero
 
 __version__ = "0.1.0"
@@ -49,7 +49,7 @@ __version__ = "0.1.0"
 # imported when first used: `zerojax theory` needs no jax
 _WHERE = {
     "advice": ["advise"],
-    "checkpoint": ["Checkpointer", "Restored"],
+    "checkpoint.checkpointer": ["Checkpointer", "Restored"],
     "processes.joining": ["initialize"],
     "errors": ["BatchError", "CheckpointError", "ClusterError", "CompileError", "CorruptCheckpointError", "LayoutError",
                "LossError", "MissingExtraError", "ModelError",
@@ -66,10 +66,10 @@ _WHERE = {
     "data.feeding": ["Indexed", "feed"],
     "train.state": ["TrainState"],
     "layout.topology": ["Gpu", "Topology"],
-    "weights": ["export_safetensors", "load_safetensors"],
+    "checkpoint.safetensors": ["export_safetensors", "load_safetensors"],
     "zero": ["Zero"],
 }
-_MODULES = ["policies", "viz"]
+_MODULES = ["remat", "viz"]
 __all__ = sorted([name for names in _WHERE.values() for name in names] + _MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 

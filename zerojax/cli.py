@@ -206,23 +206,23 @@ def run_launch(args) -> int:
 
 
 def run_inspect(args) -> int:
-    from zerojax import store
+    from zerojax.checkpoint import reading
 
-    note = store.read_manifest(store.step_path(args.checkpoint, args.step))
+    note = reading.read_manifest(reading.step_path(args.checkpoint, args.step))
     print(json.dumps(note.to_json(), indent=1) if args.json else note)
     return 0
 
 
 def run_verify(args) -> int:
-    from zerojax import store
+    from zerojax.checkpoint import reading
     from zerojax.errors import CorruptCheckpointError
     from zerojax.tables import size
 
-    newest, damaged = store.step_path(args.checkpoint, args.step), False
-    single = args.step is not None or newest == store.located(args.checkpoint)
-    for one in [newest] if single else [newest.parent / str(step) for step in store.steps(newest.parent)]:
+    newest, damaged = reading.step_path(args.checkpoint, args.step), False
+    single = args.step is not None or newest == reading.located(args.checkpoint)
+    for one in [newest] if single else [newest.parent / str(step) for step in reading.steps(newest.parent)]:
         try:
-            note = store.verify(one)
+            note = reading.verify(one)
             print(f"step {note.step}: {len(note.leaves)} leaves, {size(note.bytes)}, as saved", flush=True)
         except CorruptCheckpointError as error:
             damaged = True
@@ -231,7 +231,7 @@ def run_verify(args) -> int:
 
 
 def run_export(args) -> int:
-    from zerojax import weights
+    from zerojax.checkpoint import safetensors
     from zerojax.tables import size
 
     odd = [text for text in args.rename if "=" not in text]
@@ -239,7 +239,7 @@ def run_export(args) -> int:
         print(f"zerojax export: --rename {odd[0]!r} has no '='; write REGEX=TEXT.", file=sys.stderr)
         return 2
     rename = dict(text.split("=", 1) for text in args.rename)
-    files = weights.export_safetensors(args.checkpoint, args.to, step=args.step, dtype=args.dtype, only=args.only or weights.MODEL,
+    files = safetensors.export_safetensors(args.checkpoint, args.to, step=args.step, dtype=args.dtype, only=args.only or safetensors.MODEL,
                                        rename=rename, shard_bytes=int(args.shard_gb * 1e9))
     for file in files:
         print(f"{file}  {size(file.stat().st_size)}")

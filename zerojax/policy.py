@@ -60,7 +60,7 @@ class Precision:
       PolicyError: an unknown dtype, or one that can't be had there.
 
     >>> precision = Precision(compute="bfloat16", keep={"router/.*": "float32"})
-    >>> precision.reduces, precision.computed("router/kernel", "float32"), precision.computed("mlp/kernel", "float32")
+    >>> precision.reduce_dtype, precision.computed("router/kernel", "float32"), precision.computed("mlp/kernel", "float32")
     ('bfloat16', 'float32', 'bfloat16')
     """
 
@@ -90,14 +90,14 @@ class Precision:
                               "turn it on before, or write float32.")
 
     @property
-    def computes(self) -> str:
+    def compute_dtype(self) -> str:
         """The compute dtype, also where it is as `params`."""
         return self.compute or self.params
 
     @property
-    def reduces(self) -> str:
+    def reduce_dtype(self) -> str:
         """The reduce dtype, also where it is as compute."""
-        return self.reduce or self.computes
+        return self.reduce or self.compute_dtype
 
     def kept(self, path: str) -> str | None:
         """The dtype that a parameter has of its own, or None; also by its path in linen's dict of variables."""

@@ -44,7 +44,7 @@ def _stacked_weights(text):
 
 @pytest.mark.parametrize("way", ["global", pytest.param("per_device", marks=pytest.mark.slow)])
 def test_regather_keeps_gathered_weights_out_of_the_residuals(way):
-    model = models.Transformer(policy=zj.policies.regather())
+    model = models.Transformer(policy=zj.remat.regather())
     compiled = _compile(_lowered(model, way)[3])
     assert _stacked_weights(compiled.as_text()) == []
     gathers = [c for c in collectives.of(parse(compiled.as_text())) if c.kind == "all-gather" and c.trips == models.LAYERS]

@@ -231,5 +231,5 @@ def test_what_a_user_should_know_is_found(zero, case, own):
     plan = zero.plan(zero.jit(step, donate=False), own, case.batch(8))
     plan.check()
     text = "\n".join(map(str, plan.findings))
-    assert "zj.policies.regather()" in text and "donate the state" in text
+    assert "zj.remat.regather()" in text and "donate the state" in text
     assert plan.memory.kinds["gathered parameters"] > 0.5 * 2 * sum(x.size for x in jax.tree.leaves(own["params"]["blocks"]))

@@ -27,7 +27,7 @@ class Layer(nn.Module):
 class Stack(nn.Module):
     @nn.compact
     def __call__(self, x):
-        block = nn.remat(Layer, policy=zj.policies.regather())
+        block = nn.remat(Layer, policy=zj.remat.regather())
         return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)()(x, None)[0]
 
 

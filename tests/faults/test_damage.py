@@ -143,7 +143,7 @@ def test_every_checkpoint_bad(damaged):
         for path in files(directory, step):
             path.write_bytes(b"")
     with zj.Checkpointer(directory) as checkpoints, pytest.warns(RuntimeWarning, match="passed over") as seen:
-        for if_none in ("raise", "init"):
+        for if_none in ("raise", "none"):
             with pytest.raises(zj.CorruptCheckpointError, match=r"has steps \[1, 2\], and none of them loads"):
                 checkpoints.restore_latest(states.target(), if_none=if_none)
     assert len(seen) == 4 and checkpoints.steps() == [1, 2]
@@ -166,12 +166,12 @@ def test_going_on_from_before_a_bad_step(damaged):
 @pytest.mark.parametrize("error", [PermissionError(13, "no"), MemoryError(), TimeoutError(), ValueError("UNAVAILABLE: x"),
                                    OSError(24, "Too many open files")], ids=repr)
 def test_what_is_no_damage_is_no_reason_to_go_back(damaged, monkeypatch, error):
-    from zerojax import store
+    from zerojax.checkpoint import reading
 
     def fails(path, wanted):
         raise error
 
-    monkeypatch.setattr(store, "_read", fails)
+    monkeypatch.setattr(reading, "_read", fails)
     with zj.Checkpointer(damaged[0]) as checkpoints, pytest.raises(type(error)):
         checkpoints.restore_latest(states.target())
 
@@ -209,7 +209,7 @@ def test_the_highest_step_wins_whatever_the_clock(damaged):
 
 def changed(directory, change):
     """A manifest with something else in it, and with the digest that belongs to that."""
-    from zerojax import manifest
+    from zerojax.checkpoint import manifest
 
     path = directory / "2/manifest/metadata"
     note = json.loads(path.read_text())

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import zerojax as zj
-from zerojax import weights
+from zerojax.checkpoint import safetensors
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_an_export_to_a_full_disk_leaves_nothing(small_disk, tmp_path):
     with zj.Checkpointer(tmp_path / "c") as checkpoints:
         checkpoints.save(large(1) | {"v": large(2)["w"], "u": large(3)["w"]})
     with pytest.raises(zj.CheckpointError, match="No space left"):
-        weights.export_safetensors(tmp_path / "c", small_disk / "m.safetensors", only="[uvw]")
+        safetensors.export_safetensors(tmp_path / "c", small_disk / "m.safetensors", only="[uvw]")
     assert list(small_disk.iterdir()) == []
 
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 import zerojax as zj
-from zerojax import store
+from zerojax.checkpoint import reading
 
 HERE = pathlib.Path(__file__).parent
 EXAMPLES = HERE.parent.parent / "examples"
@@ -25,7 +25,7 @@ def start(*arguments):
 
 
 def digests(directory, step):
-    return {path: entry.digest for path, entry in store.verify(store.step_path(directory, step)).leaves.items()}
+    return {path: entry.digest for path, entry in reading.verify(reading.step_path(directory, step)).leaves.items()}
 
 
 def never_killed(directory, steps):
@@ -36,7 +36,7 @@ def never_killed(directory, steps):
 
 
 def newest(directory):
-    return (store.steps(directory) or [0])[-1]
+    return (reading.steps(directory) or [0])[-1]
 
 
 def killed(directory, steps, rng):
@@ -63,8 +63,8 @@ def test_kill_9_at_random_moments_of_a_save(tmp_path, kills):
         first, whole = killed(directory, steps, rng)
         assert first is not None and first >= at  # it went on from what was whole, or later
         assert newest(directory) >= whole
-        for step in store.steps(directory)[-2:]:  # as many are kept: one before them may be half removed
-            store.verify(store.step_path(directory, step))
+        for step in reading.steps(directory)[-2:]:  # as many are kept: one before them may be half removed
+            reading.verify(reading.step_path(directory, step))
         at = newest(directory)
     assert at < steps
     assert never_killed(directory, steps) == never_killed(tmp_path / "whole", steps)
@@ -106,7 +106,7 @@ def test_a_signal_ends_a_run_after_a_save(tmp_path, number, when):
     assert process.returncode == zj.Preemption.status == 75 and "done" not in out
     assert f"{number.name}: stops after this step" in error
     assert seen <= newest(directory) <= seen + 1
-    store.verify(store.step_path(directory, newest(directory)))
+    reading.verify(reading.step_path(directory, newest(directory)))
     if (number, when) == (signal.SIGTERM, "saving"):
         assert never_killed(directory, STEPS) == never_killed(tmp_path / "whole", STEPS)
 

@@ -29,7 +29,7 @@ def main(directory, steps, pause=0.0):
     step = zero.train_step(loss_fn, states.tx)
     with zj.Preemption() as preemption, zj.Checkpointer(directory, keep=2, zero=zero) as checkpoints:
         target = zero.abstract(init, states.tx, jax.random.key(0))
-        found = checkpoints.restore_latest(target, if_none="init")
+        found = checkpoints.restore_latest(target, if_none="none")
         if found:
             batches.set_state(found.data_state)
         state = found.state if found else zero.init(init, states.tx, jax.random.key(0))

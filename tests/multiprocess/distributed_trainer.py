@@ -52,7 +52,7 @@ def main(directory, steps, pause=0.0):
     batches = zj.feed(zj.Indexed(own_part, steps), zero)
     step = zero.train_step(loss_fn, states.tx)
     with zj.Preemption() as preemption, zj.Checkpointer(directory, keep=2, zero=zero) as checkpoints:
-        found = checkpoints.restore_latest(zero.abstract(init, states.tx, jax.random.key(0)), if_none="init")
+        found = checkpoints.restore_latest(zero.abstract(init, states.tx, jax.random.key(0)), if_none="none")
         if found:
             batches.set_state(found.data_state)
         state = found.state if found else zero.init(init, states.tx, jax.random.key(0))

@@ -76,7 +76,7 @@ class Job(contextlib.AbstractContextManager):
                  host="127.0.0.1"):
         port = free_port()
         told = {"JAX_COORDINATOR_ADDRESS": f"{host}:{port}", "JAX_NUM_PROCESSES": processes, "JAX_NUM_CPU_DEVICES": devices,
-                "ZEROJAX_REACH": 60}
+                "ZEROJAX_CONNECT_TIMEOUT": 60}
         self.port, self.all = port, []
         for i in range(processes):
             files = (tmp_path / f"{name}-{i}.out", tmp_path / f"{name}-{i}.err")

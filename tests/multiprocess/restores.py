@@ -8,7 +8,7 @@ import jax
 import states
 
 import zerojax as zj
-from zerojax import digest, manifest
+from zerojax.checkpoint import digest, manifest
 
 if __name__ == "__main__":
     zj.initialize()

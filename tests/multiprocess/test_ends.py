@@ -14,7 +14,7 @@ from distributed_trainer import HEARTBEAT
 from processes import HERE, Job, environment, launch
 
 import zerojax as zj
-from zerojax import store
+from zerojax.checkpoint import reading
 
 TRAINER = HERE / "distributed_trainer.py"
 SOON = HEARTBEAT + 5  # seconds
@@ -22,7 +22,7 @@ SOON = HEARTBEAT + 5  # seconds
 
 def notes(directory):
     """What each step there says of itself, after its arrays were compared with their digests."""
-    return {step: store.verify(store.step_path(directory, step)) for step in store.steps(directory)}
+    return {step: reading.verify(reading.step_path(directory, step)) for step in reading.steps(directory)}
 
 
 def digests(directory, step):
@@ -75,7 +75,7 @@ def test_a_run_goes_on_with_fewer_processes(tmp_path, undisturbed):
     with zj.Checkpointer(run) as ours, zj.Checkpointer(undisturbed) as theirs:
         wanted = notes(run)[12].leaves
         assert wanted.keys() == notes(undisturbed)[12].leaves.keys()
-        a, b = (dict(store.arrays(c.directory / "12", notes(c.directory)[12], list(wanted))) for c in (ours, theirs))
+        a, b = (dict(reading.arrays(c.directory / "12", notes(c.directory)[12], list(wanted))) for c in (ours, theirs))
     for path in wanted:
         np.testing.assert_allclose(np.float64(a[path]), np.float64(b[path]), rtol=1e-4, atol=1e-6, err_msg=path)
 

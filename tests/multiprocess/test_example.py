@@ -7,16 +7,16 @@ import sys
 import numpy as np
 from processes import ROOT, environment, launch
 
-from zerojax import store
+from zerojax.checkpoint import reading
 
 EXAMPLE = ROOT / "examples" / "multihost_gpt.py"
 LINE = r"(\d) processes, 8 devices, step 6: held-out text (\S+) bits per byte, norm of the parameters (\S+)"
 
 
 def arrays(directory):
-    path = store.step_path(directory, 6)
-    note = store.read_manifest(path)
-    return dict(store.arrays(path, note, [p for p in note.leaves if p.startswith(("params", "opt_state"))])), note
+    path = reading.step_path(directory, 6)
+    note = reading.read_manifest(path)
+    return dict(reading.arrays(path, note, [p for p in note.leaves if p.startswith(("params", "opt_state"))])), note
 
 
 def test_two_processes_come_to_what_one_does(tmp_path):

@@ -34,7 +34,7 @@ def test_a_coordinator_that_can_not_be_reached(tmp_path, host):
     address = f"{host}:{free_port()}"
     seconds, text = told(alone(tmp_path, address=address, processes=2, process=1))
     assert seconds < 9 and text.startswith(f"no process 0 at {address} within 5 s: ")
-    assert "initialize(reach=...)" in text
+    assert "initialize(connect_timeout=...)" in text
 
 
 def test_a_port_that_is_taken(tmp_path):
@@ -67,17 +67,17 @@ def test_processes_that_do_not_come(tmp_path):
 def test_processes_of_one_number_and_of_another_count(tmp_path):
     address = f"127.0.0.1:{free_port()}"
     numbers = {"0": (3, 0), "a": (3, 1), "b": (3, 1)}
-    all_of_them = [alone(tmp_path, name, address=address, processes=n, process=i, reach=30) for name, (n, i) in numbers.items()]
+    all_of_them = [alone(tmp_path, name, address=address, processes=n, process=i, connect_timeout=30) for name, (n, i) in numbers.items()]
     assert {told(p)[1] for p in all_of_them} == {"two processes say that they are process 1 of 3; number them 0 to 2."}
     address = f"127.0.0.1:{free_port()}"
-    both = [alone(tmp_path, f"{n}", address=address, processes=n, process=i, reach=30) for n, i in ((2, 0), (4, 3))]
+    both = [alone(tmp_path, f"{n}", address=address, processes=n, process=i, connect_timeout=30) for n, i in ((2, 0), (4, 3))]
     assert {told(p)[1] for p in both} == {
         "process 3 says that there are 4 processes, process 0 says 2; start all with the same number."}
 
 
 def test_one_that_ended_while_it_waited_may_come_again(tmp_path):
     address = f"127.0.0.1:{free_port()}"
-    told_alike = {"address": address, "processes": 3, "reach": 30}
+    told_alike = {"address": address, "processes": 3, "connect_timeout": 30}
     first, second = (alone(tmp_path, str(i), process=i, **told_alike) for i in (0, 1))
     second.wait_for("meeting")
     threading.Event().wait(2)  # it has come
@@ -92,7 +92,7 @@ def test_one_that_ended_while_it_waited_may_come_again(tmp_path):
 def test_once_is_enough_and_not_too_late(tmp_path):
     """A second call without arguments, or with the same; with others; one after jax has its devices."""
     address = f"127.0.0.1:{free_port()}"
-    asked = {"address": address, "processes": 2, "reach": 30, "heartbeat_timeout": 20, "again": True}
+    asked = {"address": address, "processes": 2, "connect_timeout": 30, "heartbeat_timeout": 20, "again": True}
     both = [alone(tmp_path, str(i), process=i, **asked) for i in (0, 1)]
     for i, process in enumerate(both):
         process.popen.wait(60)
@@ -109,7 +109,7 @@ def test_once_is_enough_and_not_too_late(tmp_path):
 ], ids=["config", "version"])
 def test_processes_that_differ_before_they_join(tmp_path, odd, words):
     address, config = f"127.0.0.1:{free_port()}", {"config": {"lr": 0.1, "seed": 0}}
-    both = [alone(tmp_path, str(i), address=address, processes=2, process=i, reach=30, **said)
+    both = [alone(tmp_path, str(i), address=address, processes=2, process=i, connect_timeout=30, **said)
             for i, said in enumerate((config, config | odd))]
     for process in both:
         assert re.search(words, told(process)[1])
@@ -123,7 +123,7 @@ def test_whoever_is_no_process_is_sent_off(tmp_path):
         connection = _connected(address)
         assert connection.recv(100).startswith(b"zerojax")
         connection.sendall(said)
-    second = alone(tmp_path, "1", address=address, processes=2, process=1, reach=30)
+    second = alone(tmp_path, "1", address=address, processes=2, process=1, connect_timeout=30)
     for i, process in enumerate((first, second)):
         process.popen.wait(60)
         assert f"joined {i} 2" in process.out, process.err[-2000:]

@@ -12,21 +12,21 @@ import jax
 import states
 
 import zerojax as zj
-from zerojax import store
+from zerojax.checkpoint import reading
 
 if __name__ == "__main__":
     zj.initialize()
-    zero, listed = zj.Zero(zj.make_mesh(), min_shard=1), store.steps
+    zero, listed = zj.Zero(zj.make_mesh(), min_shard=1), reading.steps
     for directories, seen in json.loads(sys.argv[2]):
-        store.steps = listed if seen is None or jax.process_index() == 0 else lambda _, seen=seen: seen
+        reading.steps = listed if seen is None or jax.process_index() == 0 else lambda _, seen=seen: seen
         with zj.Checkpointer(directories[0]) as checkpoints:
-            checkpoints.directory = store.located(directories[jax.process_index()])  # as this host sees it
+            checkpoints.directory = reading.located(directories[jax.process_index()])  # as this host sees it
             try:
                 found = checkpoints.restore_latest(states.target(zero))
                 print("view: restored", found.step, found.data_state, flush=True)
             except zj.ZeroError as error:
                 print("view:", type(error).__name__, str(error).splitlines()[0], flush=True)
-    store.steps = listed
+    reading.steps = listed
     try:
         zj.Checkpointer(f"{sys.argv[1]}-{jax.process_index()}")
     except zj.CheckpointError as error:

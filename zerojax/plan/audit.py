@@ -172,7 +172,7 @@ def _foreign_reduction(demand: Demand, c: Collective, s: Shape, sharded: Mapping
         return ""
     if c.op_name and not c.differentiated and not provenance.by_the_pair(c.frames):
         return "it is outside of the loss and its gradient: the optimizer (or what else the step does) communicates"
-    computes = _hlo_name(demand.policy.precision.computes)
+    computes = _hlo_name(demand.policy.precision.compute_dtype)
     cast = (f"; or the model computes in {s.dtype} where Precision(compute=...) says {computes}, and the cast keeps XLA from "
             "reducing to shards: give its layers that dtype, or return zj.Loss" if c.backward and s.dtype != computes else "")
     if sharded and "scatter" in c.op_name and c.trips > demand.accumulate:

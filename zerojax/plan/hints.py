@@ -57,7 +57,7 @@ def _saved_weights(demand: Demand, account: Memory, found: Sequence[Collective])
         first = max(gathers, key=lambda c: c.bytes * c.trips)
         yield Finding(f"{size(alive)} of gathered weights, of {size(whole)} in all, are alive at once (the most by {first.name}). "
                       "Those of a repeating block are gathered again for the backward pass, in place of kept, if it is under "
-                      "nn.remat(Block, policy=zj.policies.regather()).", alive, first.name, provenance.source(first.frames))
+                      "nn.remat(Block, policy=zj.remat.regather()).", alive, first.name, provenance.source(first.frames))
 
 
 def _lost_donation(layout: Layout, figures: Mapping[str, int]):

@@ -267,7 +267,7 @@ def title(demand: Demand, topology: Topology | None) -> str:
         what = f"{topology.devices} x {topology.gpu.name} ({hosts})"
     axes = ", ".join(f"{name}={n}" for name, n in p.mesh.shape.items())
     way = ("per device" if demand.per_device else "one loss") + (f" ({demand.why})" if demand.why else "")
-    return (f"stage {p.stage} on {what}, {axes}; compute {p.precision.computes}, reduce {p.precision.reduces}, {way}; "
+    return (f"stage {p.stage} on {what}, {axes}; compute {p.precision.compute_dtype}, reduce {p.precision.reduce_dtype}, {way}; "
             f"{demand.accumulate} microbatch{'es' if demand.accumulate > 1 else ''}")
 
 

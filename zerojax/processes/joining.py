@@ -16,14 +16,14 @@ from zerojax.errors import ClusterError
 from zerojax.processes import agreement, fingerprint, launchers, rendezvous
 from zerojax.processes.launchers import Job
 
-_REACH = 5.0  # seconds: an address that a person wrote may be wrong
+_CONNECT_TIMEOUT = 5.0  # seconds: an address that a person wrote may be wrong
 _GRACE = 3.0  # seconds for what still runs, as the writing of a checkpoint, after an exception that nobody caught
 _joined: dict[str, Any] = {}
 
 
 def initialize(address: str | None = None, processes: int | None = None, process: int | None = None, *,
                local_devices: tuple[int, ...] | None = None, config: Mapping[str, Any] | None = None,
-               bind_address: str | None = None, reach: float | None = None, initialization_timeout: float = 300,
+               bind_address: str | None = None, connect_timeout: float | None = None, initialization_timeout: float = 300,
                heartbeat_timeout: float = 100, shutdown_timeout: float = 30) -> Job | None:
     """Joins this process to the others of its job by `jax.distributed`. First thing in a program; alone, it does nothing.
 
@@ -39,7 +39,7 @@ def initialize(address: str | None = None, processes: int | None = None, process
       local_devices: of this host, those to use; None is all, or as the launcher says.
       config: your settings; if they differ between processes, that is an error on each.
       bind_address: the IP address that process 0 listens at; None is that of `address` alone, "0.0.0.0" every interface.
-      reach: seconds until process 0 has to be there; None is $ZEROJAX_REACH, else 5, and for an address that a scheduler wrote
+      connect_timeout: seconds until process 0 has to be there; None is $ZEROJAX_CONNECT_TIMEOUT, else 5, and for an address that a scheduler wrote
         `initialization_timeout`.
       initialization_timeout: seconds until all processes have to be there.
       heartbeat_timeout: seconds after which a process that is dead, stopped or cut off ends all.
@@ -65,9 +65,9 @@ def initialize(address: str | None = None, processes: int | None = None, process
     print(f"zerojax: {job}", file=sys.stderr, flush=True)
     bound = None
     if job.address is not None:
-        reach = _reach_of(job, reach, initialization_timeout)
-        bound = _bound(job.address, bind_address, reach) if job.process == 0 else None
-        _meet(job, bound, config, reach, initialization_timeout)
+        connect_timeout = _connect_timeout(job, connect_timeout, initialization_timeout)
+        bound = _bound(job.address, bind_address, connect_timeout) if job.process == 0 else None
+        _meet(job, bound, config, connect_timeout, initialization_timeout)
     _start(job, bound, local_devices, round(initialization_timeout), round(heartbeat_timeout), round(shutdown_timeout))
     known = {"address": job.address, "processes": job.processes, "process": job.process, "local_devices": local_devices}
     _joined.update(said=_DEFAULTS | known | asked, job=job)
@@ -101,25 +101,25 @@ def _check_early():
                                "array, jax.devices() or a key; call zj.initialize() before them.") from error
 
 
-def _reach_of(job, reach, initialization_timeout) -> float:
-    if reach is None and "ZEROJAX_REACH" in os.environ:
-        reach = float(os.environ["ZEROJAX_REACH"])
-    return reach if reach is not None else initialization_timeout if job.scheduled else _REACH
+def _connect_timeout(job, connect_timeout, initialization_timeout) -> float:
+    if connect_timeout is None and "ZEROJAX_CONNECT_TIMEOUT" in os.environ:
+        connect_timeout = float(os.environ["ZEROJAX_CONNECT_TIMEOUT"])
+    return connect_timeout if connect_timeout is not None else initialization_timeout if job.scheduled else _CONNECT_TIMEOUT
 
 
-def _bound(address, bind, reach) -> str:
+def _bound(address, bind, connect_timeout) -> str:
     if bind is None:
-        return rendezvous.bind_address(address, reach)
+        return rendezvous.bind_address(address, connect_timeout)
     return rendezvous.joined(bind.strip("[]"), rendezvous.split(address)[1])
 
 
-def _meet(job, bound, config, reach, seconds):
+def _meet(job, bound, config, connect_timeout, seconds):
     said = {"versions": fingerprint.versions(), "config": fingerprint.of_settings(config or {})}
     if job.process == 0:
         rendezvous.hold(bound, job.processes, said, agreement.difference, seconds)
     else:
         note = lambda text: print(f"zerojax: process {job.process}: {text}", file=sys.stderr, flush=True)
-        rendezvous.join(job.address, job.process, job.processes, said, reach, seconds, note)
+        rendezvous.join(job.address, job.process, job.processes, said, connect_timeout, seconds, note)
 
 
 def _start(job, bound, local_devices, initialization, heartbeat, shutdown):

@@ -175,18 +175,18 @@ def _line(connection) -> bytes:
     return got
 
 
-def join(address: str, process: int, processes: int, said: Any, reach: float, seconds: float, note: Callable[[str], None]) -> None:
+def join(address: str, process: int, processes: int, said: Any, connect_timeout: float, seconds: float, note: Callable[[str], None]) -> None:
     """Every other process: comes to `address`, and waits for the verdict.
 
     Args:
-      reach: seconds until somebody has to listen there.
+      connect_timeout: seconds until somebody has to listen there.
       seconds: until all have to have come.
       note: is given a line when it takes long.
 
     Raises:
       ClusterError: nobody listens there, or not zerojax; process 0 left, or says that the processes differ.
     """
-    with _reached(address, time.monotonic() + reach, reach, note) as connection:
+    with _reached(address, time.monotonic() + connect_timeout, connect_timeout, note) as connection:
         try:
             connection.sendall(json.dumps({"process": process, "processes": processes, "said": said}).encode() + b"\n")
             connection.settimeout(seconds + _NOTE)  # process 0 is the first to give up: it knows who is missing
@@ -199,7 +199,7 @@ def join(address: str, process: int, processes: int, said: Any, reach: float, se
         raise ClusterError(trouble)
 
 
-def _reached(address, deadline, reach, note) -> socket.socket:
+def _reached(address, deadline, connect_timeout, note) -> socket.socket:
     noted = time.monotonic() + _NOTE
     while True:
         try:
@@ -208,8 +208,8 @@ def _reached(address, deadline, reach, note) -> socket.socket:
             why = getattr(error, "strerror", None) or str(error)
         if time.monotonic() > deadline - 0.1:
             raise ClusterError(
-                f"no process 0 at {address} within {reach:g} s: {why}. Is that its host and port, and open between the hosts? If "
-                "it starts later than the others, write initialize(reach=...), or set $ZEROJAX_REACH, in seconds.") from None
+                f"no process 0 at {address} within {connect_timeout:g} s: {why}. Is that its host and port, and open between the hosts? If "
+                "it starts later than the others, write initialize(connect_timeout=...), or set $ZEROJAX_CONNECT_TIMEOUT, in seconds.") from None
         if time.monotonic() > noted:
             note(f"nobody at {address} yet ({why}); tries for {deadline - time.monotonic():.0f} s more")
             noted = deadline

@@ -199,7 +199,7 @@ def builder(policy: Policy, model: Model, treedefs: list, init_fn, tx, rng):
         params = _padded(policy, model.leaves, _cast(policy, model.leaves, params))
         key = _first_key(args) if rng is None else rng
         return TrainState(jnp.int32(0), params, optimizer.init(tx, trees.only(params, model.trained)), model_state, key,
-                          loss_scale.for_dtype(policy.precision.computes), jnp.int32(0), model)
+                          loss_scale.for_dtype(policy.precision.compute_dtype), jnp.int32(0), model)
 
     return build
 
@@ -265,7 +265,7 @@ def read(policy: Policy, state: TrainState) -> tuple[tuple[Leaf, ...], tuple[Pla
 
 def scaled(policy: Policy, state: TrainState) -> TrainState:
     """A state with a loss scale if `policy` needs one, a new one if it had none."""
-    ours = loss_scale.for_dtype(policy.precision.computes)
+    ours = loss_scale.for_dtype(policy.precision.compute_dtype)
     return state if type(ours) is type(state.scale) else state.replace(scale=ours)
 
 

@@ -229,11 +229,11 @@ def choose(policy: Policy, program: Program) -> tuple[bool, str]:
         return True, "as asked"
     why = None if program.is_sum and not obstacles else obstacles[0] if program.is_sum else "returns a bare mean"
     why = "is asked to be global" if policy.gradients == "global" and why is None else why
-    if why and p.reduces != p.computes:
+    if why and p.reduce_dtype != p.compute_dtype:
         raise PolicyError(
-            f"Precision(compute={p.computes!r}, reduce={p.reduces!r}): with one loss over the whole batch (this one {why}), XLA "
-            f"reduces in the dtype of the product, {p.computes}. {_instead(why)}, so that each device differentiates its own part, "
-            f"or leave reduce={p.computes!r}.")
+            f"Precision(compute={p.compute_dtype!r}, reduce={p.reduce_dtype!r}): with one loss over the whole batch (this one {why}), XLA "
+            f"reduces in the dtype of the product, {p.compute_dtype}. {_instead(why)}, so that each device differentiates its own part, "
+            f"or leave reduce={p.compute_dtype!r}.")
     return (False, f"the loss {why}") if why else (True, "the loss is a sum over examples")
 
 
@@ -246,10 +246,10 @@ def given_up(policy: Policy, error: Exception) -> tuple[bool, str]:
         why = "writes integers of the batch into the model's state, and each device would have its own"
     else:
         why = f"cannot be split over the batch: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    if policy.gradients == "per_device" or p.reduces != p.computes:
+    if policy.gradients == "per_device" or p.reduce_dtype != p.compute_dtype:
         if isinstance(error, ZeroError):
             raise error
-        wish = 'gradients="per_device"' if policy.gradients else f"Precision(reduce={p.reduces!r}), which needs it"
+        wish = 'gradients="per_device"' if policy.gradients else f"Precision(reduce={p.reduce_dtype!r}), which needs it"
         raise PolicyError(f'{wish}: the loss {why}; write gradients="global" and leave reduce as compute.') from error
     return False, f"the loss {why}"
 

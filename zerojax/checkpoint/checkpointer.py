@@ -17,13 +17,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding
 
-from zerojax import digest, manifest, store
+from zerojax.checkpoint import digest, manifest, reading
+from zerojax.checkpoint.manifest import Manifest
+from zerojax.checkpoint.target import MODEL, Target
 from zerojax.errors import CheckpointError, CorruptCheckpointError
 from zerojax.layout import padded
-from zerojax.manifest import Manifest
 from zerojax.policy import Policy
 from zerojax.processes import agreement, exchange
-from zerojax.target import MODEL, Target
 from zerojax.train import donation
 
 _KINDS = (CorruptCheckpointError, CheckpointError)
@@ -48,7 +48,7 @@ class Checkpointer:
       directory: made if it is not there.
       keep: so many of the newest stay; None keeps all. An old one goes when the new one is whole.
       every: `save` does nothing for steps that this does not divide.
-      async_: `save` returns when the arrays are copied, and files are written in the background.
+      asynchronous: `save` returns when the arrays are copied, and files are written in the background.
       zero: its stage and precision go into the manifest.
 
     Raises:
@@ -64,13 +64,13 @@ class Checkpointer:
     {'next': 0}
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int | None = 3, every: int = 1, async_: bool = True,
+    def __init__(self, directory: str | os.PathLike, *, keep: int | None = 3, every: int = 1, asynchronous: bool = True,
                  zero: Policy | None = None):
         for name, n in (("keep", keep), ("every", every)):
             if n is not None and (type(n) is not int or n < 1):
                 raise CheckpointError(f"Checkpointer({name}={n!r}): write a whole number, 1 or more.")
-        self.directory, self.every, self.zero = store.located(directory), every, zero
-        self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=async_,
+        self.directory, self.every, self.zero = reading.located(directory), every, zero
+        self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=asynchronous,
                                                      cleanup_tmp_directories=True)
         self._manager, self._begun, self._passed_over = None, None, set()
         self._devices = exchange.everyone()
@@ -168,7 +168,7 @@ class Checkpointer:
         if jax.process_index():
             return
         try:
-            store.verify(self._path(step))
+            reading.verify(self._path(step))
         except CorruptCheckpointError:
             (self.directory / str(step)).rename(self.directory / f"{step}.unreadable-{uuid.uuid4().hex[:8]}")
 
@@ -179,7 +179,7 @@ class Checkpointer:
             self._begun = None
             self._end_failed()
             full = "; make room for it, and save again" if re.search("No space left|quota", str(error)) else ""
-            raise CheckpointError(f"a save into {self.directory} failed: {store.brief(error)}. Steps {self.steps()} are whole, "
+            raise CheckpointError(f"a save into {self.directory} failed: {reading.brief(error)}. Steps {self.steps()} are whole, "
                                   f"what the failed save left is removed{full}.") from error
 
     def _end_failed(self):
@@ -208,7 +208,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The steps on disk, as this process sees them, lowest first; that of a save under way is not among them."""
-        return store.steps(self.directory)
+        return reading.steps(self.directory)
 
     def restore(self, step: int, target: Any, *, only: str | None = None, params_only: bool = False,
                 cast: bool = False) -> Restored:
@@ -228,7 +228,7 @@ class Checkpointer:
         self.wait()
         return self._restore(step, target, only, params_only, cast)
 
-    def restore_latest(self, target: Any, *, if_none: Literal["raise", "init"] = "raise", only: str | None = None,
+    def restore_latest(self, target: Any, *, if_none: Literal["raise", "none"] = "raise", only: str | None = None,
                        params_only: bool = False, cast: bool = False) -> Restored | None:
         """The newest state that loads, by step. Each newer one that is damaged is passed over with a warning.
 
@@ -236,14 +236,14 @@ class Checkpointer:
 
         Args:
           target, only, params_only, cast: as for `restore`.
-          if_none: "init" returns None from a directory that holds no checkpoint, for you to start afresh.
+          if_none: "none" returns None from a directory that holds no checkpoint, for you to start afresh.
 
         Raises:
           CheckpointError: there is none, or it does not fit the target.
           CorruptCheckpointError: there are some, and none loads.
         """
-        if if_none not in ("raise", "init"):
-            raise CheckpointError(f'restore_latest(if_none={if_none!r}): write "raise" or "init".')
+        if if_none not in ("raise", "none"):
+            raise CheckpointError(f'restore_latest(if_none={if_none!r}): write "raise" or "none".')
         self.wait()
         failed = []
         for step in reversed(self._first_says(self.steps())):
@@ -257,7 +257,7 @@ class Checkpointer:
             raise CorruptCheckpointError(f"{self.directory} has steps {sorted(failed)}, and none of them loads (see the warnings); "
                                          "to start afresh, move them away or give another directory.")
         if if_none == "raise":
-            raise CheckpointError(f'{self.directory} holds no checkpoint; in a first run write if_none="init": it returns None.')
+            raise CheckpointError(f'{self.directory} holds no checkpoint; in a first run write if_none="none": it returns None.')
         return None
 
     def verify(self, step: int) -> Manifest:
@@ -267,18 +267,18 @@ class Checkpointer:
           CorruptCheckpointError: naming the leaves that are not what was saved.
         """
         self.wait()
-        return store.verify(self._path(step))
+        return reading.verify(self._path(step))
 
     def _restore(self, step, target, only, params_only, cast) -> Restored:
         prepared = lambda: _prepared(self._path(step), target, MODEL if params_only else only, cast)
         note, aim = agreement.everywhere(self._devices, prepared, _KINDS)
-        arrays = store.checked(self._path(step), note, aim.sources(note))
+        arrays = reading.checked(self._path(step), note, aim.sources(note))
         whole = aim.only is None or len(note.data_states) == 1
         position = note.data_of(jax.process_index(), jax.process_count()) if whole else None
         return Restored(aim.filled(arrays), note.step, position, note.metrics)
 
     def _path(self, step: int) -> epath.Path:
-        return store.step_path(self.directory, step)
+        return reading.step_path(self.directory, step)
 
     def close(self) -> None:
         """Waits for the save under way.
@@ -376,6 +376,6 @@ def _positions(data_state) -> tuple[Any, ...]:
 
 def _prepared(path: epath.Path, target: Any, only: str | None, cast: bool) -> tuple[Manifest, Target]:
     """What a step says of itself, and the target that it fits."""
-    note, aim = store.read_manifest(path), Target(target, only)
+    note, aim = reading.read_manifest(path), Target(target, only)
     aim.check(note, f"step {note.step} in {path.parent}", cast)
     return note, aim

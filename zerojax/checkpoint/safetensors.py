@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zerojax import manifest, store
+from zerojax.checkpoint import manifest, reading
+from zerojax.checkpoint.manifest import Entry, Manifest
+from zerojax.checkpoint.target import MODEL, Target
 from zerojax.errors import CheckpointError, CorruptCheckpointError, MissingExtraError
 from zerojax.layout import padded
-from zerojax.manifest import Entry, Manifest
-from zerojax.target import MODEL, Target
 
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "float8_e4m3fn": "F8_E4M3",
           "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
@@ -83,8 +83,8 @@ def export_safetensors(checkpoint: str | os.PathLike, to: str | os.PathLike, *, 
       CorruptCheckpointError: a leaf that is not what was saved.
     """
     to = _destination(to)
-    path = store.step_path(checkpoint, step)
-    note = store.read_manifest(path)
+    path = reading.step_path(checkpoint, step)
+    note = reading.read_manifest(path)
     chosen = Target(note.leaves, only).wanted
     if not chosen:
         raise CheckpointError(f"only={only!r} matches none of the {len(note.leaves)} leaves of step {note.step}, as "
@@ -175,7 +175,7 @@ def _write(out: BinaryIO, path, note: Manifest, leaves: Mapping[str, Entry], nam
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     out.write(len(text).to_bytes(8, "little") + text)
-    for p, array in store.arrays(path, note, list(leaves)):
+    for p, array in reading.arrays(path, note, list(leaves)):
         flat = np.ascontiguousarray(array).reshape(-1)
         for start in range(0, flat.size, _PIECE):
             out.write(_cast(p, flat[start:start + _PIECE], leaves[p].dtype).view(np.uint8).data)
@@ -242,7 +242,7 @@ def _indexed(path, follow_links):
             files.setdefault(_beside(path, file, follow_links), []).append(name)
         return files
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptCheckpointError(f"{path} is no index that can be used: {store.brief(error)}.") from error
+        raise CorruptCheckpointError(f"{path} is no index that can be used: {reading.brief(error)}.") from error
 
 
 def _beside(index, file, follow_links) -> pathlib.Path:
@@ -270,7 +270,7 @@ def _opened(files) -> Iterator[dict[str, Any]]:
                 opened = stack.enter_context(safe_open(str(file), "np"))
                 tensors |= {name: opened.get_slice(name) for name in (opened.keys() if names is None else names)}
             except (SafetensorError, OSError, ValueError) as error:
-                raise CorruptCheckpointError(f"{file} can't be read: {store.brief(error)}.") from error
+                raise CorruptCheckpointError(f"{file} can't be read: {reading.brief(error)}.") from error
         yield tensors
 
 

@@ -12,10 +12,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding
 
-from zerojax import digest, manifest
+from zerojax.checkpoint import digest, manifest
+from zerojax.checkpoint.manifest import Manifest
 from zerojax.errors import CheckpointError, CorruptCheckpointError
 from zerojax.layout import padded
-from zerojax.manifest import Manifest
 from zerojax.processes import agreement, exchange
 
 _LARGEST_MANIFEST = 100 * 2**20  # bytes; safetensors allows its header as many

@@ -2,7 +2,7 @@
 
 `jax.checkpoint` without a policy drops gathered weights and gathers them again. A policy that saves more would save
 them too, unless it refuses every step between shard and use. Use these around the block that the model repeats
-(`nn.remat(Block, policy=zj.policies.regather())`): around a whole scanned model, a policy has every layer gathered before
+(`nn.remat(Block, policy=zj.remat.regather())`): around a whole scanned model, a policy has every layer gathered before
 the backward loop starts.
 """
 

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from zerojax import manifest
+from zerojax.checkpoint import manifest
+from zerojax.checkpoint.manifest import Entry, Manifest
 from zerojax.errors import CheckpointError
 from zerojax.layout import padded
-from zerojax.manifest import Entry, Manifest
 
 MODEL = r"(params|model_state|batch_stats)/.*"  # what of a state is the model
 
