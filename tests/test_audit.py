@@ -11,6 +11,7 @@ from zerojax.hlo.collectives import Collective
 from zerojax.hlo.program import Frame, Shape
 from zerojax.layout.rules import Leaf, Placement
 from zerojax.plan import audit, provenance
+from zerojax.plan.demand import Demand
 
 MESH = AbstractMesh((2, 4, 2), ("replica", "data", "model"), (AxisType.Auto,) * 3)
 DATA = tuple(tuple(r * 8 + d * 2 + m for d in range(4)) for r in range(2) for m in range(2))
@@ -26,7 +27,7 @@ PLACES = (Placement(P(None, None, "data", None), P(*[None] * 4)), Placement(P(No
 
 def demand(stage=3, accumulate=1, per_device=True, **policy):
     zero = zj.Zero(MESH, stage, precision=zj.Precision(compute="bfloat16", reduce="float32"), **policy)
-    return audit.Demand(zero, LEAVES, PLACES, accumulate, per_device)
+    return Demand(zero, LEAVES, PLACES, accumulate, per_device)
 
 
 PAIR = Frame(str(provenance.PAIR), 1, "top")

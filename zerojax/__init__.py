@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from zerojax.layout.mesh import make_mesh as make_mesh
     from zerojax.layout.padded import Padded as Padded
     from zerojax.layout.padded import logical as logical
-    from zerojax.layout.placement import Layout as Layout
+    from zerojax.layout.report import Layout as Layout
     from zerojax.layout.topology import Gpu as Gpu
     from zerojax.layout.topology import Topology as Topology
     from zerojax.plan.plan import Plan as Plan
@@ -54,7 +54,7 @@ _WHERE = {
     "errors": ["BatchError", "CheckpointError", "ClusterError", "CompileError", "CorruptCheckpointError", "LayoutError",
                "LossError", "MissingExtraError", "ModelError",
                "NonFiniteError", "PlanError", "PolicyError", "RecipeError", "StateError", "ZeroError"],
-    "layout.placement": ["Layout"],
+    "layout.report": ["Layout"],
     "train.loss": ["Loss"],
     "layout.mesh": ["make_mesh"],
     "layout.padded": ["Padded", "logical"],

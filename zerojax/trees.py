@@ -8,6 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def path_of(path: tuple[Any, ...]) -> str:
+    """Returns a jax key path as "blocks/mlp/kernel"; the inside of a padded array has the path of the array.
+
+    >>> path_of((jax.tree_util.DictKey("mlp"), jax.tree_util.SequenceKey(0)))
+    'mlp/0'
+    """
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/")
+
+
 def only(tree: Any, flags: Sequence[bool]) -> Any:
     """`tree` with None in place of the leaves that are not wanted.
 

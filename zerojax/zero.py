@@ -10,14 +10,15 @@ from flax import nnx
 from flax.core import meta
 from jax.sharding import AbstractMesh, NamedSharding
 
+from zerojax import trees
 from zerojax.data import batch as batches
 from zerojax.errors import ModelError, PolicyError
 from zerojax.gather import models
-from zerojax.layout import padded, placement, rules, scanned
-from zerojax.layout.placement import Layout
+from zerojax.layout import padded, placement, report, rules, scanned
+from zerojax.layout.report import Layout
 from zerojax.layout.rules import Leaf, Placement
 from zerojax.plan import plan
-from zerojax.plan.audit import Demand
+from zerojax.plan.demand import Demand
 from zerojax.plan.plan import Plan
 from zerojax.policy import Policy
 from zerojax.processes import agreement, fingerprint
@@ -32,7 +33,7 @@ from zerojax.train.step import EvalStep, TrainStep
 def _nnx_names(state) -> dict[int, str]:
     """The paths of an NNX state's parameters, by their place among its leaves."""
     flat = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return {i: placement.path_of(path) for i, (path, x) in enumerate(flat) if isinstance(x, nnx.Param)}
+    return {i: trees.path_of(path) for i, (path, x) in enumerate(flat) if isinstance(x, nnx.Param)}
 
 
 def _shapes(state):
@@ -292,7 +293,7 @@ class Zero(Policy):
 
     def layout(self, state: Any) -> Layout:
         """Who holds what: prints as a table of leaves with shape, spec, bytes per device, and why one is whole."""
-        return placement.report(self, state, self._places(state))
+        return report.of(self, state, self._places(state))
 
     def _places(self, state) -> list[Placement]:
         if isinstance(state, TrainState):

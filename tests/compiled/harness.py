@@ -13,8 +13,8 @@ import zerojax as zj
 from zerojax.hlo import collectives
 from zerojax.hlo.program import Shape, parse
 from zerojax.layout import topology
-from zerojax.layout.placement import path_of
 from zerojax.plan import theory
+from zerojax.trees import path_of
 
 LARGE = 64 * 1024  # bytes; smaller collectives are those of scalars, and of leaves left whole
 WAYS = {"global": "global", "per_device": "per_device", "own": None, "own_sum": None}

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from zerojax import trees
 from zerojax.errors import CheckpointError
-from zerojax.layout import padded, placement
+from zerojax.layout import padded
 from zerojax.processes.fingerprint import versions
 from zerojax.tables import Sheet, size
 from zerojax.train import optimizer
@@ -186,7 +187,7 @@ def flat(tree: Any) -> dict[str, Any]:
     Raises:
       CheckpointError: two leaves of one path.
     """
-    leaves = [(placement.path_of(path), x) for path, x in jax.tree.leaves_with_path(tree, is_leaf=padded.is_padded)]
+    leaves = [(trees.path_of(path), x) for path, x in jax.tree.leaves_with_path(tree, is_leaf=padded.is_padded)]
     paths = [path for path, _ in leaves]
     twice = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
     if twice:

@@ -5,16 +5,14 @@ lies where the parameter lies; every other leaf is laid out by its own shape.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import tables
+from zerojax import trees
 from zerojax.errors import LayoutError
 from zerojax.layout import padded, rules
 from zerojax.layout.rules import Leaf, Placement
@@ -22,11 +20,6 @@ from zerojax.policy import Policy
 
 Tree = Any
 ELSEWHERE = "it was made so, against the policy"
-
-
-def path_of(path) -> str:
-    """A jax key path as "blocks/mlp/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/")  # of a padded array's inside
 
 
 def param_name(path: str) -> str | None:
@@ -47,7 +40,7 @@ def describe(tree: Tree, bases: Sequence[P] | None = None, scanned: Sequence[int
     flat = jax.tree.leaves_with_path(tree, is_leaf=padded.is_padded)
     bases = bases or [P()] * len(flat)
     scanned = scanned or [None] * len(flat)
-    return tuple(Leaf(path_of(p), x.shape, str(x.dtype), rules.full(b, len(x.shape)), s, group)
+    return tuple(Leaf(trees.path_of(p), x.shape, str(x.dtype), rules.full(b, len(x.shape)), s, group)
                  for (p, x), b, s in zip(flat, bases, scanned, strict=True))
 
 
@@ -128,87 +121,3 @@ def placed(policy: Policy, ruled: Placement, sharding: Any, x: Any) -> Placement
         return ruled
     spec = rules.full(sharding.spec, len(x.shape))
     return Placement(spec, rules.keep(spec, lambda axis: axis not in policy.axes), ruled.reason or ELSEWHERE, ruled.kept)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A line of the report: where one leaf lies, and the bytes of it on each device, at rest and if it were gathered."""
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    spec: P
-    bytes: int
-    gathered_bytes: int
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class Layout:
-    """Who holds what: one `Row` a leaf. Prints as a table, largest first; bytes are per device."""
-
-    rows: tuple[Row, ...]
-    devices: int
-
-    @property
-    def bytes(self) -> int:
-        """Bytes per device, of all leaves."""
-        return sum(row.bytes for row in self.rows)
-
-    @property
-    def whole(self) -> tuple[Row, ...]:
-        """The leaves that every device holds in full, each with its reason."""
-        return tuple(row for row in self.rows if row.reason)
-
-    def table(self, most: int = 24):
-        """A `rich.table.Table` of the `most` largest parameters, each with the optimizer state that lies as it does."""
-        from rich import box
-        from rich.table import Table
-
-        title = f"{len(self.rows)} leaves, {self.bytes:,} bytes on each of {self.devices} devices"
-        table = Table("leaf", "copies", "shape", "dtype", "spec", "bytes/device", "whole because", box=box.SIMPLE,
-                      title=title, title_justify="left")
-        groups = sorted(_alike(self.rows), key=lambda g: -sum(r.bytes for r in g))
-        for group in groups[:most]:
-            row = group[0]
-            table.add_row(row.path, str(len(group)), str(row.shape), row.dtype, _short(row.spec),
-                          f"{sum(r.bytes for r in group):,}", row.reason)
-        if len(groups) > most:
-            rest = [r for group in groups[most:] for r in group]
-            table.add_row(f"... {len(groups) - most} smaller", str(len(rest)), "", "", "", f"{sum(r.bytes for r in rest):,}")
-        return table
-
-    def __str__(self) -> str:
-        return tables.text(self.table())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return tables.html(self.table())
-
-
-def _alike(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows in groups: a parameter first, then what has its path's ending, shape and spec (an optimizer's momenta)."""
-    params = {param_name(row.path) for row in rows}
-    groups = {}
-    for row in rows:
-        owner = next((e for e in endings(row.path) if e in params), row.path)
-        groups.setdefault((owner, row.shape, row.dtype, row.spec), []).append(row)
-    return list(groups.values())
-
-
-def _short(spec: P) -> str:
-    return "P(" + ", ".join(repr(e) for e in spec) + ")" if any(spec) else "whole"
-
-
-def report(policy: Policy, tree: Tree, placements: Sequence[Placement]) -> Layout:
-    """The `Layout` of a state's leaves."""
-    rows = [Row(leaf.path, leaf.shape, leaf.dtype, place.spec, _bytes(policy, leaf, place, place.spec),
-                _bytes(policy, leaf, place, place.whole), place.reason if not place.sharded else "")
-            for leaf, place in zip(describe(tree), placements, strict=True)]
-    return Layout(tuple(rows), policy.mesh.size)
-
-
-def _bytes(policy: Policy, leaf: Leaf, place: Placement, spec: P) -> int:
-    itemsize = 8 if leaf.dtype.startswith("key") else np.dtype(leaf.dtype).itemsize
-    return itemsize * math.prod(place.kept or leaf.shape) // math.prod(policy.mesh.shape[a] for a in rules.axes_of(spec))

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from zerojax.hlo.collectives import Collective
 from zerojax.hlo.program import Program
-from zerojax.layout.placement import ELSEWHERE, Layout, computed
+from zerojax.layout.placement import ELSEWHERE, computed
+from zerojax.layout.report import Layout
 from zerojax.plan import provenance
-from zerojax.plan.audit import Demand, Finding, itemsize
+from zerojax.plan.demand import Demand, itemsize
+from zerojax.plan.finding import Finding
 from zerojax.plan.memory import Memory, kind_of
 from zerojax.tables import size
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 
 from zerojax.hlo import liveness
 from zerojax.hlo.program import Program
-from zerojax.layout.placement import Layout, computed
+from zerojax.layout.placement import computed
+from zerojax.layout.report import Layout
 from zerojax.layout.rules import Leaf
 from zerojax.plan import theory
-from zerojax.plan.audit import Demand, itemsize
+from zerojax.plan.demand import Demand, itemsize
 
 MARGIN = 0.1  # of the GPU's memory: CUDA's context, NCCL's buffers, fragmentation
 KINDS = {"params": "parameters", "opt_state": "optimizer state", "model_state": "model state"}

@@ -19,10 +19,11 @@ from zerojax.hlo import collectives as moves
 from zerojax.hlo import schedule
 from zerojax.hlo.collectives import Collective
 from zerojax.hlo.program import Program, parse
-from zerojax.layout.placement import Layout
+from zerojax.layout.report import Layout
 from zerojax.layout.topology import Topology
 from zerojax.plan import audit, compiler, hints, memory, provenance
-from zerojax.plan.audit import Demand, Finding
+from zerojax.plan.demand import Demand
+from zerojax.plan.finding import Finding
 from zerojax.plan.memory import Memory
 from zerojax.tables import Sheet, seconds, size
 

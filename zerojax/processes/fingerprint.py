@@ -16,7 +16,7 @@ import numpy as np
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from zerojax.layout import placement
+from zerojax import trees
 from zerojax.policy import Policy
 
 _PACKAGES = ("zerojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -57,7 +57,7 @@ def values(tree: Any) -> dict[str, str]:
 
 
 def _by_path(tree, text) -> dict[str, str]:
-    return {placement.path_of(path) or "array": text(x) for path, x in jax.tree.leaves_with_path(tree)}
+    return {trees.path_of(path) or "array": text(x) for path, x in jax.tree.leaves_with_path(tree)}
 
 
 def _leaf(x) -> str:

@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec as P
 
 from zerojax import trees
 from zerojax.errors import StateError
-from zerojax.layout import placement
 
 
 def check_alive(where: str, tree: Any) -> None:
@@ -21,7 +20,7 @@ def check_alive(where: str, tree: Any) -> None:
     """
     if not any(_is_array(x) and x.is_deleted() for x in jax.tree.leaves(tree)):
         return
-    gone = [placement.path_of(path) for path, x in jax.tree.leaves_with_path(tree) if _is_array(x) and x.is_deleted()]
+    gone = [trees.path_of(path) for path, x in jax.tree.leaves_with_path(tree) if _is_array(x) and x.is_deleted()]
     more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
     raise StateError(f"{where} was given a state whose memory an earlier step took for the one that it returned (donation): "
                      f"{gone[0]}{more}. Go on with the state returned last: state, metrics = step(state, batch). If that call was "

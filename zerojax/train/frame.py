@@ -13,6 +13,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import Sharding
 
+from zerojax import trees
 from zerojax.layout import padded, placement
 from zerojax.layout.rules import Leaf, Placement
 from zerojax.policy import Policy
@@ -30,7 +31,7 @@ class Frame:
         traced, named = {}, {}
         for (path, x), sharding in zip(jax.tree.leaves_with_path(arguments), shardings, strict=True):
             traced[id(x)] = x, sharding
-            name = placement.path_of(path)
+            name = trees.path_of(path)
             for ending in {*placement.endings(name), *placement.endings(name.removesuffix("/value"))}:  # of NNX variables
                 named.setdefault((ending, jax.numpy.shape(x)), set()).add(sharding)
         return cls(traced, named)

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from zerojax import trees
 from zerojax.data import batch as batches
 from zerojax.gather import rewrite
-from zerojax.layout import placement, rules
+from zerojax.layout import rules
 from zerojax.plan.plan import Plan
 from zerojax.processes import agreement, fingerprint
 from zerojax.train import donation, frame
@@ -104,7 +105,7 @@ class Jitted:
         self._fresh = False
         traced = self.of(state, *args, **kwargs).trace(state, *args, **kwargs).jaxpr
         jaxpr = getattr(traced, "jaxpr", traced)
-        paths = [(placement.path_of(path), x) for path, x in jax.tree.leaves_with_path(state)]
+        paths = [(trees.path_of(path), x) for path, x in jax.tree.leaves_with_path(state)]
         held = {var: name for (name, x), var in zip(paths, jaxpr.invars, strict=False) if _is_read(self.policy, name, x)}
         bare = sorted(set().union(*(names for eqn, names in rewrite.uses(jaxpr, held) if eqn.primitive.name in _PRODUCTS)))
         if bare:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from zerojax import tables, trees
 from zerojax.errors import ModelError
 from zerojax.gather import models
-from zerojax.layout import padded, placement, rules, scanned
+from zerojax.layout import padded, placement, report, rules, scanned
 from zerojax.layout.rules import Leaf, Placement
 from zerojax.policy import Policy
 from zerojax.train import loss_scale, optimizer, trained
@@ -234,7 +234,7 @@ def moved(policy: Policy, state: TrainState) -> TrainState:
 
 def warn_of_whole(policy: Policy, state: TrainState) -> None:
     """Warns where more than `WHOLE` of a state stays whole because its dimensions do not divide."""
-    rows = report(policy, state).rows
+    rows = layout(policy, state).rows
     whole = [row for row in rows if row.reason.startswith(rules.INDIVISIBLE)]
     kept, total = sum(row.bytes for row in whole), sum(row.gathered_bytes for row in rows)
     if kept > WHOLE * total:
@@ -269,10 +269,10 @@ def scaled(policy: Policy, state: TrainState) -> TrainState:
     return state if type(ours) is type(state.scale) else state.replace(scale=ours)
 
 
-def report(policy: Policy, state: TrainState) -> placement.Layout:
+def layout(policy: Policy, state: TrainState) -> report.Layout:
     """The `Layout` of a state."""
     places = jax.tree.leaves(lying(policy, state), is_leaf=lambda x: isinstance(x, Placement))
-    return placement.report(policy, state, places)
+    return report.of(policy, state, places)
 
 
 def _first_key(args):

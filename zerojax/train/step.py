@@ -16,9 +16,9 @@ from jax.sharding import AbstractMesh
 from zerojax import trees
 from zerojax.data import batch as batches
 from zerojax.errors import ModelError, NonFiniteError, PolicyError
-from zerojax.layout import placement, rules
+from zerojax.layout import rules
 from zerojax.plan import plan
-from zerojax.plan.audit import Demand
+from zerojax.plan.demand import Demand
 from zerojax.plan.plan import Plan
 from zerojax.policy import Policy
 from zerojax.processes import agreement, fingerprint
@@ -109,7 +109,7 @@ class TrainStep:
         batches.check_mesh(self.policy, (state, batch))
         batch = batches.placed(self.policy, batch)
         demand = self._demand(state, batch)
-        return plan.make(demand, states.report(self.policy, state), batches.local_bytes(batch), self._jitted, (state, batch), {},
+        return plan.make(demand, states.layout(self.policy, state), batches.local_bytes(batch), self._jitted, (state, batch), {},
                          self.compiler_options, cache=cache)
 
     def _demand(self, state, batch) -> Demand:
@@ -155,7 +155,7 @@ class TrainStep:
 
     def _check_optimizer(self, state):
         ours = jax.eval_shape(functools.partial(optimizer.init, self.tx), state.trained)
-        shapes = lambda tree: [(placement.path_of(p), x.shape) for p, x in jax.tree.leaves_with_path(tree)]
+        shapes = lambda tree: [(trees.path_of(p), x.shape) for p, x in jax.tree.leaves_with_path(tree)]
         if shapes(ours) != shapes(state.opt_state) or jax.tree.structure(ours) != jax.tree.structure(state.opt_state):
             odd = sorted(set(shapes(ours)) ^ set(shapes(state.opt_state)))[:3] or [optimizer.kinds(ours)]
             raise ModelError(f"train_step was given another optimizer than zero.init: their states differ at {odd}; "
