@@ -4,10 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import zerojax as zj
 
+OF_VALUE = {"float32": 1e-5}  # relative to the largest value of a leaf
+OF_MOVE = {"bfloat16": 6e-2, "float16": 1e-2}  # relative to the distance that training moved a leaf
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # of compiling, not of running
 
 
@@ -68,3 +71,12 @@ def train(model, tx, batches, *, accumulate=1, clip_norm=None, compute="float32"
         losses.append(total / weight)
     params = jax.tree.map(lambda a, b: b if a is None else a, params, frozen, is_leaf=lambda x: x is None)
     return params, state, losses
+
+
+def assert_close(ours, theirs, born, dtype):
+    for (path, a), b, c in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), jax.tree.leaves(born), strict=True):
+        a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))
+        if dtype in OF_VALUE:
+            np.testing.assert_allclose(a, b, rtol=0, atol=OF_VALUE[dtype] * max(1e-3, np.abs(b).max()), err_msg=str(path))
+        else:
+            assert np.linalg.norm(a - b) <= OF_MOVE[dtype] * np.linalg.norm(b - c) + 1e-6, path

@@ -9,7 +9,6 @@ import pytest
 import zoo
 from contract import STEPS, batch
 from processes import HERE, Job
-from test_contract import assert_close
 
 
 def case(stage, accumulate=1, clip=None, **more):
@@ -39,4 +38,4 @@ def test_equals_one_device(tmp_path, name):
         np.testing.assert_allclose(found[f"{i}/losses"], losses, rtol=1e-5, err_msg=str(one))
         born, _ = model.split(model.init())
         ours = jax.tree.map_with_path(lambda path, _, i=i: found[f"{i}/{jax.tree_util.keystr(path)}"], theirs)
-        assert_close(ours, theirs, born, "float32")
+        oracle.assert_close(ours, theirs, born, "float32")

@@ -117,7 +117,7 @@ class Topology:
 
     def __post_init__(self):
         if not isinstance(self.gpu, Gpu):
-            raise PolicyError(f"Topology(gpu={self.gpu!r}): write one of zerojax.topology.GPUS, or Topology.parse(\"h200:8x8\").")
+            raise PolicyError(f"Topology(gpu={self.gpu!r}): write one of zerojax.layout.topology.GPUS, or Topology.parse(\"h200:8x8\").")
         for name in ("hosts", "per_host"):
             n = getattr(self, name)
             if not isinstance(n, int) or n < 1:

@@ -6,10 +6,9 @@ import pathlib
 import runpy
 from collections.abc import Iterable, Iterator
 
-import zerojax
 from zerojax.hlo.program import Frame
 
-PACKAGE = pathlib.Path(zerojax.__file__).parent
+PACKAGE = pathlib.Path(__file__).parents[1]
 PAIR = PACKAGE / "gather" / "pair.py"
 ENTRY = PACKAGE / "plan" / "compiler.py"  # frames outside of it only asked for the plan
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "equinox")

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -94,7 +95,7 @@ for name in ("scanned_remat", "nnx", "mlp", "resnet"):
 
 def test_another_process_says_the_same(tmp_path):
     """With other addresses and another order of sets, from another directory."""
-    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(pathlib.Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     said = []
     for seed in ("1", "2"):
         (tmp_path / seed).mkdir()
