@@ -1,5 +1,5 @@
-# make demo, make test: on a fresh machine with Python and make, nothing else.
-# make PYTHON=python3.12 test picks the interpreter: .venv is made anew when it changes.
+# `make demo` and `make test` need only Python and make.
+# `make PYTHON=python3.12 test` selects the interpreter; .venv is rebuilt when it changes.
 PYTHON ?= python3
 VENV ?= .venv
 export JAX_PLATFORMS ?= cpu

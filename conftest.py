@@ -1,4 +1,7 @@
-"""Eight CPU devices (ten for the test of dimensions that do not divide), strict promotion, one compilation cache a run."""
+"""Settings of every test: ten CPU devices, strict rank promotion, and compilation caches.
+
+Most tests use eight of the devices; ten are for dimensions that are not divisible.
+"""
 
 import atexit
 import os
@@ -6,20 +9,20 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the GPU compiler without a GPU
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # a GPU compiler without GPU
 
 import jax
 import pytest
 
 CACHE = os.path.join(tempfile.gettempdir(), f"zerojax-tests-{os.getuid()}")
-if "PYTEST_XDIST_WORKER" not in os.environ:  # one for this run and all its workers
+if "PYTEST_XDIST_WORKER" not in os.environ:  # one cache of plans for this run and all its workers
     os.environ["ZEROJAX_CACHE"] = tempfile.mkdtemp(prefix="zerojax-plans-")
     atexit.register(shutil.rmtree, os.environ["ZEROJAX_CACHE"], ignore_errors=True)
 jax.config.update("jax_num_cpu_devices", 10)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.path.join(CACHE, jax.__version__))
 
-LONG_NOTEBOOKS = ("zero_stages.ipynb", "plan_a_cluster.ipynb")  # one or two minutes of compiling each
+LONG_NOTEBOOKS = ("zero_stages.ipynb", "plan_a_cluster.ipynb")  # each compiles for 1 to 2 minutes
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,9 @@
-"""Several processes on this machine: what gloo costs beside one process, what reading ahead hides, and what the start takes.
+"""Several processes on this machine: the cost of gloo, the effect of prefetching, and the startup.
 
     python benchmarks/hosts.py          # the tables
-    python benchmarks/hosts.py MODE     # what each process of one of them runs: steps, feed or start; process 0 prints JSON
+    python benchmarks/hosts.py MODE     # one process of a table; MODE is steps, feed or start
+
+In the second form, process 0 prints its figures as JSON.
 """
 
 import json
@@ -14,27 +16,34 @@ import time
 import machine
 
 ROOT = pathlib.Path(__file__).parent.parent
-STEPS, ROUNDS, SHARE = 12, 5, 0.8
+STEPS = 12
+ROUNDS = 5
+SHARE = 0.8  # the time of the slow source for a batch, as a share of a step's time
 MARK = "figures: "
 
 
 def gpt_step():
-    """(policy, step, state, the process's part of batch i) of the example's GPT."""
+    """Returns policy, step and state of the example's GPT, and a function from i to batch i.
+
+    The function returns this process's part of the batch.
+    """
     sys.path.insert(0, str(ROOT / "examples"))
     import multihost_gpt
     import train_gpt as gpt
 
     import zerojax as zj
 
-    zero, tx = zj.Zero(zj.make_mesh(), 3, min_shard=2**10), gpt.optimizer(1000)
+    zero = zj.Zero(zj.make_mesh(), 3, min_shard=2**10)
+    tx = gpt.optimizer(1000)
     text, _ = gpt.read_text()
     step = zero.train_step(gpt.loss_fn, tx)
     return zero, step, zero.init(gpt.init, tx), multihost_gpt.own_part(zero, text, 32, 0, None).make
 
 
 def taken(step, state, batches, n):
-    """Seconds of each step, from one batch to the next; the device's work is waited for."""
-    times, start = [], time.perf_counter()
+    """Runs n steps and waits for each; returns the seconds of each step with its batch."""
+    times = []
+    start = time.perf_counter()
     for _ in range(n):
         state, metrics = step(state, next(batches))
         float(metrics["loss"])
@@ -59,7 +68,10 @@ def steps():
 
 
 def feed():
-    """The step's time with a source that costs nothing, and one that takes a share of it, read ahead or not; in turn."""
+    """Returns the seconds of a step with each of three sources, which take turns.
+
+    The sources are a free one, a slow one with prefetch, and a slow one without.
+    """
     import zerojax as zj
 
     zj.initialize()
@@ -74,7 +86,8 @@ def feed():
         time.sleep(SHARE * alone)
         return part
 
-    feeds = {"free": first, "ahead": zj.feed(zj.Indexed(slow), zero), "not ahead": zj.feed(zj.Indexed(slow), zero, prefetch=0)}
+    feeds = {"free": first, "prefetch": zj.feed(zj.Indexed(slow), zero),
+             "no prefetch": zj.feed(zj.Indexed(slow), zero, prefetch=0)}
     all_times = {name: [] for name in feeds}
     for _ in range(ROUNDS):
         for name, batches in feeds.items():
@@ -84,7 +97,7 @@ def feed():
 
 
 def start():
-    """Seconds of what comes before the first compilation."""
+    """Returns the seconds of each phase before the first compilation."""
     import jax
 
     import zerojax as zj
@@ -98,49 +111,66 @@ def start():
     devices = time.perf_counter()
     zero, step, state, make = gpt_step()
     batch = next(zj.feed(zj.Indexed(make), zero))
-    exchange.words(exchange.devices_of(zero.mesh), [0] * 8)
+    exchange.of_mesh(zero.mesh).words([0] * 8)
     times = []
     for _ in range(5):
         at = time.perf_counter()
-        agreement.check(exchange.devices_of(zero.mesh), "benchmark", {"a": 1})
+        agreement.check(exchange.of_mesh(zero.mesh), "benchmark", {"a": 1})
         times.append(time.perf_counter() - at)
     traced = time.perf_counter()
     step.lower(state, batch)
     lowered = time.perf_counter()
-    exchange.words(exchange.devices_of(zero.mesh), [0] * 8)  # all are here: their waiting for each other is no cost of what follows
+    # a barrier, so that waiting for other processes does not count in the next phase
+    exchange.of_mesh(zero.mesh).words([0] * 8)
     together = time.perf_counter()
-    step._agreed(zero, "train_step", lambda: step._fields(state, batch))
+    step._preflight(state, (batch,), batch=batch, fields=lambda state: step._fields(state, batch))
     return {"initialize": joined - began, "devices": devices - joined, "check": median(times),
-            "tracing": lowered - traced, "agreement of the step": time.perf_counter() - together}
+            "tracing": lowered - traced, "agreement on the step": time.perf_counter() - together}
 
 
 MODES = {"steps": steps, "feed": feed, "start": start}
 
 
 def run(mode, processes, devices) -> dict:
-    """What process 0 of a job found."""
-    command = [sys.executable, "-m", "zerojax", "launch", "-n", str(processes), "--devices", str(devices), __file__, mode]
+    """Launches a job and returns the figures of its process 0."""
+    command = [sys.executable, "-m", "zerojax", "launch", "-n", str(processes),
+               "--devices", str(devices), __file__, mode]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=os.environ)
-    found = [line.split(MARK, 1)[1] for line in done.stdout.splitlines() if line.startswith(f"[0] {MARK}")]
+    found = [line.split(MARK, 1)[1] for line in done.stdout.splitlines()
+             if line.startswith(f"[0] {MARK}")]
     if not found:
         raise RuntimeError(done.stderr[-2000:])
     return json.loads(found[0])
 
 
 def markdown() -> str:
-    one, two = run("steps", 1, 8)["seconds"], run("steps", 2, 4)["seconds"]
+    return f"{_gloo()}\n{_prefetch()}\n{_startup()}"
+
+
+def _gloo() -> str:
+    one = run("steps", 1, 8)["seconds"]
+    two = run("steps", 2, 4)["seconds"]
     rows = [("1 process x 8 devices", f"{1 / one:.1f}", "1"),
             ("2 processes x 4 devices, over gloo", f"{1 / two:.1f}", f"{two / one:.2f}")]
-    text = "The GPT of `examples/multihost_gpt.py`, stage 3, 32 sequences a step.\n\n"
-    text += machine.table(["", "steps/s", "time of a step, ratio"], rows)
+    text = "The GPT of `examples/multihost_gpt.py`, stage 3, 32 sequences per step.\n\n"
+    return text + machine.table(["", "steps/s", "step time, ratio"], rows)
+
+
+def _prefetch() -> str:
     fed = {name: run("feed", *shape) for name, shape in {"1 x 8": (1, 8), "2 x 4": (2, 4)}.items()}
-    rows = [(name, f"{t['free'] * 1e3:.0f} ms", f"{t['ahead'] / t['free']:.3f}", f"{t['not ahead'] / t['free']:.2f}", "1.05")
-            for name, t in fed.items()]
-    text += f"\nA source that takes {SHARE} of a step, waiting (as for a disk), with `zj.feed`:\n\n"
-    text += machine.table(["processes x devices", "step with a source that costs nothing", "read ahead, ratio", "prefetch=0, ratio",
-                           "aim of reading ahead"], rows)
+    rows = [(name, f"{t['free'] * 1e3:.0f} ms", f"{t['prefetch'] / t['free']:.3f}",
+             f"{t['no prefetch'] / t['free']:.2f}", "1.05") for name, t in fed.items()]
+    text = (f"`zj.feed` with a source that waits for {SHARE} of a step per batch, as a disk "
+            "would:\n\n")
+    return text + machine.table(["processes x devices", "step time with a free source",
+                                 "with prefetch, ratio", "with prefetch=0, ratio",
+                                 "aim with prefetch"], rows)
+
+
+def _startup() -> str:
     began = run("start", 8, 1)
-    text += f"\nThe start of 8 processes on {os.cpu_count()} cores, process 0, in seconds (the aim of an agreement: 0.2):\n\n"
+    text = (f"Startup of 8 processes on {os.cpu_count()} cores, in seconds of process 0 "
+            "(aim of an agreement: 0.2):\n\n")
     return text + machine.table(["", "s"], [(name, f"{s:.3f}") for name, s in began.items()])
 
 

@@ -1,4 +1,4 @@
-"""What every table is headed with, and how every time is taken."""
+"""The header of every table, and how times are measured."""
 
 import importlib.metadata
 import os
@@ -12,19 +12,21 @@ import jax
 
 
 def header() -> str:
-    """Versions and machine, one line."""
-    packages = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax", "zerojax")]
-    return f"Python {platform.python_version()}, {', '.join(packages)}; {_processor()}, {os.cpu_count()} cores"
+    """Returns versions and machine in one line."""
+    names = ("jax", "flax", "optax", "zerojax")
+    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    return f"Python {platform.python_version()}, {packages}; {_processor()}, {os.cpu_count()} cores"
 
 
 def _processor() -> str:
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def steps(step: Callable, state, batch, n: int) -> Callable[[], None]:
-    """A call that makes `n` training steps and waits for the last."""
+    """Returns a function that runs `n` training steps and waits for the last; compiles the step."""
     held = [state]
 
     def run():
@@ -32,12 +34,15 @@ def steps(step: Callable, state, batch, n: int) -> Callable[[], None]:
             held[0], metrics = step(held[0], batch)
         jax.block_until_ready(metrics)
 
-    run()  # compiles
+    run()
     return run
 
 
-def seconds(runs: Sequence[Callable[[], None]], rounds: int) -> list[float]:
-    """The median time of each of `runs`, taken in turn so that what the machine does meanwhile falls on all alike."""
+def seconds(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+    """Returns the median time of each run.
+
+    The runs take turns, so that other load on the machine affects all of them alike.
+    """
     times = [[] for _ in runs]
     for _ in range(rounds):
         for run, taken in zip(runs, times, strict=True):
@@ -48,6 +53,6 @@ def seconds(runs: Sequence[Callable[[], None]], rounds: int) -> list[float]:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """Markdown."""
+    """Returns a table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"

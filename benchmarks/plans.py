@@ -1,4 +1,4 @@
-"""What a plan costs: a scanned transformer of 24 layers and 7 B parameters, stage 3, for clusters of many sizes."""
+"""The cost of a plan: a scanned transformer of 24 layers and 7 B parameters at stage 3."""
 
 import pathlib
 import resource
@@ -17,22 +17,28 @@ from zerojax.plan.plan import speed_of
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests" / "compiled"))
 import models
 
-MODEL, SEQ, TX = models.Transformer(width=4096, layers=24, vocab=2**18), 2048, optax.adamw(1e-4)
-CASE = models.language(MODEL)
+SEQ = 2048
+TX = optax.adamw(1e-4)
+CASE = models.language(models.Transformer(width=4096, layers=24, vocab=2**18))
+GIB = 2**30
+COLUMNS = ("GPUs", "plan, s (aim 60)", "state shapes, s", "compiler, s", "program analysis, s",
+           "analysis / compiler (aim 5 %)", "peak per GPU, GiB", "sent, GiB", "predicted, GiB")
 
 
 def plan(gpus: int) -> tuple[float, float, zj.Plan]:
-    """(seconds in all, of which tracing the model's shapes, the plan)."""
+    """Returns the plan, with the seconds in total and those for the shapes of the state."""
     start = time.perf_counter()
-    zero = zj.Zero(zj.make_mesh(topology=f"h200:{max(1, gpus // 8)}x{min(8, gpus)}"), 3, precision=zj.Precision(compute="bfloat16"))
+    mesh = zj.make_mesh(topology=f"h200:{max(1, gpus // 8)}x{min(8, gpus)}")
+    zero = zj.Zero(mesh, 3, precision=zj.Precision(compute="bfloat16"))
     state = zero.abstract(CASE.init, TX, *CASE.example)
     middle = time.perf_counter()
-    made = zero.train_step(CASE.loss, TX).plan(state, jax.ShapeDtypeStruct((gpus, SEQ), "int32"), cache=False)
+    batch = jax.ShapeDtypeStruct((gpus, SEQ), "int32")
+    made = zero.train_step(CASE.loss, TX).plan(state, batch, cache=False)
     return time.perf_counter() - start, middle - start, made.check()
 
 
-def reading(made: zj.Plan) -> float:
-    """Seconds to parse the program, find its collectives, simulate it and follow its buffers."""
+def analysis(made: zj.Plan) -> float:
+    """Returns the seconds to parse and simulate the program, and to follow its buffers."""
     start = time.perf_counter()
     program = parse(made.hlo)
     found = collectives.of(program)
@@ -44,13 +50,16 @@ def reading(made: zj.Plan) -> float:
 def plans_table(sizes=(8, 64, 512, 4096)) -> str:
     rows = []
     for gpus in sizes:
-        seconds, shapes, made = plan(gpus)
-        read = reading(made)
-        rows.append([gpus, f"{seconds:.1f}", f"{shapes:.1f}", f"{made.compile_seconds:.1f}", f"{read:.2f}",
-                     f"{read / made.compile_seconds:.1%}", f"{made.memory.peak / 2**30:.2f}", f"{made.sent / 2**30:.1f}",
-                     f"{made.zero_bytes / 2**30:.1f}"])
-    peak = [resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    columns = ["GPUs", "plan, s (aim 60)", "shapes of the state, s", "compiler, s", "reading the program, s",
-               "of the compiler's (aim 5 %)", "peak a GPU, GiB", "sent, GiB", "ZeRO's, GiB"]
-    return table(columns, rows) + (f"\nMemory of this machine: {peak[0]:.2f} GiB in the planning process, {peak[1]:.2f} GiB in the "
-                                   "largest compiling one (aim 4).\n")
+        total, shapes, made = plan(gpus)
+        analysed, compiled = analysis(made), made.compile_seconds
+        rows.append([gpus, f"{total:.1f}", f"{shapes:.1f}", f"{compiled:.1f}", f"{analysed:.2f}",
+                     f"{analysed / compiled:.1%}", f"{made.memory.peak / GIB:.2f}",
+                     f"{made.sent / GIB:.1f}", f"{made.zero_bytes / GIB:.1f}"])
+    return (f"{table(COLUMNS, rows)}\nPeak host memory: {_peak(resource.RUSAGE_SELF):.2f} GiB in "
+            f"the planning process, {_peak(resource.RUSAGE_CHILDREN):.2f} GiB in the largest "
+            "compiler process (aim 4).\n")
+
+
+def _peak(who: int) -> float:
+    """Returns the peak resident memory in GiB."""
+    return resource.getrusage(who).ru_maxrss / 2**20

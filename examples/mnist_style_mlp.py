@@ -1,10 +1,11 @@
-"""The textbook loop (784-128-10, SGD, cross-entropy) in flax's own `TrainState`, made ZeRO by four lines.
+"""The textbook MNIST loop (784-128-10, SGD, flax's `TrainState`), changed to ZeRO in four lines.
 
     python examples/mnist_style_mlp.py --stage 3 --devices 8
 
-The pictures are scikit-learn's digits, scaled to 28 x 28. The four lines are marked with <-- and change nothing else: with
-`--stage 0` it is plain data parallelism, and the losses are the same. Over `--devices 10` no dimension of 784 x 128 divides: a
-state of your own stays whole, and the layout says so; one that `zero.init` makes is padded (`Zero(uneven="pad")`).
+The images are scikit-learn's digits, scaled to 28 x 28. The four lines are marked with <--. With
+`--stage 0` the program is plain data parallelism and prints the same losses. With `--devices 10`,
+no dimension of 784 x 128 is divisible, so this kernel stays whole, as the printed layout shows.
+(`Zero(uneven="pad")` pads such parameters in states that `zero.init` makes.)
 """
 
 import argparse
@@ -32,14 +33,16 @@ class MLP(nn.Module):
 
 
 def read_digits():
-    """(images float32[1797, 784] in 0..1, labels int32[1797]), shuffled."""
+    """Returns shuffled images float32[1797, 784] in 0..1 and their labels int32[1797]."""
     digits = load_digits()
-    images = jax.image.resize(digits.images / 16.0, (len(digits.images), 28, 28), "linear").reshape(-1, 784)
+    images = jax.image.resize(digits.images / 16.0, (len(digits.images), 28, 28), "linear")
+    images = np.asarray(images, np.float32).reshape(-1, 784)
     order = np.random.default_rng(0).permutation(len(images))
-    return np.asarray(images, np.float32)[order], digits.target.astype(np.int32)[order]
+    return images[order], digits.target.astype(np.int32)[order]
 
 
 def batches(images, labels, seed):
+    """Yields one epoch of shuffled batches."""
     order = np.random.default_rng(seed).permutation(len(images))
     for i in range(0, len(order) - BATCH + 1, BATCH):
         yield {"x": images[order[i:i + BATCH]], "y": labels[order[i:i + BATCH]]}
@@ -47,8 +50,9 @@ def batches(images, labels, seed):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--stage", type=int, default=3, help="of ZeRO, 0 to 3")
-    parser.add_argument("--devices", type=int, default=8, help="how many; on a CPU as many are simulated")
+    parser.add_argument("--stage", type=int, default=3, help="ZeRO stage, 0 to 3")
+    parser.add_argument("--devices", type=int, default=8,
+                        help="number of devices; simulated on a CPU")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--lr", type=float, default=0.1)
     return parser.parse_args()
@@ -65,24 +69,26 @@ def main():
         params = model.init(jax.random.key(0), jnp.zeros((1, 784)))["params"]
         return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
-    state = zero.create(create)  # <-- 1. born sharded
+    state = zero.create(create)  # <-- 1. creates the state sharded
 
-    @zero.jit  # <-- 2. for jax.jit
+    @zero.jit  # <-- 2. instead of jax.jit
     def train_step(state, batch):
         def loss(params, batch):
             logits = state.apply_fn({"params": params}, batch["x"])
             return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
 
-        value, grads = zero.value_and_grad(loss)(state.params, batch)  # <-- 3. for jax.value_and_grad
+        value, grads = zero.value_and_grad(loss)(state.params, batch)  # <-- 3. instead of jax's
         return state.apply_gradients(grads=grads), value
 
     print(zero.layout(state))
     size = len(images) - TEST
     for epoch in range(1, args.epochs + 1):
-        for i, batch in enumerate(zj.feed(batches(images[TEST:], labels[TEST:], epoch), zero), 1):  # <-- 4. to the devices
+        data = zj.feed(batches(images[TEST:], labels[TEST:], epoch), zero)  # <-- 4. to the devices
+        for i, batch in enumerate(data, 1):
             state, loss = train_step(state, batch)
             seen = i * BATCH
-        print(f"Train Epoch: {epoch} [{seen}/{size} ({100 * seen / size:.0f}%)]\tLoss: {float(loss):.6f}")
+        done = f"{seen}/{size} ({100 * seen / size:.0f}%)"
+        print(f"Train Epoch: {epoch} [{done}]\tLoss: {float(loss):.6f}")
 
     logits = model.apply({"params": jax.device_get(state.params)}, images[:TEST])
     correct = int((logits.argmax(-1) == labels[:TEST]).sum())

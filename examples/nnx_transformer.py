@@ -1,13 +1,15 @@
-"""An NNX transformer: scanned blocks with remat and dropout, ZeRO stage 3, on a task whose answer is known.
+"""An NNX transformer with scanned blocks, remat and dropout, trained at ZeRO stage 3 on a toy task.
 
     python examples/nnx_transformer.py --stage 2 --accumulate 2
-    python examples/nnx_transformer.py --trainable 'blocks/.*|head/.*'    # the embeddings are frozen
+    python examples/nnx_transformer.py --trainable 'blocks/.*|head/.*'    # freezes the embeddings
 
-Each sequence is random letters, then the same letters backwards; the model learns to write the second half. The module is
-plain NNX: it is given back to the loss as `init_fn` made it, and parameters are gathered where it reads them.
+Each sequence consists of random letters, followed by the same letters backwards. The model learns
+to write the second half. The module is plain NNX. The loss receives it as `init_fn` created it, and
+parameters are gathered where the module reads them.
 """
 
 import argparse
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +24,13 @@ SEQ = 2 * HALF
 
 
 class Block(nnx.Module):
+    """float32[batch, seq, WIDTH] to the same shape."""
+
     def __init__(self, rngs):
-        self.norm_1, self.norm_2 = nnx.LayerNorm(WIDTH, rngs=rngs), nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, use_bias=False, rngs=rngs)
+        self.norm_1 = nnx.LayerNorm(WIDTH, rngs=rngs)
+        self.norm_2 = nnx.LayerNorm(WIDTH, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, use_bias=False,
+                                                rngs=rngs)
         self.up = nnx.Linear(WIDTH, 4 * WIDTH, use_bias=False, rngs=rngs)
         self.down = nnx.Linear(4 * WIDTH, WIDTH, use_bias=False, rngs=rngs)
         self.dropout = nnx.Dropout(0.05, rngs=rngs)
@@ -38,25 +44,30 @@ class Transformer(nnx.Module):
     """int32[batch, seq] letters to logits[batch, seq, LETTERS]."""
 
     def __init__(self, rngs):
-        self.embed, self.position = nnx.Embed(LETTERS, WIDTH, rngs=rngs), nnx.Embed(SEQ, WIDTH, rngs=rngs)
+        self.embed = nnx.Embed(LETTERS, WIDTH, rngs=rngs)
+        self.position = nnx.Embed(SEQ, WIDTH, rngs=rngs)
         stack = nnx.split_rngs(splits=LAYERS)(nnx.vmap(Block, in_axes=0, out_axes=0))
         self.blocks = stack(rngs)
         self.head = nnx.Linear(WIDTH, LETTERS, rngs=rngs)
 
     def __call__(self, letters):
         x = self.embed(letters) + self.position(jnp.arange(letters.shape[1]))[None]
-        through = nnx.scan(nnx.remat(lambda block, x: block(x)), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        block = nnx.remat(lambda block, x: block(x))
+        through = nnx.scan(block, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
         return self.head(through(self.blocks, x))
 
 
 def loss_fn(model, letters):
-    """Only the second half is to be foreseen: weight 1 for its letters, and how many were right beside the loss."""
-    logits, target = model(letters[:, :-1])[:, HALF - 1:], letters[:, HALF:]
+    """Returns the loss over the second half, with the number of letters predicted correctly."""
+    logits = model(letters[:, :-1])[:, HALF - 1:]
+    target = letters[:, HALF:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-    return zj.Loss(losses.sum(), losses.size, aux={"accuracy": (logits.argmax(-1) == target).sum()})
+    correct = (logits.argmax(-1) == target).sum()
+    return zj.Loss(losses.sum(), losses.size, aux={"accuracy": correct})
 
 
 def sequences(rows, seed):
+    """Yields batches int32[rows, SEQ] without end."""
     rng = np.random.default_rng(seed)
     while True:
         half = rng.integers(0, LETTERS, (rows, HALF), np.int32)
@@ -65,10 +76,12 @@ def sequences(rows, seed):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--stage", type=int, default=3, help="of ZeRO, 0 to 3")
-    parser.add_argument("--devices", type=int, default=8, help="how many; on a CPU as many are simulated")
-    parser.add_argument("--accumulate", type=int, default=1, help="microbatches a step")
-    parser.add_argument("--trainable", metavar="REGEX", help="paths of the parameters that are trained; the others are frozen")
+    parser.add_argument("--stage", type=int, default=3, help="ZeRO stage, 0 to 3")
+    parser.add_argument("--devices", type=int, default=8,
+                        help="number of devices; simulated on a CPU")
+    parser.add_argument("--accumulate", type=int, default=1, help="microbatches per step")
+    parser.add_argument("--trainable", metavar="REGEX",
+                        help="paths of the trained parameters; all others are frozen")
     parser.add_argument("--steps", type=int, default=40)
     return parser.parse_args()
 
@@ -76,25 +89,32 @@ def arguments():
 def main():
     args = arguments()
     jax.config.update("jax_num_cpu_devices", args.devices)
-    zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:args.devices]), args.stage, min_shard=2**10)
+    mesh = zj.make_mesh(devices=jax.devices()[:args.devices])
+    zero = zj.Zero(mesh, args.stage, min_shard=2**10)
     tx = optax.adam(optax.cosine_decay_schedule(3e-3, args.steps))
     state = zero.init(lambda: Transformer(nnx.Rngs(0)), tx, trainable=args.trainable)
     step = zero.train_step(loss_fn, tx, accumulate=args.accumulate, clip_norm=1.0)
     print(zero.layout(state))
-    for i, letters in zip(range(1, args.steps + 1), zj.feed(sequences(128, seed=0), zero), strict=False):
+    batches = itertools.islice(sequences(128, seed=0), args.steps)
+    for i, letters in enumerate(zj.feed(batches, zero), 1):
         state, metrics = step(state, letters)
         if i % 10 == 0:
-            print(f"step {i}: loss {float(metrics['loss']):.3f}, {float(metrics['aux']['accuracy']):.0%} of letters right")
+            loss, accuracy = float(metrics["loss"]), float(metrics["aux"]["accuracy"])
+            print(f"step {i}: loss {loss:.3f}, {accuracy:.0%} of letters right")
 
     letters = next(sequences(zero.parts, seed=1))
     logits = zero.jit(zero.gathered(predict), donate=False)(state, letters)
-    text = lambda row: "".join(chr(ord("a") + int(x)) for x in row)
-    print(f"{text(letters[0, :HALF])} backwards is {text(np.asarray(logits)[0, HALF - 1:].argmax(-1))}")
+    answer = np.asarray(logits)[0, HALF - 1:].argmax(-1)
+    print(f"{text(letters[0, :HALF])} backwards is {text(answer)}")
 
 
 def predict(model, letters):
-    model.eval()  # no dropout
+    model.eval()  # turns dropout off
     return model(letters[:, :-1])
+
+
+def text(letters):
+    return "".join(chr(ord("a") + int(x)) for x in letters)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The judge: a plain trainer on one device, whole parameters, no zerojax but for the `Loss` that a loss may return."""
+"""The reference: a plain trainer on one device with whole parameters.
+
+It uses nothing of zerojax but the `Loss` that a loss function may return.
+"""
 
 import functools
 
@@ -9,9 +12,10 @@ import optax
 
 import zerojax as zj
 
-OF_VALUE = {"float32": 1e-5}  # relative to the largest value of a leaf
+OF_VALUE = {"float32": 1e-5}  # tolerance relative to the largest value of a leaf
 OF_MOVE = {"bfloat16": 6e-2, "float16": 1e-2}  # relative to the distance that training moved a leaf
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # of compiling, not of running
+# These save time in compiling, not in running.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def _as_loss(result):
@@ -22,19 +26,27 @@ def path_of(path):
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def _merged(trained, frozen):
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen,
+                        is_leaf=lambda x: x is None)
+
+
 def _gradients(model, compute, keep, scale):
+    def cast(path, x):
+        return x.astype(keep.get(path_of(path), compute))
+
     def total(trained, frozen, state, batch):
-        params = jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)
-        cast = jax.tree.map_with_path(lambda path, x: x.astype(keep.get(path_of(path), compute)), params)
-        loss = _as_loss(model.loss(model.join(cast, state), batch))
+        params = jax.tree.map_with_path(cast, _merged(trained, frozen))
+        loss = _as_loss(model.loss(model.join(params, state), batch))
         return jnp.float32(loss.total) * scale / jax.lax.stop_gradient(loss.weight), loss
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def gradients(trained, frozen, state, batch):
-        """(gradient of the total, the new state, total, weight)."""
+        """Returns (gradient of the total, new model state, total, weight)."""
         grads, loss = jax.grad(total, has_aux=True)(trained, frozen, state, batch)
         grads = jax.tree.map(lambda g: g * (loss.weight / scale), grads)
-        return grads, state if loss.model_state is None else loss.model_state, loss.total, jnp.float32(loss.weight)
+        new = state if loss.model_state is None else loss.model_state
+        return grads, new, loss.total, jnp.float32(loss.weight)
 
     return gradients
 
@@ -51,32 +63,48 @@ def _update(tx, clip_norm):
     return update
 
 
-def train(model, tx, batches, *, accumulate=1, clip_norm=None, compute="float32", scale=1.0, trained=lambda path: True, keep=None):
-    """(params, model state, losses) of a zoo model after one step a batch; float16 needs a loss scale.
+def train(model, tx, batches, *, accumulate=1, clip_norm=None, compute="float32", scale=1.0,
+          trained=lambda path: True, keep=None):
+    """Returns (params, model state, losses) of a zoo model after one step per batch.
 
-    `trained(path)`: what is; `keep`: by path, the dtype that a parameter is computed in instead.
+    Args:
+      scale: a loss scale, which float16 needs.
+      trained: whether the parameter with a path is trained.
+      keep: path to the dtype in which a parameter is computed instead of `compute`.
     """
     whole, state = model.split(jax.jit(model.init)() if model.jits else model.init())
-    only = lambda wanted: jax.tree.map_with_path(lambda path, x: x if trained(path_of(path)) == wanted else None, whole)
-    params, frozen = only(True), only(False)
-    gradients, update = _gradients(model, compute, keep or {}, scale), _update(tx, clip_norm)
-    opt_state, losses = tx.init(params), []
+    params = _only(whole, trained, True)
+    frozen = _only(whole, trained, False)
+    gradients = _gradients(model, compute, keep or {}, scale)
+    update = _update(tx, clip_norm)
+    opt_state = tx.init(params)
+    losses = []
     for batch in batches:
         sums = []
         for i in range(accumulate):  # microbatch i: examples i, i + accumulate, ...
-            grads, state, *counts = gradients(params, frozen, state, jax.tree.map(lambda x, i=i: x[i::accumulate], batch))
+            part = jax.tree.map(lambda x, i=i: x[i::accumulate], batch)
+            grads, state, *counts = gradients(params, frozen, state, part)
             sums.append((grads, *counts))
         grads, total, weight = jax.tree.map(lambda *xs: sum(xs), *sums)
-        params, opt_state = update(jax.tree.map(lambda g, w=weight: g / w, grads), opt_state, params)
+        mean = jax.tree.map(lambda g, w=weight: g / w, grads)
+        params, opt_state = update(mean, opt_state, params)
         losses.append(total / weight)
-    params = jax.tree.map(lambda a, b: b if a is None else a, params, frozen, is_leaf=lambda x: x is None)
-    return params, state, losses
+    return _merged(params, frozen), state, losses
+
+
+def _only(params, trained, wanted):
+    return jax.tree.map_with_path(
+        lambda path, x: x if trained(path_of(path)) == wanted else None, params)
 
 
 def assert_close(ours, theirs, born, dtype):
-    for (path, a), b, c in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), jax.tree.leaves(born), strict=True):
+    """Compares parameters after training; `born` are those before it."""
+    for (path, a), b, c in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs),
+                               jax.tree.leaves(born), strict=True):
         a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))
         if dtype in OF_VALUE:
-            np.testing.assert_allclose(a, b, rtol=0, atol=OF_VALUE[dtype] * max(1e-3, np.abs(b).max()), err_msg=str(path))
+            atol = OF_VALUE[dtype] * max(1e-3, np.abs(b).max())
+            np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=str(path))
         else:
-            assert np.linalg.norm(a - b) <= OF_MOVE[dtype] * np.linalg.norm(b - c) + 1e-6, path
+            moved = np.linalg.norm(b - c)
+            assert np.linalg.norm(a - b) <= OF_MOVE[dtype] * moved + 1e-6, path

@@ -1,23 +1,32 @@
-"""Pairwise covering: few rows in which every two values of two factors meet."""
+"""Pairwise covering: few rows in which every two values of two factors occur together."""
 
 import itertools
 import random
 
 
-def _meetings(row):
-    return set(itertools.combinations(sorted(row.items(), key=lambda kv: kv[0]), 2))
+def _pairs(row):
+    return set(itertools.combinations(sorted(row.items(), key=lambda item: item[0]), 2))
 
 
 def rows(factors: dict, allowed, tries: int = 200, seed: int = 0) -> list[dict]:
-    """Greedy: each row is the best of `tries` random allowed ones, until no allowed pair is left unmet."""
-    rng, names = random.Random(seed), sorted(factors)
-    draw = lambda: next(r for r in iter(lambda: {n: rng.choice(factors[n]) for n in names}, None) if allowed(r))
-    possible = set().union(*(_meetings(draw()) for _ in range(20000)))
+    """Returns rows that cover every pair of values that `allowed` rows can have.
+
+    Greedy: each row is the best of `tries` random ones.
+    """
+    rng = random.Random(seed)
+    names = sorted(factors)
+
+    def draw():
+        while not allowed(row := {name: rng.choice(factors[name]) for name in names}):
+            pass
+        return row
+
+    missing = set().union(*(_pairs(draw()) for _ in range(20000)))
     chosen = []
-    while possible:
-        best = max((draw() for _ in range(tries)), key=lambda r: len(_meetings(r) & possible))
-        if not _meetings(best) & possible:
-            best = next(r for r in iter(draw, None) if _meetings(r) & possible)
-        possible -= _meetings(best)
+    while missing:
+        best = max((draw() for _ in range(tries)), key=lambda row: len(_pairs(row) & missing))
+        while not _pairs(best) & missing:
+            best = draw()
+        missing -= _pairs(best)
         chosen.append(best)
     return chosen

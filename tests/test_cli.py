@@ -1,4 +1,4 @@
-"""The `zerojax` command: what it prints, and the exit status by which it serves as a gate."""
+"""The `zerojax` command: its output and its exit status, which serves as a gate."""
 
 import json
 import pathlib
@@ -22,13 +22,17 @@ def loss(p, x):
     return zj.Loss(y.sum(), y.size)
 def textbook(p, x):
     return (p["a"] @ (x.T @ x)).mean()
-rows = lambda parts: jax.ShapeDtypeStruct((parts * 8, 512), "float32")
+def rows(parts):
+    return jax.ShapeDtypeStruct((parts * 8, 512), "float32")
 recipe = zj.Recipe(init, loss, optax.adam(1e-3), rows)
 contracting = zj.Recipe(init, textbook, optax.adam(1e-3), rows)
-two = zj.Recipe(init, {"plain": loss, "remat": jax.checkpoint(loss, static_argnums=())}, optax.adam(1e-3), rows)
+two = zj.Recipe(init, {"plain": loss, "remat": jax.checkpoint(loss, static_argnums=())},
+                optax.adam(1e-3), rows)
 fixed = zj.Recipe(init, loss, optax.adam(1e-3), jax.ShapeDtypeStruct((24, 512), "float32"))
-huge = zj.Recipe(lambda: {"a": jnp.ones((2**17, 2**17)), "b": jnp.ones((2**17, 512))}, loss, optax.adam(1e-3),
-                 lambda parts: jax.ShapeDtypeStruct((parts * 8, 2**17), "float32"))
+def wide(parts):
+    return jax.ShapeDtypeStruct((parts * 8, 2**17), "float32")
+huge = zj.Recipe(lambda: {"a": jnp.ones((2**17, 2**17)), "b": jnp.ones((2**17, 512))}, loss,
+                 optax.adam(1e-3), wide)
 number = 7
 """
 
@@ -42,7 +46,8 @@ def file(tmp_path, monkeypatch):
 
 
 def test_theory_needs_no_jax():
-    code = ("import sys; from zerojax import cli; status = cli.main(['theory', '--params', '7.5e9', '--devices', '64'])\n"
+    code = ("import sys; from zerojax import cli\n"
+            "status = cli.main(['theory', '--params', '7.5e9', '--devices', '64'])\n"
             "sys.exit(status or (3 if 'jax' in sys.modules else 0))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
@@ -51,26 +56,31 @@ def test_theory_needs_no_jax():
 
 
 def test_theory_as_json(capsys):
-    assert cli.main(["theory", "--params", "7.5e9", "--devices", "64", "--accumulate", "4", "--json"]) == 0
+    command = ["theory", "--params", "7.5e9", "--devices", "64", "--accumulate", "4", "--json"]
+    assert cli.main(command) == 0
     assert json.loads(capsys.readouterr().out)["stages"]["3"]["elements_per_param"] == 12
     assert cli.main(["theory", "--params", "-1", "--devices", "64"]) == 2
 
 
 def test_the_readmes_command(tmp_path):
-    """As installed: a file, a topology, a plan."""
-    command = [sys.executable, "-m", "zerojax", "plan", EXAMPLE, "--topology", "h200:8x8", "--min-shard", "1024"]
+    """In a process of its own: the plan of a file for a topology."""
+    command = [sys.executable, "-m", "zerojax", "plan", EXAMPLE, "--topology", "h200:8x8",
+               "--min-shard", "1024"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for words in ("stage 3 on 64 x NVIDIA H200 (8 hosts of 8)", "gathered parameters", "fits 126.9 GiB", "reduce-scatter", "MFU"):
+    for words in ("stage 3 on 64 x NVIDIA H200 (8 hosts of 8)", "gathered parameters",
+                  "fits 126.9 GiB", "reduce-scatter", "MFU"):
         assert words in done.stdout
     assert done.stderr == ""
 
 
 def test_plan_as_json_and_its_program(file, capsys, tmp_path):
-    assert cli.main(["plan", file, "--topology", "h200:1x8", "--json", "--hlo", str(tmp_path / "hlo")]) == 0
+    hlo = tmp_path / "hlo"
+    assert cli.main(["plan", file, "--topology", "h200:1x8", "--json", "--hlo", str(hlo)]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["ok"] and plan["fits"] and plan["memory"]["kinds"]["parameters"] == 2 * 512 * 512 * 4 / 8
-    assert "ENTRY" in (tmp_path / "hlo").read_text()
+    assert plan["ok"] and plan["fits"]
+    assert plan["memory"]["kinds"]["parameters"] == 2 * 512 * 512 * 4 / 8
+    assert "ENTRY" in hlo.read_text()
 
 
 def test_a_plan_that_is_not_zero_fails_the_gate(file, capsys):
@@ -90,8 +100,10 @@ def test_show_prints_the_layout(file, capsys):
 
 
 def test_advise_refuses_with_reasons_and_takes_the_fastest(file, capsys):
-    found = advice.advise(recipe.load(f"{file}:two"), "h200:1x2", stages=(0, 3), accumulate=(1,))
-    assert {(t.choice.stage, t.choice.remat) for t in found.tried} == {(0, "plain"), (0, "remat"), (3, "plain"), (3, "remat")}
+    two = recipe.load(f"{file}:two")
+    found = advice.advise(two, "h200:1x2", stages=(0, 3), accumulate=(1,))
+    tried = {(trial.choice.stage, trial.choice.remat) for trial in found.tried}
+    assert tried == {(0, "plain"), (0, "remat"), (3, "plain"), (3, "remat")}
     assert found.best.rate == max(t.rate for t in found.tried) > 0
     assert found.plan.check() and str(found.best.choice) in str(found)
 
@@ -104,16 +116,20 @@ def test_advise_says_why_nothing_fits(file, capsys):
 
 WRONG = {
     "no file": (["show", "nowhere.py", "--topology", "h200:1x8"], ["no file 'nowhere.py'"]),
-    "no module": (["show", "no_such_module", "--topology", "h200:1x8"], ["neither a file nor a module 'no_such_module'"]),
-    "no such name": (["show", "{file}:recipes", "--topology", "h200:1x8"], ["no recipes in it", "did you mean", ":recipe?"]),
+    "no module": (["show", "no_such_module", "--topology", "h200:1x8"],
+                  ["neither a file nor a module 'no_such_module'"]),
+    "no such name": (["show", "{file}:recipes", "--topology", "h200:1x8"],
+                     ["no recipes in it", "did you mean", ":recipe?"]),
     "not a recipe": (["show", "{file}:number", "--topology", "h200:1x8"], ["number is a int"]),
-    "unknown gpu": (["plan", "{file}", "--topology", "h20:1x8"], ["no GPU 'h20'", "h200"]),
+    "unknown gpu": (["plan", "{file}", "--topology", "h20:1x8"], ["unknown GPU 'h20'", "h200"]),
     "impossible topology": (["plan", "{file}", "--topology", "h200:8"], ["hosts x GPUs"]),
     "batch": (["plan", "{file}:fixed", "--topology", "h200:1x5"], ["24 examples", "5"]),
     "no name": (["show", ":recipe", "--topology", "h200:1x2"], ["names no file or module"]),
-    "half a gpu": (["show", "{file}", "--topology", "{{bad:1x2"], ["no GPU in JSON"]),
-    "no such loss": (["plan", "{file}:two", "--topology", "h200:1x2", "--remat", "all"], ["no loss 'all'", "'plain', 'remat'"]),
-    "no batch divides": (["advise", "{file}:fixed", "--topology", "h200:1x5"], ["24 examples", "5 devices"]),
+    "half a gpu": (["show", "{file}", "--topology", "{{bad:1x2"], ["not a GPU in JSON"]),
+    "no such loss": (["plan", "{file}:two", "--topology", "h200:1x2", "--remat", "all"],
+                     ["no loss 'all'", "'plain', 'remat'"]),
+    "no batch divides": (["advise", "{file}:fixed", "--topology", "h200:1x5"],
+                         ["24 examples", "5 devices", "tried: [1, 2, 4, 8]"]),
 }
 
 
@@ -129,33 +145,61 @@ def test_bad_input_is_an_error_with_the_fix(file, capsys, name):
 
 @pytest.mark.parametrize("raised, status, words", [
     ("ValueError('of the user')", 2, "of the user"), ("KeyboardInterrupt", 130, "interrupted")])
-def test_what_the_users_file_raises_is_no_failed_plan(tmp_path, capsys, raised, status, words):
+def test_an_error_in_the_users_file_is_no_failed_plan(tmp_path, capsys, raised, status, words):
     (tmp_path / "broken.py").write_text(f"raise {raised}")
     assert cli.main(["plan", str(tmp_path / "broken.py"), "--topology", "h200:1x2"]) == status
     assert words in capsys.readouterr().err
+    assert "recipe_broken" not in sys.modules
 
 
-def test_a_module_of_the_working_directory(file, capsys, monkeypatch):
+def test_a_module_in_the_working_directory(file, capsys, monkeypatch):
     monkeypatch.chdir(pathlib.Path(file).parent)
     assert cli.main(["show", "training:two", "--topology", "h200:1x8"]) == 0
     sys.modules.pop("training")
 
 
+@pytest.mark.parametrize("where", ["training.py", "training"])
+def test_loading_restores_the_search_path(file, monkeypatch, where):
+    """The entry is on the path during the import; the file's own changes of the path stay."""
+    folder = pathlib.Path(file).parent
+    (folder / "sizes.py").write_text("width = 512")
+    pathlib.Path(file).write_text(f"import sys, sizes\nsys.path.append('/models')\n{RECIPE}")
+    monkeypatch.chdir(folder)
+    before = list(sys.path)
+    found = recipe.load(where)
+    assert sys.path == [*before, "/models"]
+    assert sys.modules[found.init_fn.__module__].recipe is found
+    for name in ("sizes", "training", "recipe_training"):
+        sys.modules.pop(name, None)
+
+
+def test_the_search_path_of_the_command_keeps_the_files_folder(file, capsys):
+    """As for `python training.py`: a function of the recipe may import from it when called."""
+    (pathlib.Path(file).parent / "late.py").write_text("from training_sizes import WIDTH")
+    (pathlib.Path(file).parent / "training_sizes.py").write_text("WIDTH = 512")
+    pathlib.Path(file).write_text(RECIPE.replace("def init():", "def init():\n    import late"))
+    assert cli.main(["show", file, "--topology", "h200:1x8"]) == 0
+    for name in ("late", "training_sizes"):
+        sys.modules.pop(name)
+
+
 @pytest.mark.parametrize("options", [{"accumulate": (0,)}, {"replica": 2}, {"stages": ()}])
-def test_advise_on_nothing(file, options):
+def test_advise_with_nothing_to_try(file, options):
     with pytest.raises(zj.PolicyError, match=f"advise\\({next(iter(options))}="):
         advice.advise(recipe.load(file), "h200:1x2", **options)
 
 
-def test_advise_refuses_what_is_not_zero(file):
+def test_advise_refuses_a_plan_that_is_not_zero(file):
     found = advice.advise(recipe.load(f"{file}:contracting"), "h200:1x8", stages=(3,))
     assert found.best is None and "not ZeRO" in str(found)
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"init_fn": 3}, "no arguments that returns the model"), ({"init_fn": lambda key: key}, "takes .'key'."),
+    ({"init_fn": 3}, "no arguments that returns the model"),
+    ({"init_fn": lambda key: key}, "takes .'key'."),
     ({"loss_fn": {}}, "dict of names to functions"), ({"tx": optax.adam}, "optax transform")])
-def test_a_recipe_that_is_none(change, words):
-    right = {"init_fn": dict, "loss_fn": lambda p, b: 0.0, "tx": optax.sgd(0.1), "batch": jax.ShapeDtypeStruct((8,), "float32")}
+def test_an_invalid_recipe(change, words):
+    valid = {"init_fn": dict, "loss_fn": lambda p, b: 0.0, "tx": optax.sgd(0.1),
+             "batch": jax.ShapeDtypeStruct((8,), "float32")}
     with pytest.raises(zj.RecipeError, match=words):
-        zj.Recipe(**right | change)
+        zj.Recipe(**valid | change)

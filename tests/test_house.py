@@ -1,4 +1,4 @@
-"""The house: imports go one way (pyproject.toml has the layers), no private jax, nothing global, no file too long."""
+"""The rules of the house: imports in layers, no private jax, nothing global, short files."""
 
 import ast
 import pathlib
@@ -20,19 +20,27 @@ def _imported(node):
 
 
 def _imports(path):
-    return (name for node in ast.walk(ast.parse(path.read_text())) for name in _imported(node))
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return (name for node in nodes for name in _imported(node))
+
+
+def _python(code, **options):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                          **options)
 
 
 def test_imports_go_one_way():
-    done = subprocess.run([sys.executable, "-c", "from importlinter.cli import lint_imports; raise SystemExit(lint_imports())"],
-                          capture_output=True, text=True, timeout=120, cwd=PACKAGE.parent)
+    code = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports())"
+    done = _python(code, cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_no_private_modules(path):
     roots = ("jax", "flax", "optax", "orbax")
-    private = [n for n in _imports(path) if n.split(".")[0] in roots and any(part.startswith("_") for part in n.split("."))]
+    parts = (name.split(".") for name in _imports(path))
+    private = [names for names in parts
+               if names[0] in roots and any(name.startswith("_") for name in names)]
     assert private == []
 
 
@@ -41,27 +49,28 @@ def test_no_file_is_two_concepts(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
-JAX_FREE = ["zerojax", "zerojax.cli", "zerojax.hlo.liveness", "zerojax.hlo.schedule", "zerojax.plan.theory",
-            "zerojax.processes.launch", "zerojax.processes.launchers", "zerojax.processes.rendezvous"]
+JAX_FREE = ["zerojax", "zerojax.cli", "zerojax.hlo.liveness", "zerojax.hlo.schedule",
+            "zerojax.plan.theory", "zerojax.processes.launch", "zerojax.processes.launchers",
+            "zerojax.processes.rendezvous"]
 
 
 @pytest.mark.parametrize("name", JAX_FREE)
 def test_arithmetic_and_the_command_need_no_jax(name):
-    code = f"import sys, {name}; assert not {{'jax', 'flax', 'optax'}} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = _python(f"import sys, {name}; assert not {{'jax', 'flax', 'optax'}} & set(sys.modules)")
     assert done.returncode == 0, done.stderr
 
 
 def test_importing_changes_nothing_global():
-    code = ("import os, jax; before = dict(os.environ), dict(jax.config.values)\n"
-            "import flax, optax; middle = dict(jax.config.values)\n"
-            "import zerojax; [getattr(zerojax, n) for n in zerojax.__all__]\n"
-            "assert (dict(os.environ), dict(jax.config.values)) == (before[0], middle)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = _python("import os, jax; before = dict(os.environ), dict(jax.config.values)\n"
+                   "import flax, optax; middle = dict(jax.config.values)\n"
+                   "import zerojax; [getattr(zerojax, n) for n in zerojax.__all__]\n"
+                   "assert (dict(os.environ), dict(jax.config.values)) == (before[0], middle)")
     assert done.returncode == 0, done.stderr
 
 
 def test_every_public_name_is_documented():
     import zerojax
 
-    assert [n for n in zerojax.__all__ if not (getattr(zerojax, n).__doc__ or "").strip()] == []
+    undocumented = [name for name in zerojax.__all__
+                    if not (getattr(zerojax, name).__doc__ or "").strip()]
+    assert undocumented == []

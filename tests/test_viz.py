@@ -1,6 +1,7 @@
-"""Pictures: what is drawn is what the plan says."""
+"""Plots: they show the numbers of the plan."""
 
 import builtins
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +19,21 @@ matplotlib.use("agg")
 def plan():
     zero = zj.Zero(zj.make_mesh(topology="h200:1x2"), min_shard=1)
     step = zero.train_step(lambda p, x: ((x @ p["a"]) @ p["b"]).mean(), optax.sgd(0.1))
-    state = zero.abstract(lambda: {"a": jnp.ones((256, 256)), "b": jnp.ones((256, 256))}, optax.sgd(0.1))
+    weights = {"a": jnp.ones((256, 256)), "b": jnp.ones((256, 256))}
+    state = zero.abstract(lambda: weights, optax.sgd(0.1))
     return step.plan(state, jax.ShapeDtypeStruct((64, 256), jnp.float32))
 
 
 def test_memory_bars_stack_to_the_peak(plan):
     ax = zj.viz.memory({"one": plan, "two": plan})
     tops = [round(bar.get_y() + bar.get_height(), 6) for bar in ax.patches]
-    assert max(tops) == pytest.approx(plan.memory.peak / 2**10 if plan.memory.peak < 2**20 else plan.memory.peak / 2**20, rel=1e-6)
+    unit = 2**10 if plan.memory.peak < 2**20 else 2**20
+    assert max(tops) == pytest.approx(plan.memory.peak / unit, rel=1e-6)
     assert [t.get_text() for t in ax.get_xticklabels()] == ["one", "two"]
     assert "parameters" in [t.get_text() for t in ax.get_legend().get_texts()]
 
 
-def test_the_time_line_holds_every_collective_of_a_computation(plan):
+def test_the_timeline_has_every_collective_of_a_computation(plan):
     ax = zj.viz.timeline(plan)
     lanes = [c.get_paths()[0].get_extents() for c in ax.collections]
     network = [box for box in lanes if box.y0 < 1]
@@ -49,8 +52,9 @@ def test_a_leafs_parts_name_their_devices(spec, mesh, parts):
     assert [t.get_text() for t in zj.viz.leaf((8, 16), spec, mesh).texts] == parts
 
 
-def test_a_computation_that_is_none(plan):
-    with pytest.raises(zj.PolicyError, match="nowhere"):
+def test_an_unknown_computation(plan):
+    entry = plan.program.entry
+    with pytest.raises(zj.PolicyError, match=f"'nowhere'.*computations are .*{re.escape(entry)}"):
         zj.viz.timeline(plan, "nowhere")
 
 

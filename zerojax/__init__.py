@@ -3,14 +3,48 @@
 import importlib
 from typing import TYPE_CHECKING
 
+__version__ = "0.1.0"
+
+# The table of contents: names by module. Each name is imported when it is first used, because
+# `zerojax theory` and `zerojax launch` must start without jax.
+_CONTENTS = {
+    "advice": ["advise"],
+    "checkpoint.checkpointer": ["Checkpointer", "Restored"],
+    "checkpoint.exporting": ["export_safetensors"],
+    "checkpoint.loading": ["load_safetensors"],
+    "data.feeding": ["Indexed", "feed"],
+    "errors": ["BatchError", "CheckpointError", "ClusterError", "CompileError",
+               "CorruptCheckpointError", "LayoutError", "LossError", "MissingExtraError",
+               "ModelError", "NonFiniteError", "PlanError", "PolicyError", "RecipeError",
+               "StateError", "ZeroError"],
+    "layout.mesh": ["make_mesh"],
+    "layout.padded": ["Padded", "logical"],
+    "layout.report": ["Layout"],
+    "layout.topology": ["Gpu", "Topology"],
+    "plan.plan": ["Plan"],
+    "policy": ["Precision"],
+    "processes.joining": ["initialize"],
+    "processes.preemption": ["Preemption"],
+    "recipe": ["Recipe"],
+    "train.loss": ["Loss"],
+    "train.loss_scale": ["LossScale"],
+    "train.state": ["TrainState"],
+    "zero": ["Zero"],
+}
+_SUBMODULES = ["remat", "viz"]
+_MODULE_OF = {name: module for module, names in _CONTENTS.items() for name in names}
+__all__ = sorted([*_MODULE_OF, *_SUBMODULES])  # pyright: ignore[reportUnsupportedDunderAll]
+
+# Type checkers cannot read the table, so it is repeated as imports; tests/test_contents.py compares
+# the two.
 if TYPE_CHECKING:
     from zerojax import remat as remat
     from zerojax import viz as viz
     from zerojax.advice import advise as advise
     from zerojax.checkpoint.checkpointer import Checkpointer as Checkpointer
     from zerojax.checkpoint.checkpointer import Restored as Restored
-    from zerojax.checkpoint.safetensors import export_safetensors as export_safetensors
-    from zerojax.checkpoint.safetensors import load_safetensors as load_safetensors
+    from zerojax.checkpoint.exporting import export_safetensors as export_safetensors
+    from zerojax.checkpoint.loading import load_safetensors as load_safetensors
     from zerojax.data.feeding import Indexed as Indexed
     from zerojax.data.feeding import feed as feed
     from zerojax.errors import BatchError as BatchError
@@ -44,41 +78,12 @@ if TYPE_CHECKING:
     from zerojax.train.state import TrainState as TrainState
     from zerojax.zero import Zero as Zero
 
-__version__ = "0.1.0"
-
-# imported when first used: `zerojax theory` needs no jax
-_WHERE = {
-    "advice": ["advise"],
-    "checkpoint.checkpointer": ["Checkpointer", "Restored"],
-    "processes.joining": ["initialize"],
-    "errors": ["BatchError", "CheckpointError", "ClusterError", "CompileError", "CorruptCheckpointError", "LayoutError",
-               "LossError", "MissingExtraError", "ModelError",
-               "NonFiniteError", "PlanError", "PolicyError", "RecipeError", "StateError", "ZeroError"],
-    "layout.report": ["Layout"],
-    "train.loss": ["Loss"],
-    "layout.mesh": ["make_mesh"],
-    "layout.padded": ["Padded", "logical"],
-    "plan.plan": ["Plan"],
-    "policy": ["Precision"],
-    "processes.preemption": ["Preemption"],
-    "recipe": ["Recipe"],
-    "train.loss_scale": ["LossScale"],
-    "data.feeding": ["Indexed", "feed"],
-    "train.state": ["TrainState"],
-    "layout.topology": ["Gpu", "Topology"],
-    "checkpoint.safetensors": ["export_safetensors", "load_safetensors"],
-    "zero": ["Zero"],
-}
-_MODULES = ["remat", "viz"]
-__all__ = sorted([name for names in _WHERE.values() for name in names] + _MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
-
 
 def __getattr__(name: str):
-    for module, names in _WHERE.items():
-        if name in names:
-            return getattr(importlib.import_module(f"zerojax.{module}"), name)
-    if name in _MODULES:
+    if name in _SUBMODULES:
         return importlib.import_module(f"zerojax.{name}")
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"zerojax.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'zerojax' has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""`python -m zerojax`."""
+"""`python -m zerojax`: the `zerojax` command."""
 
 import sys
 

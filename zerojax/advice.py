@@ -1,4 +1,4 @@
-"""Which stage, accumulation, remat and number of copies: by compiling each, not by formula."""
+"""The search for a layout: stage, microbatches, remat and replicas, by compiling each candidate."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,13 +11,24 @@ from zerojax.layout.topology import Topology
 from zerojax.plan.plan import Plan
 from zerojax.policy import Precision
 from zerojax.recipe import Recipe
-from zerojax.tables import Sheet, seconds, size
+from zerojax.tables import Printed, Sheet, seconds, size
 from zerojax.zero import Zero
+
+MIXED = Precision(compute="bfloat16")
+_COLUMNS = ("stage", "accumulate", "copies", "loss", "peak", "sent per step", "step time", "MFU",
+            "examples/s", "refused because")
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One way to lay a recipe out: stage, microbatches, the name of the loss (how it rematerialises), copies of the state."""
+    """One layout of a recipe.
+
+    Attributes:
+      stage: the ZeRO stage.
+      accumulate: the number of microbatches.
+      remat: the name of the recipe's loss, which says how it rematerialises.
+      replica: the number of copies of the state.
+    """
 
     stage: int
     accumulate: int
@@ -25,13 +36,21 @@ class Choice:
     replica: int
 
     def __str__(self):
-        parts = [f"stage={self.stage}", f"accumulate={self.accumulate}", f"replica={self.replica}"]
-        return ", ".join(parts + ([f"loss {self.remat!r}"] if self.remat else []))
+        loss = f", loss {self.remat!r}" if self.remat else ""
+        return (f"stage={self.stage}, accumulate={self.accumulate}, "
+                f"replica={self.replica}{loss}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A choice with its plan; or with why there is none, or why it was refused."""
+    """A choice with its plan, and with the reason if it has no plan or was refused.
+
+    Attributes:
+      choice: the layout.
+      examples: the number of examples in a batch.
+      plan: the plan, or None if there is none.
+      refused: the reason for the refusal, or "".
+    """
 
     choice: Choice
     examples: int
@@ -40,97 +59,121 @@ class Trial:
 
     @property
     def rate(self) -> float:
-        """Examples a second, over all devices, by the estimate."""
+        """The estimated examples per second over all devices; 0 without an estimate."""
         return self.examples / self.plan.compute.seconds if self.plan and self.plan.compute else 0.0
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Advice:
-    """The fastest that fits, by the estimate, and all that were tried. Prints as a table."""
+class Advice(Printed):
+    """All trials, and the fastest layout that fits. Prints as a table.
+
+    Attributes:
+      best: the trial with the highest estimated rate that was not refused, or None.
+      tried: every trial.
+    """
 
     best: Trial | None
     tried: tuple[Trial, ...]
 
     @property
     def plan(self) -> Plan | None:
+        """The plan of the best trial, or None if nothing fits."""
         return self.best.plan if self.best else None
 
     def sheet(self) -> Sheet:
-        order = sorted(self.tried, key=lambda t: (bool(t.refused), -t.rate))
+        """Returns the trials as a table, fastest first and refused ones last."""
+        order = sorted(self.tried, key=lambda trial: (bool(trial.refused), -trial.rate))
         title = f"the fastest that fits: {self.best.choice}" if self.best else "nothing fits"
-        columns = ("stage", "accumulate", "copies", "loss", "peak", "sent a step", "step", "MFU", "examples/s", "refused because")
-        return Sheet(title, columns, tuple(map(_row, order)))
+        return Sheet(title, _COLUMNS, tuple(map(_row, order)))
 
-    def __str__(self) -> str:
-        return str(self.sheet())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self.sheet()._repr_html_()
+    def parts(self) -> list:
+        return [self.sheet().table()]
 
 
 def _row(trial: Trial) -> tuple[str, ...]:
-    c, p = trial.choice, trial.plan
-    figures = ("",) * 5
-    if p and p.compute:
-        figures = size(p.memory.peak), size(p.sent), seconds(p.compute.seconds), f"{p.compute.mfu:.0%}", f"{trial.rate:,.0f}"
-    return (str(c.stage), str(c.accumulate), str(c.replica), c.remat, *figures, trial.refused)
+    choice = trial.choice
+    layout = (str(choice.stage), str(choice.accumulate), str(choice.replica), choice.remat)
+    return (*layout, *_numbers(trial), trial.refused)
 
 
-MIXED = Precision(compute="bfloat16")
+def _numbers(trial: Trial) -> tuple[str, ...]:
+    """Returns the peak, the bytes sent, the time, the MFU and the rate; blank without a plan."""
+    plan = trial.plan
+    if not plan or not plan.compute:
+        return ("",) * 5
+    return (size(plan.memory.peak), size(plan.sent), seconds(plan.compute.seconds),
+            f"{plan.compute.mfu:.0%}", f"{trial.rate:,.0f}")
 
 
 def advise(recipe: Recipe, topology: str | Topology, *, stages: Iterable[int] = (0, 1, 2, 3),
-           accumulate: Iterable[int] | None = None, replica: Iterable[int] | None = None, precision: Precision = MIXED,
-           min_shard: int = 2**16, cache: bool = True) -> Advice:
-    """Compiles a recipe in many ways for a topology, and says which is the fastest that fits.
+           accumulate: Iterable[int] | None = None, replica: Iterable[int] | None = None,
+           precision: Precision = MIXED, min_shard: int = 2**16, cache: bool = True) -> Advice:
+    """Compiles a recipe with many layouts for a topology, and returns the fastest that fits.
 
-    Of a batch of fixed size, more microbatches are tried only where fewer do not fit: they save memory, and time in no case. A
-    batch that grows with the cluster grows with the microbatches, too, so that a step costs more and is worth more: each is tried.
-    What does not divide is left out, and what is not ZeRO's (`Plan.check`) is refused. The time is the plan's estimate.
+    For a batch of fixed size, more microbatches are tried only where fewer do not fit, because they
+    save memory and never time. A batch that grows with the cluster also grows with the number of
+    microbatches, so a step takes longer and processes more examples; then every number is tried.
+    Layouts that do not divide the batch or the devices are left out, and those that are not ZeRO
+    (`Plan.check`) are refused. Times are the plan's estimates.
 
     Args:
-      recipe: with a dict of losses, each is tried.
-      topology: as for `make_mesh`; of one GPU or more.
-      stages, accumulate, replica: what to try. Microbatches: by default 1, 2, 4 and 8 of a fixed batch, 1 of a growing one.
-        Copies: by default one for all, and one a host.
-      precision, min_shard: as for `Zero`.
+      recipe: the training run; if it has a dict of losses, each is tried.
+      topology: the cluster, as for `make_mesh`, with one GPU or more.
+      stages: the stages to try.
+      accumulate: the numbers of microbatches to try. The default is 1, 2, 4 and 8 for a fixed
+        batch, and 1 for a batch that grows.
+      replica: the numbers of copies of the state to try. The default is one copy, and one copy per
+        host.
+      precision: as for `Zero`.
+      min_shard: as for `Zero`.
       cache: as for `TrainStep.plan`.
 
     Raises:
-      PolicyError: the topology is none, or nothing that was to be tried is possible.
-      RecipeError: no `Recipe`.
+      PolicyError: the topology is invalid, or none of the layouts to try is possible.
+      RecipeError: `recipe` is no `Recipe`.
     """
     if not isinstance(recipe, Recipe):
-        raise RecipeError(f"advise was given a {type(recipe).__name__}; write zj.Recipe(init_fn, loss_fn, tx, batch).")
+        raise RecipeError(f"advise was given a {type(recipe).__name__}; "
+                          "write zj.Recipe(init_fn, loss_fn, tx, batch).")
     topology = Topology.parse(topology) if isinstance(topology, str) else topology
     stages = list(stages)
-    accumulate = _counts("accumulate", accumulate or ((1,) if callable(recipe.batch) else (1, 2, 4, 8)))
+    microbatches = (1,) if callable(recipe.batch) else (1, 2, 4, 8)
+    accumulate = _counts("accumulate", accumulate or microbatches)
     copies = _counts("replica", replica or {1, topology.hosts})
+    if not stages:
+        raise PolicyError("advise(stages=()): write the stages to try, such as stages=(2, 3).")
     tried = []
-    for stage in stages:
-        for copy in copies if stage else (1,):
-            for remat in recipe.losses:
-                choices = [Choice(stage, a, remat, copy) for a in accumulate]
-                tried += _until_fits(recipe, topology, choices, precision, min_shard, cache)
+    for choices in _series(recipe, stages, copies, accumulate):
+        tried += _until_fits(recipe, topology, choices, precision, min_shard, cache)
     if not tried:
-        if not stages:
-            raise PolicyError("advise(stages=()): write stages to try, as stages=(2, 3).")
-        raise PolicyError(f"advise: the recipe's batch of {_examples(recipe, topology.devices)} examples does not divide over "
-                          f"{topology.devices} devices x any of {list(accumulate)} microbatches, with copies of {list(copies)}.")
-    fitting = [t for t in tried if not t.refused]
-    return Advice(max(fitting, key=lambda t: t.rate, default=None), tuple(tried))
+        examples = _examples(recipe, topology.devices)
+        raise PolicyError(f"advise: no layout is possible. The recipe's batch has {examples} "
+                          f"examples; it must be a multiple of {topology.devices} devices x "
+                          f"microbatches (tried: {accumulate}), and the number of copies (tried: "
+                          f"{copies}) must divide {topology.devices}.")
+    fitting = [trial for trial in tried if not trial.refused]
+    return Advice(max(fitting, key=lambda trial: trial.rate, default=None), tuple(tried))
 
 
 def _counts(name: str, given: Iterable[int]) -> list[int]:
     counts = list(given) if isinstance(given, Iterable) else []
     if not counts or not all(isinstance(n, int) and n > 0 for n in counts):
-        raise PolicyError(f"advise({name}={given}): write positive integers to try, as {name}=(1, 2).")
+        raise PolicyError(f"advise({name}={given}): "
+                          f"write positive integers to try, such as {name}=(1, 2).")
     return sorted(counts)
 
 
-def _until_fits(recipe: Recipe, topology: Topology, choices: Sequence[Choice], precision, min_shard, cache) -> Iterator[Trial]:
+def _series(recipe: Recipe, stages: Sequence[int], copies: Sequence[int],
+            accumulate: Sequence[int]) -> Iterator[list[Choice]]:
+    """Yields series of choices; within each, only the number of microbatches grows."""
+    for stage in stages:
+        for copy in copies if stage else (1,):  # stage 0 replicates the state anyway
+            for remat in recipe.losses:
+                yield [Choice(stage, n, remat, copy) for n in accumulate]
+
+
+def _until_fits(recipe: Recipe, topology: Topology, choices: Sequence[Choice],
+                precision: Precision, min_shard: int, cache: bool) -> Iterator[Trial]:
     for choice in choices:
         parts = topology.devices * choice.accumulate
         if topology.devices % choice.replica or _examples(recipe, parts) % parts:
@@ -142,28 +185,38 @@ def _until_fits(recipe: Recipe, topology: Topology, choices: Sequence[Choice], p
 
 
 def _examples(recipe: Recipe, parts: int) -> int:
-    """Of a batch; 1, which nothing but one device divides, if its arrays disagree."""
+    """Returns the number of examples in a batch.
+
+    If the arrays of the batch disagree, this is 1, which only a single part divides.
+    """
     sizes = {x.shape[0] for x in jax.tree.leaves(recipe.rows(parts)) if getattr(x, "shape", ())}
     return sizes.pop() if len(sizes) == 1 else 1
 
 
-def attempt(recipe: Recipe, topology: Topology, choice: Choice, precision: Precision, min_shard: int = 2**16,
-            cache: bool = True) -> Trial:
-    """One choice, compiled and judged."""
+def attempt(recipe: Recipe, topology: Topology, choice: Choice, precision: Precision,
+            min_shard: int = 2**16, cache: bool = True) -> Trial:
+    """Compiles one choice and judges its plan."""
     examples = _examples(recipe, topology.devices * choice.accumulate)
     try:
         plan = plan_of(recipe, topology, choice, precision, min_shard, cache)
     except ZeroError as error:
         return Trial(choice, examples, None, str(error).splitlines()[0])
-    m, wrong = plan.memory, [f for f in plan.findings if f.wrong]
-    if not m.fits:
-        return Trial(choice, examples, plan, f"needs {size(m.peak)} of {size(m.usable or 0)}")
-    return Trial(choice, examples, plan, f"not ZeRO: {len(wrong)} findings, {size(sum(f.bytes for f in wrong))}" if wrong else "")
+    return Trial(choice, examples, plan, _refusal(plan))
 
 
-def plan_of(recipe: Recipe, topology: str | Topology, choice: Choice, precision: Precision, min_shard: int = 2**16,
-            cache: bool = True) -> Plan:
-    """The plan of a recipe laid out as a choice says."""
+def _refusal(plan: Plan) -> str:
+    """Returns why a plan is refused; "" if it is not."""
+    if not plan.memory.fits:
+        return f"needs {size(plan.memory.peak)} of {size(plan.memory.usable or 0)}"
+    wrong = [finding for finding in plan.findings if finding.wrong]
+    if not wrong:
+        return ""
+    return f"not ZeRO: {len(wrong)} findings, {size(sum(finding.bytes for finding in wrong))}"
+
+
+def plan_of(recipe: Recipe, topology: str | Topology, choice: Choice, precision: Precision,
+            min_shard: int = 2**16, cache: bool = True) -> Plan:
+    """Returns the plan of a recipe with the layout of a choice."""
     mesh = make_mesh(topology=topology, replica=choice.replica)
     zero = Zero(mesh, choice.stage, precision=precision, min_shard=min_shard)
     state = zero.abstract(recipe.init_fn, recipe.tx, trainable=recipe.trainable)

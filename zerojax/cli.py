@@ -1,15 +1,16 @@
-"""The `zerojax` command: what a training run needs, before it is paid for; starting one; and what it left.
+"""The `zerojax` command: plans a training run, starts its processes, and reads its checkpoints.
 
-Exit status 1 says that a plan does not fit or is not ZeRO's, or that a checkpoint is damaged; 2, that something went wrong.
+The exit status is 1 if a plan does not fit or is not ZeRO, or if a checkpoint is damaged, and 2
+after an error.
 
-    zerojax plan train.py --topology h200:8x8 --stage 3      # one layout, in full; exit status 1 if it is not ZeRO or does not fit
-    zerojax advise train.py --topology h200:8x8              # many, the fastest that fits
-    zerojax show train.py --topology h200:8x8                # who holds which leaf
+    zerojax plan train.py --topology h200:8x8 --stage 3      # one layout in detail
+    zerojax advise train.py --topology h200:8x8              # finds the fastest layout that fits
+    zerojax show train.py --topology h200:8x8                # the placement of each leaf
     zerojax theory --params 7.5e9 --devices 64               # the paper's table
-    zerojax launch -n 2 --devices 4 train.py --steps 100     # processes of one job on this machine; their status
-    zerojax inspect checkpoints                              # what a checkpoint says of itself
-    zerojax verify checkpoints                               # whether its arrays are those saved
-    zerojax export checkpoints --to model.safetensors        # the model, for others
+    zerojax launch -n 2 --devices 4 train.py --steps 100     # starts the processes of a job
+    zerojax inspect checkpoints                              # leaves, bytes, digests, versions
+    zerojax verify checkpoints                               # compares arrays with their digests
+    zerojax export checkpoints --to model.safetensors        # writes the model for other programs
 """
 
 import argparse
@@ -17,19 +18,27 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from zerojax.plan import theory
 from zerojax.tables import Sheet
 
 GB = 1e9
+_DEFAULT = "(default: %(default)s)"
+_THEORY_COLUMNS = ("stage", "paper, within a step (2+2+12 bytes)",
+                   "zerojax, between steps (4+8 bytes)", "elements sent per parameter",
+                   "sent per step, 16 bit")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; its exit status is 0, 1 for what it was to find out not being so, 2 for an error."""
+    """Runs a command and returns its exit status.
+
+    The status is 0 for success, 1 for a failed check, 2 for an error and 130 for an interrupt;
+    `launch` returns the status of its job.
+    """
     args = parser().parse_args(argv)
     if args.run not in (run_theory, run_launch):
-        # this process plans: no GPU is taken, and a CUDA compiler without a GPU is no error
+        # this process only plans: it takes no GPU, and the CUDA compiler may lack one
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     from zerojax.errors import ZeroError
@@ -38,110 +47,164 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except ZeroError as error:
         print(f"zerojax {args.command}: {error}", file=sys.stderr)
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader of standard output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print(f"zerojax {args.command}: interrupted", file=sys.stderr)
         return 130
-    except Exception:  # of the user's file: it must not read as a plan that failed
+    except Exception:  # from the user's file; status 1 would read as a plan that failed its check
         traceback.print_exc()
     return 2
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="zerojax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Returns the parser of the command line; `args.run` is the function of the command."""
+    top = argparse.ArgumentParser(prog="zerojax", description=__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    plan = _command(commands, "plan", run_plan, "memory, communication and time of one layout, off the GPU compiler")
-    _recipe(plan)
-    plan.add_argument("--accumulate", type=int, default=1, help="microbatches (default: %(default)s)")
-    plan.add_argument("--replica", type=int, default=1, help="copies of the state (default: %(default)s)")
-    plan.add_argument("--stage", type=int, default=3, help="of ZeRO, 0 to 3 (default: %(default)s)")
-    plan.add_argument("--remat", help="which of the recipe's losses, if it has several (default: the first)")
-    plan.add_argument("--hlo", metavar="FILE", type=argparse.FileType("w"), help="write the compiled program there")
-    plan.add_argument("--allow", metavar="REGEX", help="findings that are meant to be, as they read")
-    advise = _command(commands, "advise", run_advise, "compiles many layouts; the fastest that fits, by the estimate")
-    _recipe(advise)
-    show = _command(commands, "show", run_show, "the layout: leaf, shape, spec, bytes per device, why one is whole")
-    _recipe(show)
-    show.add_argument("--stage", type=int, default=3, help="of ZeRO, 0 to 3 (default: %(default)s)")
-    show.add_argument("--replica", type=int, default=1, help="copies of the state (default: %(default)s)")
-    table = _command(commands, "theory", run_theory, "ZeRO's arithmetic, without a model")
-    table.add_argument("--params", type=float, required=True, help="number of parameters, as 7.5e9")
-    table.add_argument("--devices", type=int, required=True)
-    table.add_argument("--accumulate", type=int, default=1, help="microbatches (default: %(default)s)")
-    _launch(_command(commands, "launch", run_launch, "the processes of a job on this machine, one GPU (or some CPU devices) each"))
-    inspect = _command(commands, "inspect", run_inspect, "what a checkpoint says of itself: leaves, bytes, digests, versions")
-    _checkpoint(inspect)
-    verify = _command(commands, "verify", run_verify, "reads every array of every step and compares its digest")
-    _checkpoint(verify)
-    _export(_command(commands, "export", run_export, "the model as safetensors, streamed"))
-    for command in (plan, advise, table, inspect):
-        command.add_argument("--json", action="store_true", help="JSON on standard output")
+    _plan(_command(commands, "plan", run_plan,
+                   "predicts memory, communication and time of one layout, with the GPU compiler"))
+    _advise(_command(commands, "advise", run_advise,
+                     "compiles many layouts and finds the fastest that fits, by the estimate"))
+    _show(_command(commands, "show", run_show,
+                   "prints the layout: leaf, shape, spec, bytes per device, why a leaf is whole"))
+    _theory(_command(commands, "theory", run_theory,
+                     "prints ZeRO's arithmetic, without a model"))
+    _launch(_command(commands, "launch", run_launch,
+                     "starts a job's processes on this machine, with one GPU or some CPU devices "
+                     "each"))
+    _inspect(_command(commands, "inspect", run_inspect,
+                      "prints the manifest of a checkpoint: leaves, bytes, digests, versions"))
+    _checkpoint(_command(commands, "verify", run_verify,
+                         "reads every array of every step and compares its digest"))
+    _export(_command(commands, "export", run_export, "streams the model to safetensors files"))
     return top
 
 
-def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
-    made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    made.set_defaults(run=run)
-    return made
+def _command(commands, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    command.set_defaults(run=run)
+    return command
+
+
+def _plan(command: argparse.ArgumentParser) -> None:
+    _recipe(command)
+    _layout(command)
+    _accumulate(command)
+    command.add_argument("--remat", metavar="LOSS",
+                         help="name of the loss, if the recipe has several (default: the first)")
+    command.add_argument("--hlo", metavar="FILE", type=argparse.FileType("w"),
+                         help="write the compiled program to this file")
+    command.add_argument("--allow", metavar="REGEX", help="findings to accept, by their text")
+    _json(command)
+
+
+def _advise(command: argparse.ArgumentParser) -> None:
+    _recipe(command)
+    _json(command)
+
+
+def _show(command: argparse.ArgumentParser) -> None:
+    _recipe(command)
+    _layout(command)
+
+
+def _theory(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--params", type=float, required=True,
+                         help="number of parameters, such as 7.5e9")
+    command.add_argument("--devices", type=int, required=True, help="number of devices")
+    _accumulate(command)
+    _json(command)
+
+
+def _launch(command: argparse.ArgumentParser) -> None:
+    command.add_argument("-n", dest="processes", type=numbers, required=True, metavar="N[,M...]",
+                         help="number of processes; after a failure, the job restarts with M")
+    command.add_argument("--devices", type=int,
+                         help="CPU devices per process (default: one GPU, or one CPU device on a "
+                              "machine without GPUs)")
+    command.add_argument("--restarts", type=int, default=0,
+                         help=f"number of restarts after failures {_DEFAULT}")
+    command.add_argument("-m", dest="module", action="store_true",
+                         help="the script is the name of a module")
+    command.add_argument("script", help="a script that calls zj.initialize() first; it runs with "
+                                        "this Python interpreter")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
+
+
+def _inspect(command: argparse.ArgumentParser) -> None:
+    _checkpoint(command)
+    _json(command)
+
+
+def _export(command: argparse.ArgumentParser) -> None:
+    _checkpoint(command)
+    command.add_argument("--to", required=True, metavar="FILE", help="such as model.safetensors")
+    command.add_argument("--dtype", help="dtype of floating-point arrays, such as bfloat16 "
+                                         "(default: the saved dtype)")
+    command.add_argument("--rename", action="append", default=[], metavar="REGEX=TEXT",
+                         help="a substitution on names such as blocks.mlp.kernel; may be repeated, "
+                              "and applies in order")
+    command.add_argument("--only", metavar="REGEX",
+                         help="paths to export (default: parameters and model state)")
+    command.add_argument("--shard-gb", type=float, default=5.0,
+                         help=f"maximum size of a file, in GB {_DEFAULT}")
 
 
 def _recipe(command: argparse.ArgumentParser) -> None:
-    command.add_argument("recipe", metavar="FILE_OR_MODULE[:NAME]", help="where a zj.Recipe is; the name is `recipe` if left out")
-    command.add_argument("--topology", required=True, help="GPU:HOSTSxGPUS_A_HOST, as h200:8x8")
-    command.add_argument("--compute", default="bfloat16", help="dtype of the model and the gathers (default: %(default)s)")
-    command.add_argument("--reduce", help="dtype of the reductions (default: as --compute)")
-    command.add_argument("--min-shard", type=int, default=2**16, help="leaves of fewer elements stay whole (default: %(default)s)")
-    command.add_argument("--no-cache", action="store_true", help="compile even if the answer is on disk")
+    command.add_argument("recipe", metavar="FILE_OR_MODULE[:NAME]",
+                         help="where a zj.Recipe is defined; NAME is `recipe` by default")
+    command.add_argument("--topology", required=True,
+                         help="GPU:HOSTSxGPUS_PER_HOST, such as h200:8x8")
+    command.add_argument("--compute", default="bfloat16",
+                         help=f"dtype of the model and the gathers {_DEFAULT}")
+    command.add_argument("--reduce", help="dtype of the reductions (default: same as --compute)")
+    command.add_argument("--min-shard", type=int, default=2**16,
+                         help=f"leaves with fewer elements stay whole {_DEFAULT}")
+    command.add_argument("--no-cache", action="store_true",
+                         help="compile even if the result is cached on disk")
+
+
+def _layout(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--stage", type=int, default=3, help=f"ZeRO stage, 0 to 3 {_DEFAULT}")
+    command.add_argument("--replica", type=int, default=1, help=f"copies of the state {_DEFAULT}")
+
+
+def _accumulate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--accumulate", type=int, default=1,
+                         help=f"number of microbatches {_DEFAULT}")
+
+
+def _checkpoint(command: argparse.ArgumentParser) -> None:
+    command.add_argument("checkpoint", metavar="DIRECTORY",
+                         help="a directory of checkpoints, or the directory of one step")
+    command.add_argument("--step", type=int,
+                         help="a single step, if DIRECTORY is a directory of checkpoints")
+
+
+def _json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON to standard output")
 
 
 def numbers(text: str) -> list[int]:
-    """
+    """Parses integers separated by commas.
+
     >>> numbers("4,2")
     [4, 2]
     """
     return [int(n) for n in text.split(",")]
 
 
-def _launch(command: argparse.ArgumentParser) -> None:
-    command.add_argument("-n", dest="processes", type=numbers, required=True, metavar="N[,M...]",
-                         help="how many; after a failure M, where it starts again")
-    command.add_argument("--devices", type=int, help="CPU devices of each (default: one GPU each; none there, one CPU device)")
-    command.add_argument("--restarts", type=int, default=0, help="how often to start again after a failure (default: %(default)s)")
-    command.add_argument("-m", dest="module", action="store_true", help="the script is the name of a module")
-    command.add_argument("script", help="which calls zj.initialize() first; it runs under this Python")
-    command.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
-
-
-def _checkpoint(command: argparse.ArgumentParser) -> None:
-    command.add_argument("checkpoint", metavar="DIRECTORY", help="of checkpoints, or of one step")
-    command.add_argument("--step", type=int, help="one step alone")
-
-
-def _export(command: argparse.ArgumentParser) -> None:
-    _checkpoint(command)
-    command.add_argument("--to", required=True, metavar="FILE", help="as model.safetensors")
-    command.add_argument("--dtype", help="of floating arrays, as bfloat16 (default: as saved)")
-    command.add_argument("--rename", action="append", default=[], metavar="REGEX=TEXT",
-                         help="on names as blocks.mlp.kernel; may be given several times, and is done in order")
-    command.add_argument("--only", metavar="REGEX", help="paths to export (default: parameters and model state)")
-    command.add_argument("--shard-gb", type=float, default=5.0, help="files of at most so many GB (default: %(default)s)")
-
-
-def _precision(args):
-    from zerojax.policy import Precision
-
-    return Precision(compute=args.compute, reduce=args.reduce)
-
-
 def run_plan(args) -> int:
-    from zerojax import advice, recipe
+    """Prints the plan of one layout; the status is 1 if it does not fit or is not ZeRO."""
+    from zerojax import advice
     from zerojax.errors import PlanError
 
-    found = recipe.load(args.recipe)
-    remat = next(iter(found.losses)) if args.remat is None else args.remat
+    recipe = _load(args)
+    remat = next(iter(recipe.losses)) if args.remat is None else args.remat
     choice = advice.Choice(args.stage, args.accumulate, remat, args.replica)
-    plan = advice.plan_of(found, args.topology, choice, _precision(args), args.min_shard, not args.no_cache)
+    plan = advice.plan_of(recipe, args.topology, choice, _precision(args), args.min_shard,
+                          not args.no_cache)
     if args.hlo:
         args.hlo.write(plan.hlo)
     print(json.dumps(plan.to_dict(), indent=1) if args.json else plan)
@@ -154,51 +217,84 @@ def run_plan(args) -> int:
 
 
 def run_advise(args) -> int:
-    from zerojax import advice, recipe
+    """Prints the plans of many layouts; the status is 1 if none fits."""
+    from zerojax import advice
 
-    found = advice.advise(recipe.load(args.recipe), args.topology, precision=_precision(args), min_shard=args.min_shard,
-                           cache=not args.no_cache)
-    if args.json:
-        rows = [{"choice": vars(t.choice), "refused": t.refused, "plan": t.plan and t.plan.to_dict()} for t in found.tried]
-        print(json.dumps({"best": found.best and vars(found.best.choice), "tried": rows}, indent=1))
-    else:
-        print(found)
+    found = advice.advise(_load(args), args.topology, precision=_precision(args),
+                          min_shard=args.min_shard, cache=not args.no_cache)
+    print(json.dumps(_as_json(found), indent=1) if args.json else found)
     return 0 if found.best else 1
 
 
+def _as_json(found) -> dict:
+    tried = [{"choice": vars(trial.choice), "refused": trial.refused,
+              "plan": trial.plan and trial.plan.to_dict()} for trial in found.tried]
+    return {"best": found.best and vars(found.best.choice), "tried": tried}
+
+
 def run_show(args) -> int:
-    from zerojax import recipe
+    """Prints the layout of the recipe's state."""
     from zerojax.layout.mesh import make_mesh
     from zerojax.zero import Zero
 
-    found = recipe.load(args.recipe)
+    recipe = _load(args)
     mesh = make_mesh(topology=args.topology, replica=args.replica)
     zero = Zero(mesh, args.stage, precision=_precision(args), min_shard=args.min_shard)
-    print(zero.layout(zero.abstract(found.init_fn, found.tx)))
+    state = zero.abstract(recipe.init_fn, recipe.tx, trainable=recipe.trainable)
+    print(zero.layout(state))
     return 0
+
+
+def _load(args):
+    """Returns the recipe.
+
+    Its folder stays on the search path of this process, as for `python train.py`, because the
+    recipe's functions may import from it when they are called.
+    """
+    from zerojax import recipe
+
+    sys.path.insert(0, recipe.folder(args.recipe))
+    return recipe.load(args.recipe)
+
+
+def _precision(args):
+    from zerojax.policy import Precision
+
+    return Precision(compute=args.compute, reduce=args.reduce)
 
 
 def run_theory(args) -> int:
-    psi, n = args.params, args.devices
-    if not 0 < psi < float("inf") or n < 1 or args.accumulate < 1:
-        given = f"--params {psi} --devices {n} --accumulate {args.accumulate}"
-        print(f"zerojax theory: {given}: write positive numbers.", file=sys.stderr)
+    """Prints the paper's table."""
+    params, devices, accumulate = args.params, args.devices, args.accumulate
+    if not 0 < params < float("inf") or devices < 1 or accumulate < 1:
+        print(f"zerojax theory: --params {params} --devices {devices} --accumulate {accumulate}: "
+              "write positive numbers.", file=sys.stderr)
         return 2
-    stages = {s: {"paper_bytes": theory.paper_bytes(psi, n, s), "rest_bytes": theory.rest_bytes(psi, n, s),
-                  "elements_per_param": theory.wire(s, args.accumulate).elements,
-                  "sent_bytes": theory.wire(s, args.accumulate).bytes(psi, n)} for s in range(4)}
+    stages = {stage: _arithmetic(params, devices, stage, accumulate) for stage in range(4)}
     if args.json:
-        print(json.dumps({"params": psi, "devices": n, "accumulate": args.accumulate, "stages": stages}, indent=1))
-    else:
-        rows = [(str(s), f"{x['paper_bytes'] / GB:,.2f} GB", f"{x['rest_bytes'] / GB:,.2f} GB",
-                 f"{x['elements_per_param']}", f"{x['sent_bytes'] / GB:,.2f} GB") for s, x in stages.items()]
-        print(Sheet(f"{psi:,.4g} parameters, {n} devices, {args.accumulate} microbatch(es): per device",
-                    ("stage", "in a step, by the paper (2+2+12 bytes)", "zerojax between steps (4+8 bytes)",
-                     "elements sent, a parameter", "sent a step, 16 bit"), tuple(rows)))
+        print(json.dumps({"params": params, "devices": devices, "accumulate": accumulate,
+                          "stages": stages}, indent=1))
+        return 0
+    title = f"{params:,.4g} parameters, {devices} devices, {accumulate} microbatch(es): per device"
+    print(Sheet(title, _THEORY_COLUMNS, tuple(_row(s, x) for s, x in stages.items())))
     return 0
 
 
+def _arithmetic(params: float, devices: int, stage: int, accumulate: int) -> dict[str, float]:
+    wire = theory.wire(stage, accumulate)
+    return {"paper_bytes": theory.paper_bytes(params, devices, stage),
+            "rest_bytes": theory.rest_bytes(params, devices, stage),
+            "elements_per_param": wire.elements, "sent_bytes": wire.bytes(params, devices)}
+
+
+def _row(stage: int, figures: dict[str, float]) -> tuple[str, ...]:
+    paper, rest, sent = (f"{figures[name] / GB:,.2f} GB"
+                         for name in ("paper_bytes", "rest_bytes", "sent_bytes"))
+    return str(stage), paper, rest, str(figures["elements_per_param"]), sent
+
+
 def run_launch(args) -> int:
+    """Runs a job on this machine and returns its status."""
     from zerojax.processes import launch
 
     command = [sys.executable, *["-m"] * args.module, args.script, *args.arguments]
@@ -206,41 +302,57 @@ def run_launch(args) -> int:
 
 
 def run_inspect(args) -> int:
-    from zerojax.checkpoint import reading
+    """Prints the manifest of a checkpoint."""
+    from zerojax.checkpoint import directory, reading
 
-    note = reading.read_manifest(reading.step_path(args.checkpoint, args.step))
-    print(json.dumps(note.to_json(), indent=1) if args.json else note)
+    manifest = reading.read_manifest(directory.step_path(args.checkpoint, args.step))
+    print(json.dumps(manifest.to_json(), indent=1) if args.json else manifest)
     return 0
 
 
 def run_verify(args) -> int:
+    """Compares arrays with their digests, step by step; the status is 1 if one differs."""
     from zerojax.checkpoint import reading
     from zerojax.errors import CorruptCheckpointError
     from zerojax.tables import size
 
-    newest, damaged = reading.step_path(args.checkpoint, args.step), False
-    single = args.step is not None or newest == reading.located(args.checkpoint)
-    for one in [newest] if single else [newest.parent / str(step) for step in reading.steps(newest.parent)]:
+    damaged = False
+    for path in _steps(args):
         try:
-            note = reading.verify(one)
-            print(f"step {note.step}: {len(note.leaves)} leaves, {size(note.bytes)}, as saved", flush=True)
+            manifest = reading.verify(path)
+            print(f"step {manifest.step}: {len(manifest.leaves)} leaves, {size(manifest.bytes)}, "
+                  "intact", flush=True)
         except CorruptCheckpointError as error:
             damaged = True
             print(f"zerojax verify: {error}", file=sys.stderr)
     return 1 if damaged else 0
 
 
+def _steps(args) -> list:
+    """Returns the path of the selected step, or the paths of all steps."""
+    from zerojax.checkpoint import directory
+
+    newest = directory.step_path(args.checkpoint, args.step)
+    if args.step is not None or newest == directory.located(args.checkpoint):
+        return [newest]
+    return [newest.parent / str(step) for step in directory.steps(newest.parent)]
+
+
 def run_export(args) -> int:
-    from zerojax.checkpoint import safetensors
+    """Writes the model as safetensors, and prints the files."""
+    from zerojax.checkpoint import exporting
     from zerojax.tables import size
 
-    odd = [text for text in args.rename if "=" not in text]
-    if odd:
-        print(f"zerojax export: --rename {odd[0]!r} has no '='; write REGEX=TEXT.", file=sys.stderr)
+    invalid = [text for text in args.rename if "=" not in text]
+    if invalid:
+        print(f"zerojax export: --rename {invalid[0]!r} has no '='; write REGEX=TEXT.",
+              file=sys.stderr)
         return 2
     rename = dict(text.split("=", 1) for text in args.rename)
-    files = safetensors.export_safetensors(args.checkpoint, args.to, step=args.step, dtype=args.dtype, only=args.only or safetensors.MODEL,
-                                       rename=rename, shard_bytes=int(args.shard_gb * 1e9))
+    files = exporting.export_safetensors(args.checkpoint, args.to, step=args.step,
+                                         dtype=args.dtype, rename=rename,
+                                         only=args.only or exporting.MODEL,
+                                         shard_bytes=int(args.shard_gb * 1e9))
     for file in files:
         print(f"{file}  {size(file.stat().st_size)}")
     return 0

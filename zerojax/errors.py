@@ -1,16 +1,19 @@
-"""What zerojax raises: one tree under `ZeroError`, each class also the builtin a caller would expect."""
+"""The errors that zerojax raises: one tree under `ZeroError`.
+
+Each class is also a subclass of the builtin that a caller would expect.
+"""
 
 
 class ZeroError(Exception):
-    """Base of every error that zerojax raises on purpose."""
+    """The base class of every error that zerojax raises deliberately."""
 
 
 class PolicyError(ZeroError, ValueError):
-    """A stage, dtype, axis or way to differentiate that can't be, or can't be together."""
+    """An invalid stage, dtype, axis or way to differentiate, or a combination that cannot work."""
 
 
 class LayoutError(ZeroError, ValueError):
-    """A spec that does not fit its leaf, a rule that matches nothing, or a loop that slices the sharded axis."""
+    """A spec or rule that does not fit its leaf, or a pattern that matches no parameter."""
 
 
 class BatchError(ZeroError, ValueError):
@@ -18,44 +21,44 @@ class BatchError(ZeroError, ValueError):
 
 
 class LossError(ZeroError, ValueError):
-    """A loss function that returns no floating scalar, or a `Loss` with a weight, aux or model state that can't be."""
+    """A loss function whose result is not a floating scalar, or a `Loss` with an invalid field."""
 
 
 class ModelError(ZeroError, ValueError):
-    """An `init_fn` result or a state that is not what it has to be."""
+    """An invalid result of `init_fn`, or an invalid state."""
 
 
 class StateError(ZeroError, RuntimeError):
-    """A state whose arrays are gone, since a step has taken their memory for the state that it returned."""
+    """A state whose arrays were deleted, because a step reused their memory for its result."""
 
 
 class NonFiniteError(ZeroError, RuntimeError):
-    """`max_skipped` steps in a row had a loss, gradient or update that is not finite."""
+    """`max_skipped` consecutive steps with a non-finite loss, gradient or update."""
 
 
 class PlanError(ZeroError, RuntimeError):
-    """A compiled step that communicates or keeps what ZeRO does not explain."""
+    """A compiled step with communication or memory that ZeRO does not explain."""
 
 
 class CompileError(ZeroError, RuntimeError):
-    """The compiler refused, aborted or ran out of memory; the text has its last lines."""
+    """A compiler that failed, aborted or ran out of memory; the text has its last lines."""
 
 
 class RecipeError(ZeroError, ValueError):
-    """No `Recipe` where one was to be found, or one that is none."""
+    """A missing `Recipe`, or one that is invalid."""
 
 
 class CheckpointError(ZeroError, RuntimeError):
-    """A checkpoint that can't be written, is not there, or does not fit what it is to be restored into."""
+    """A checkpoint that cannot be written, is missing, or does not fit the target."""
 
 
 class CorruptCheckpointError(CheckpointError):
-    """A checkpoint whose files are damaged: an array or the manifest can't be read, or is not what was saved."""
+    """A checkpoint with damaged files: an array or the manifest is unreadable or was altered."""
 
 
 class ClusterError(ZeroError, RuntimeError):
-    """Processes that can't come together, or that differ in what they are about to run."""
+    """Processes that cannot connect, or that are about to run different programs."""
 
 
 class MissingExtraError(ZeroError, ImportError):
-    """An optional package is not installed; the text names the extra to install."""
+    """An optional package that is not installed; the text names the extra to install."""

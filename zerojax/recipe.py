@@ -1,5 +1,6 @@
-"""A training run as one value: what a plan, a search for one and the command line take."""
+"""A training run as one value: the input of plans, of `advise` and of the `zerojax` command."""
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -8,7 +9,8 @@ import importlib.util
 import inspect
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 from zerojax.errors import RecipeError
@@ -18,23 +20,26 @@ DEFAULT = "recipe"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What is trained, on what, by which optimizer; not how it is laid out.
+    """The model, loss, optimizer and batch of a training run, without its layout.
 
     Args:
-      init_fn: takes nothing and returns the model, as for `Zero.init`: `lambda: model.init(jax.random.key(0), x)`.
-      loss_fn: as for `Zero.train_step`; or a dict of such by a name of your own for how each rematerialises, as
-        `{"none": loss, "block": loss_with_remat}`, which `advise` tries all.
+      init_fn: a function of no arguments that returns the model, as for `Zero.init`:
+        `lambda: model.init(jax.random.key(0), x)`.
+      loss_fn: a loss, as for `Zero.train_step`; or a dict of losses that differ in their
+        rematerialisation, by names of your choice, such as
+        `{"none": loss, "block": loss_with_remat}`. `advise` tries each of them.
       tx: an optax transform.
-      batch: arrays or `ShapeDtypeStruct`s of a whole batch, over all devices and microbatches; or a function of the number of
-        devices and microbatches together that makes them, for batches that grow with the cluster.
-      trainable: which parameters are trained, as for `Zero.init`; None is all.
+      batch: arrays or `ShapeDtypeStruct`s of a whole batch, over all devices and microbatches; or,
+        for a batch that grows with the cluster, a function that returns them for a given number of
+        devices x microbatches.
+      trainable: which parameters are trained, as for `Zero.init`; None means all.
 
     Raises:
-      RecipeError: one of these that is not what it has to be.
+      RecipeError: an argument is invalid.
 
     >>> import jax, optax
-    >>> recipe = Recipe(lambda: {"w": jax.numpy.ones(4)}, lambda p, x: (x @ p["w"]).mean(), optax.sgd(0.1),
-    ...                 lambda parts: jax.ShapeDtypeStruct((parts, 4), "float32"))
+    >>> recipe = Recipe(lambda: {"w": jax.numpy.ones(4)}, lambda p, x: (x @ p["w"]).mean(),
+    ...                 optax.sgd(0.1), lambda parts: jax.ShapeDtypeStruct((parts, 4), "float32"))
     >>> recipe.rows(8).shape
     (8, 4)
     """
@@ -47,91 +52,142 @@ class Recipe:
 
     def __post_init__(self):
         if not callable(self.init_fn):
-            raise RecipeError(f"Recipe(init_fn={self.init_fn!r}): write a function of no arguments that returns the model.")
-        if needed := _needs(self.init_fn):
-            raise RecipeError(f"Recipe(init_fn=...) takes {needed}; write a function of no arguments: "
-                              "lambda: model.init(jax.random.key(0), x).")
-        if not self.losses or not all(callable(f) for f in self.losses.values()):
-            raise RecipeError(f"Recipe(loss_fn={self.loss_fn!r}): write a function, or a dict of names to functions.")
+            raise RecipeError(f"Recipe(init_fn={self.init_fn!r}): "
+                              "write a function of no arguments that returns the model.")
+        if required := _required(self.init_fn):
+            raise RecipeError(f"Recipe(init_fn=...) takes {required}; write a function of no "
+                              "arguments, such as lambda: model.init(jax.random.key(0), x).")
+        if not self.losses or not all(map(callable, self.losses.values())):
+            raise RecipeError(f"Recipe(loss_fn={self.loss_fn!r}): "
+                              "write a function, or a dict of names to functions.")
         if not (hasattr(self.tx, "init") and hasattr(self.tx, "update")):
-            raise RecipeError(f"Recipe(tx={self.tx!r}): write an optax transform, as optax.adamw(1e-3).")
+            raise RecipeError(f"Recipe(tx={self.tx!r}): "
+                              "write an optax transform, such as optax.adamw(1e-3).")
 
     @property
     def losses(self) -> dict[str, Callable]:
-        """By the name of how each rematerialises; "" for a single one."""
+        """The losses by name; a single loss has the name ""."""
         return dict(self.loss_fn) if isinstance(self.loss_fn, Mapping) else {"": self.loss_fn}
 
     def loss(self, name: str | None = None) -> Callable:
-        """The loss of that name; the first, if none is named.
+        """Returns the loss with a name; the first loss if the name is None.
 
         Raises:
-          RecipeError: no such name.
+          RecipeError: there is no loss of this name.
         """
         if name is None:
             return next(iter(self.losses.values()))
         if name not in self.losses:
-            raise RecipeError(f"the recipe has no loss {name!r}; its losses are {', '.join(map(repr, self.losses))}.")
+            names = ", ".join(map(repr, self.losses))
+            raise RecipeError(f"the recipe has no loss {name!r}; its losses are {names}.")
         return self.losses[name]
 
     def rows(self, parts: int) -> Any:
-        """The batch's shapes, for so many devices x microbatches."""
+        """Returns the batch, or its shapes, for `parts` = devices x microbatches."""
         return self.batch(parts) if callable(self.batch) else self.batch
 
 
-def _needs(fn: Callable) -> list[str]:
-    """Names of the arguments that a function can't be called without."""
+def _required(fn: Callable) -> list[str]:
+    """Returns the names of the positional arguments that have no default."""
     try:
-        given = inspect.signature(fn).parameters.items()
-    except ValueError:  # of some builtins Python knows nothing
+        parameters = inspect.signature(fn).parameters.values()
+    except ValueError:  # some builtins have no signature
         return []
-    return [n for n, p in given if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind in positional]
 
 
 def load(where: str) -> Recipe:
-    """The recipe of "file.py", "package.module", or of either with ":name".
+    """Returns the recipe in "file.py" or "package.module", or in either with ":name" appended.
 
-    The file is imported, so that what is under `if __name__ == "__main__"` does not run.
+    The file is imported, so the code under `if __name__ == "__main__"` does not run. During the
+    import, `sys.path` starts with `folder(where)`; afterwards that entry is removed. A function of
+    the recipe that imports a neighbouring file only when it is called needs the entry again.
+    The module stays in `sys.modules`, because dataclasses and pickle look it up there; the module
+    of "train.py" has the name "recipe_train".
 
     Raises:
-      RecipeError: no such file, module or name, or one that is no `Recipe`.
+      RecipeError: the file, the module or the name does not exist, or is no `Recipe`.
     """
-    place, _, name = where.rpartition(":") if ":" in where else (where, "", "")
+    place, name = _split(where)
     if not place or place.startswith("."):
-        raise RecipeError(f"{where!r} names no file or module; write train.py, package.module, or either with :name.")
-    module = _import(place)
-    found = getattr(module, name or DEFAULT, None)
-    if isinstance(found, Recipe):
-        return found
-    others = [n for n, v in vars(module).items() if isinstance(v, Recipe)]
-    what = f"{name or DEFAULT} is a {type(found).__name__}" if found is not None else f"there is no {name or DEFAULT} in it"
-    near = difflib.get_close_matches(name or DEFAULT, others, 1, 0.0)
-    raise RecipeError(f"{where}: {what}; " + (f"did you mean {place}:{near[0]}?" if near else
-                      "write recipe = zj.Recipe(init_fn, loss_fn, tx, batch) at its top level."))
+        raise RecipeError(f"{where!r} names no file or module; "
+                          "write train.py, package.module, or either with :name.")
+    with _first_on_path(folder(where)):
+        module = _execute(pathlib.Path(place)) if _is_file(place) else _import(place)
+    found = getattr(module, name, None)
+    if not isinstance(found, Recipe):
+        raise RecipeError(f"{where}: {_problem(module, place, name)}")
+    return found
 
 
-def _import(place: str):
+def folder(where: str) -> str:
+    """Returns the folder that Python would search first to run `where`.
+
+    This is the folder of a file, as for `python file.py`, or "" (the working directory) for a
+    module, as for `python -m package.module`.
+    """
+    place, _ = _split(where)
+    return str(pathlib.Path(place).parent.resolve()) if _is_file(place) else ""
+
+
+def _split(where: str) -> tuple[str, str]:
+    """Returns the file or module, and the name of the recipe in it."""
+    if ":" not in where:
+        return where, DEFAULT
+    place, _, name = where.rpartition(":")
+    return place, name or DEFAULT
+
+
+def _is_file(place: str) -> bool:
     path = pathlib.Path(place)
-    if path.suffix == ".py" or path.is_file():
-        return _execute(path)
-    sys.path.insert(0, "")  # as `python -m` does
+    return path.suffix == ".py" or path.is_file()
+
+
+@contextlib.contextmanager
+def _first_on_path(entry: str) -> Iterator[None]:
+    sys.path.insert(0, entry)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the imported code has removed it
+            sys.path.remove(entry)
+
+
+def _import(place: str) -> ModuleType:
     try:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
             raise
-        raise RecipeError(f"there is neither a file nor a module {place!r}; write a path, as train.py, or a module that Python "
-                          "can import from here.") from None
+        raise RecipeError(f"there is neither a file nor a module {place!r}; write a path such as "
+                          "train.py, or a module that Python can import from here.") from None
 
 
-def _execute(path: pathlib.Path):
+def _execute(path: pathlib.Path) -> ModuleType:
+    """Returns the module of a file, which is imported again even if it has been imported before."""
     if not path.is_file():
         raise RecipeError(f"there is no file {str(path)!r}.")
-    sys.path.insert(0, str(path.parent.resolve()))  # as `python file.py` does
     loader = importlib.machinery.SourceFileLoader(f"recipe_{path.stem}", str(path.resolve()))
     spec = importlib.util.spec_from_file_location(loader.name, path.resolve(), loader=loader)
     if spec is None or spec.loader is None:
         raise RecipeError(f"{str(path)!r} is no Python file.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(spec.name, None)
+        raise
     return module
+
+
+def _problem(module: ModuleType, place: str, name: str) -> str:
+    """Returns why a name is no recipe, and what to write instead."""
+    found = getattr(module, name, None)
+    what = f"there is no {name} in it" if found is None else f"{name} is a {type(found).__name__}"
+    others = [n for n, value in vars(module).items() if isinstance(value, Recipe)]
+    near = difflib.get_close_matches(name, others, 1, 0.0)
+    if near:
+        return f"{what}; did you mean {place}:{near[0]}?"
+    return f"{what}; write recipe = zj.Recipe(init_fn, loss_fn, tx, batch) at its top level."

@@ -1,26 +1,29 @@
-"""Remat policies that keep gathered weights out of what the backward pass stores.
+"""Remat policies that never save gathered weights for the backward pass.
 
-`jax.checkpoint` without a policy drops gathered weights and gathers them again. A policy that saves more would save
-them too, unless it refuses every step between shard and use. Use these around the block that the model repeats
-(`nn.remat(Block, policy=zj.remat.regather())`): around a whole scanned model, a policy has every layer gathered before
-the backward loop starts.
+Without a policy, `jax.checkpoint` drops gathered weights and gathers them again. A policy that
+saves more would save gathered weights too, unless it refuses every operation between a shard and
+its use. Apply the policies here to the block that the model repeats
+(`nn.remat(Block, policy=zj.remat.regather())`). Around a whole scanned model, a policy makes XLA
+gather every layer before the backward loop starts.
 """
 
 from collections.abc import Callable
 
 import jax
 
-_OF_A_GATHER = frozenset({"sharding_constraint", "custom_vjp_call", "custom_vjp_call_jaxpr"})
+_GATHER_PRIMITIVES = frozenset({"sharding_constraint", "custom_vjp_call",
+                                "custom_vjp_call_jaxpr"})
+_SAVE_ALL = jax.checkpoint_policies.everything_saveable
 
 
-def regather(policy: Callable[..., bool] = jax.checkpoint_policies.everything_saveable) -> Callable[..., bool]:
-    """`policy`, but gathered weights are never saved: the backward pass gathers them again.
+def regather(policy: Callable[..., bool] = _SAVE_ALL) -> Callable[..., bool]:
+    """Returns `policy` changed to never save gathered weights: the backward pass gathers again.
 
     Args:
-      policy: one of `jax.checkpoint_policies`, or the user's own. By default all else is saved.
+      policy: one of `jax.checkpoint_policies`, or your own. The default saves everything else.
 
-    The outputs of a user's own sharding constraints and custom_vjp functions are recomputed as well. Name them with
-    `jax.ad_checkpoint.checkpoint_name` to have a policy save them.
+    The outputs of your own sharding constraints and custom_vjp functions are recomputed as well.
+    To let a policy save them, name them with `jax.ad_checkpoint.checkpoint_name`.
 
     >>> f = jax.checkpoint(jax.numpy.sin, policy=regather())
     >>> round(float(jax.grad(f)(0.0)), 3)
@@ -28,6 +31,6 @@ def regather(policy: Callable[..., bool] = jax.checkpoint_policies.everything_sa
     """
 
     def refuse(prim, *args, **params):
-        return False if prim.name in _OF_A_GATHER else policy(prim, *args, **params)
+        return False if prim.name in _GATHER_PRIMITIVES else policy(prim, *args, **params)
 
     return refuse

@@ -1,4 +1,4 @@
-"""Leaves of pytrees: some of them alone, which are arrays, which are random keys."""
+"""Leaves of pytrees: their paths, sizes and subsets, and tests for arrays and random keys."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+KEY_BYTES = {"key<fry>": 8, "key<rbg>": 16, "key<urbg>": 16}  # typed random keys, by generator
+
 
 def path_of(path: tuple[Any, ...]) -> str:
-    """Returns a jax key path as "blocks/mlp/kernel"; the inside of a padded array has the path of the array.
+    """Returns a jax key path as text, such as "blocks/mlp/kernel".
+
+    The array inside a padded array has the path of the padded array.
 
     >>> path_of((jax.tree_util.DictKey("mlp"), jax.tree_util.SequenceKey(0)))
     'mlp/0'
@@ -18,7 +22,7 @@ def path_of(path: tuple[Any, ...]) -> str:
 
 
 def only(tree: Any, flags: Sequence[bool]) -> Any:
-    """`tree` with None in place of the leaves that are not wanted.
+    """Returns `tree` with None in place of each leaf whose flag is False.
 
     >>> only({"a": 1, "b": 2}, [False, True])
     {'a': None, 'b': 2}
@@ -28,7 +32,7 @@ def only(tree: Any, flags: Sequence[bool]) -> Any:
 
 
 def taken(xs: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
-    """Those of `xs` that are wanted.
+    """Returns the elements of `xs` whose flag is True.
 
     >>> taken([1, 2, 3], [True, False, True])
     [1, 3]
@@ -37,35 +41,32 @@ def taken(xs: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
 
 
 def put(tree: Any, flags: Sequence[bool], new: Sequence[Any]) -> Any:
-    """`tree` with new leaves in place of those that `only` keeps.
+    """Returns `tree` with new leaves in place of those whose flag is True.
 
     >>> put({"a": 1, "b": 2}, [False, True], [3])
     {'a': 1, 'b': 3}
     """
-    (leaves, treedef), rest = jax.tree.flatten(tree), iter(new)
-    return treedef.unflatten([next(rest) if flag else x for x, flag in zip(leaves, flags, strict=True)])
+    leaves, treedef = jax.tree.flatten(tree)
+    rest = iter(new)
+    return treedef.unflatten([next(rest) if flag else x
+                              for x, flag in zip(leaves, flags, strict=True)])
 
 
 def is_array(x) -> bool:
-    """Whether it is an array or the shape of one."""
+    """Whether `x` is an array or the shape of one."""
     return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
 
 
 def divided(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """A tree's arrays, and a function that puts others in their places among its other leaves.
+    """Returns a tree's arrays, and a function that puts other arrays in their places.
 
     >>> arrays, put = divided({"w": np.ones(2), "name": "a"})
     >>> len(arrays), put([1])
     (1, {'name': 'a', 'w': 1})
     """
-    flat, treedef = jax.tree.flatten(tree)
-    at = [is_array(x) for x in flat]
-
-    def put(arrays):
-        rest = iter(arrays)
-        return treedef.unflatten([next(rest) if array else x for x, array in zip(flat, at, strict=True)])
-
-    return taken(flat, at), put
+    leaves, treedef = jax.tree.flatten(tree)
+    flags = [is_array(x) for x in leaves]
+    return taken(leaves, flags), lambda arrays: treedef.unflatten(put(leaves, flags, arrays))
 
 
 def is_key(x) -> bool:
@@ -73,8 +74,21 @@ def is_key(x) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+def key_impl(x: Any) -> str:
+    """Returns the name of the generator of typed random keys, or "" for anything else.
+
+    >>> key_impl(jax.random.key(0)), key_impl(np.ones(2))
+    ('threefry2x32', '')
+    """
+    if not (hasattr(x, "dtype") and is_key(x)):
+        return ""
+    names = []  # jax names the generator of an array, and `x` may be a shape
+    jax.eval_shape(lambda key: names.append(str(jax.random.key_impl(key))), x)
+    return names[0]
+
+
 def is_old_key(x) -> bool:
-    """Whether an array may be one random key of the old kind, as `jax.random.PRNGKey` makes.
+    """Whether an array may be one raw random key, such as `jax.random.PRNGKey` returns.
 
     >>> is_old_key(jax.random.PRNGKey(0)), is_old_key(jax.random.key(0))
     (True, False)
@@ -83,8 +97,24 @@ def is_old_key(x) -> bool:
 
 
 def fold(x: jax.Array, number) -> jax.Array:
-    """A key, of either kind, or each of an array of keys, with a number folded in."""
+    """Returns a random key with a number folded in.
+
+    The key may be typed or raw; in an array of typed keys, the number is folded into each.
+    """
     if not is_key(x):
         return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(x), number))
-    one = lambda key: jax.random.fold_in(key, number)
-    return jnp.vectorize(one)(x) if x.ndim else one(x)
+    return jnp.vectorize(lambda key: jax.random.fold_in(key, number))(x)
+
+
+def itemsize(dtype: Any) -> int:
+    """Returns the bytes of one element of a dtype, which may be given by its name.
+
+    A typed random key takes the bytes of its generator's state.
+
+    >>> itemsize("bfloat16"), itemsize(np.dtype("float32"))
+    (2, 4)
+    >>> itemsize(jax.random.key(0).dtype), itemsize("key<rbg>")
+    (8, 16)
+    """
+    name = str(dtype)
+    return KEY_BYTES.get(name, 8) if name.startswith("key<") else jnp.dtype(dtype).itemsize

@@ -1,53 +1,22 @@
-"""`Zero`: a policy with verbs. What each does is in the files below; here is how they are called."""
+"""`Zero`: a policy with verbs. The wings below have their mechanisms; this file documents them."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from flax import nnx
-from flax.core import meta
 from jax.sharding import AbstractMesh, NamedSharding
 
-from zerojax import trees
 from zerojax.data import batch as batches
-from zerojax.errors import ModelError, PolicyError
-from zerojax.gather import models
-from zerojax.layout import padded, placement, report, rules, scanned
+from zerojax.errors import ModelError
 from zerojax.layout.report import Layout
-from zerojax.layout.rules import Leaf, Placement
-from zerojax.plan import plan
-from zerojax.plan.demand import Demand
 from zerojax.plan.plan import Plan
 from zerojax.policy import Policy
-from zerojax.processes import agreement, fingerprint
-from zerojax.train import donation, optimizer, transforms
-from zerojax.train import state as states
+from zerojax.train import creation, planning, state_layout, transforms
 from zerojax.train.jitted import Jitted
 from zerojax.train.loss_scale import LossScale
 from zerojax.train.state import TrainState
 from zerojax.train.step import EvalStep, TrainStep
-
-
-def _nnx_names(state) -> dict[int, str]:
-    """The paths of an NNX state's parameters, by their place among its leaves."""
-    flat = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return {i: trees.path_of(path) for i, (path, x) in enumerate(flat) if isinstance(x, nnx.Param)}
-
-
-def _shapes(state):
-    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state) if abstract else jax.eval_shape(lambda: state)
-
-
-def _shaped(build, shardings, *args):
-    shape = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    return padded.mapped(shape, jax.eval_shape(build, *args), shardings)
-
-
-def _jitted(build, shardings):
-    return jax.jit(build, out_shardings=shardings)
 
 
 class Zero(Policy):
@@ -55,25 +24,29 @@ class Zero(Policy):
 
     Args:
       mesh: a `jax.sharding.Mesh` whose axes are of type Auto; `zj.make_mesh()` builds one.
-      stage: what is whole, and when, within a step. At rest, stages 1 to 3 keep the same shards.
-        0: everything always whole; 1: parameters gathered once a step, gradients reduced once a step;
-        2: gradients reduced where they arise; 3: parameters gathered where the model reads them.
-      precision: dtypes, see `Precision`.
-      axis: the mesh axis or axes that one copy of the state is spread over.
+      stage: which arrays are whole, and when, within a step. Between steps, stages 1 to 3 keep
+        the same shards. 0: everything is always whole. 1: parameters are gathered once per step,
+        gradients are reduced once per step. 2: gradients are reduced where they arise.
+        3: parameters are gathered where the model reads them.
+      precision: the dtypes, see `Precision`.
+      axis: the mesh axis or axes over which one copy of the state is sharded.
       replica_axis: the axis of copies (hybrid sharding); "replica" if the mesh has one.
-      gradients: "global", one loss over the whole batch (any model); "per_device", each device differentiates its part
-        (exact when the loss is a sum over examples: `zj.Loss`. A bare mean becomes the mean of the devices' means, as
-        in DDP). None: per device when the loss function returns a `Loss`, the model has no floating state (as batch
-        statistics), and nothing in the loss's program stands against it: convolutions, shard_map or constraints over
-        ZeRO's axes, cond, while_loop, callbacks, closed-over arrays of the batch's length.
-      rules: regex for a parameter's whole path, as "blocks/.*/kernel", to the spec it shall have.
-      min_shard: leaves of fewer elements stay whole.
-      uneven: "pad": a parameter none of whose dimensions divides is kept, by `init`, with rows of zeros at its end (`zj.Padded`),
-        sharded to within one row; the model sees its own shape, and so do numpy, checkpoints and exports. None: it stays whole.
-        An optimizer that would see the padding is refused. With one loss its gradient is reduced whole.
+      gradients: "global": one loss over the whole batch, for any model. "per_device": each device
+        differentiates its own part of the batch, which is exact when the loss is a sum over
+        examples (`zj.Loss`); a bare mean becomes the mean of the devices' means, as in DDP.
+        None: "per_device" when the loss function returns a `Loss`, the model has no floating state
+        such as batch statistics, and the loss's program has no convolution, shard_map or
+        constraint over ZeRO's axes, cond, while_loop, callback, or closed-over array of the
+        batch's length; otherwise "global".
+      rules: regex for a parameter's whole path, such as "blocks/.*/kernel", to its spec.
+      min_shard: leaves with fewer elements stay whole.
+      uneven: "pad": `init` keeps a parameter that has no divisible dimension as a `zj.Padded`, with
+        rows of zeros at its end, sharded to within one row; the model, numpy, checkpoints and
+        exports see its own shape. An optimizer that would see the padding is refused, and with
+        one loss over the batch the parameter's gradient is reduced whole. None: it stays whole.
 
     Raises:
-      PolicyError: any of these that can't be, or can't be together.
+      PolicyError: an invalid argument, or a combination that cannot work.
 
     >>> import jax.numpy as jnp, optax, zerojax as zj
     >>> zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:2]), stage=3, min_shard=1)
@@ -86,91 +59,61 @@ class Zero(Policy):
     4.0
     """
 
-    def init(self, init_fn: Callable, tx, *args, trainable: Any = None, rng: jax.Array | None = None) -> TrainState:
-        """A training state, born sharded: `init_fn(*args)` and `tx.init` run under jit with sharded results.
+    def init(self, init_fn: Callable, tx, *args, trainable: Any = None,
+             rng: jax.Array | None = None) -> TrainState:
+        """Creates a training state in shards: `init_fn(*args)` and `tx.init` run under jit.
 
-        Over GPUs that are not there, it is as `abstract`.
+        Over simulated GPUs, returns the same as `abstract`.
 
         Args:
-          init_fn: returns a pytree of parameters, linen's dict of variables, or an NNX module; or is one that is there.
+          init_fn: returns a pytree of parameters, linen's dict of variables, or an NNX module; or
+            is such a model itself, without `args`.
           tx: an optax transform.
           *args: arrays for `init_fn`.
-          trainable: which parameters are trained: None, all; a regex for their whole paths, as "lora/.*"; a function of
-            (path, array); or, of an NNX module, a filter, as `nnx.LoRAParam`. The others are frozen: sharded and gathered alike,
-            of the dtype they came in, without gradient or optimizer state. `tx` sees None in their places.
-          rng: the key that steps draw from; None derives one from the first key in `args`, else key(0).
+          trainable: the parameters to train. None: all; a regex for whole paths, such as
+            "lora/.*"; a function of (path, array); or, for an NNX module, a filter such as
+            `nnx.LoRAParam`. The others are frozen: they are sharded and gathered too, keep the
+            dtype from `init_fn`, and have no gradient or optimizer state; `tx` sees None instead.
+          rng: the key from which steps draw; None derives one from the first key in `args`, or
+            takes key(0).
 
         Raises:
-          ModelError: `init_fn` returned no floating array, or a parameter that is not floating.
-          LayoutError: a rule does not fit its leaf, or matches none; nothing is trained.
+          ModelError: `init_fn` returned no floating array, or a trained parameter is not floating.
+          LayoutError: a rule does not fit its leaf or matches none, or no parameter is trained.
         """
-        init_fn, args = states.given(self, init_fn, tx, args)
-        state = self._born(lambda: self._planned(init_fn, tx, args, trainable, rng), *args)
-        if not isinstance(self.mesh, AbstractMesh):  # a plan says it of the others
-            states.warn_of_whole(self, state)
+        init_fn, args = creation.given(self, init_fn, tx, args)
+        state = creation.create(
+            self, lambda: creation.maker(self, init_fn, tx, args, trainable, rng), *args)
+        if not isinstance(self.mesh, AbstractMesh):  # a plan of the others shows it
+            creation.warn_of_whole(self, state)
         return state
 
-    def abstract(self, init_fn: Callable, tx, *args, trainable: Any = None, rng: jax.Array | None = None) -> TrainState:
-        """What `init` would return, as `ShapeDtypeStruct`s with shardings; nothing is allocated."""
-        init_fn, args = states.given(self, init_fn, tx, args)
-        build, shardings = self._planned(init_fn, tx, args, trainable, rng)
-        return _shaped(build, shardings, *args)
-
-    def _born(self, plan, *args):
-        """What `plan()`, a function and the shardings of its results, makes of `args`."""
-        if isinstance(self.mesh, AbstractMesh):
-            return _shaped(*plan(), *args)
-        fields = lambda planned: {
-            "state": fingerprint.shapes(_shaped(*planned, *args)), "arguments": fingerprint.values(args),
-            "program": fingerprint.of_program(_jitted(*planned), *args)}
-        return _jitted(*agreement.before(self, "zero.init", plan, fields))(*args)
-
-    def _planned(self, init_fn, tx, args, trainable, rng):
-        build = states.builder(self, *states.survey(self, init_fn, args, trainable), init_fn, tx, rng)
-        abstract = jax.eval_shape(build, *args)
-        optimizer.check_padding(tx, abstract.trained)
-        return build, states.shardings(self, abstract)
+    def abstract(self, init_fn: Callable, tx, *args, trainable: Any = None,
+                 rng: jax.Array | None = None) -> TrainState:
+        """Returns the state of `init` as `ShapeDtypeStruct`s with shardings; allocates nothing."""
+        init_fn, args = creation.given(self, init_fn, tx, args)
+        return creation.maker(self, init_fn, tx, args, trainable, rng).abstract(*args)
 
     def create(self, make: Callable[[], Any]) -> Any:
-        """`make()`, born sharded: any training state of your own, as flax's `TrainState`.
+        """Creates `make()` in shards: a training state of your own, such as flax's `TrainState`.
 
-        Its parameters are what it holds as `params`; what has a parameter's path ending and shape lies as it does.
+        The parameters are the leaves under the key or attribute `params`. A leaf with the shape of
+        a parameter, whose path ends in the parameter's path, is sharded like the parameter.
         """
-        return self._born(lambda: (make, self._placed(make)))
-
-    def _placed(self, make):
-        """A sharding for each leaf of what `make` makes."""
-        abstract = jax.eval_shape(make)
-        params, places = self._ruled(abstract, scanned.stacked(jax.make_jaxpr(make)()))
-        paths = [leaf.path for leaf in params.values()]
-        rules.check_patterns("rule", self.rules, paths)
-        rules.check_patterns("Precision.keep", dict(self.precision.keep), paths)
-        rules.check_axes(list(params.values()), self.mesh.axis_names)
-        return jax.tree.structure(abstract).unflatten([rules.sharding(self.mesh, p.spec) for p in places])
-
-    def _ruled(self, state, scanned=None) -> tuple[dict[int, Leaf], list[Placement]]:
-        """The parameters of an abstract state of the user's own, by their place among its leaves; and where the policy wants
-        each leaf."""
-        bases = models.named_axes(state)
-        state = meta.unbox(state)  # of `nn.with_partitioning`'s boxes: their names are read, their arrays are the leaves
-        leaves = placement.describe(state, bases, scanned)
-        names = {i: name for i, leaf in enumerate(leaves) if (name := placement.param_name(leaf.path))} or _nnx_names(state)
-        params = {i: dataclasses.replace(leaves[i], path=name) for i, name in names.items()}
-        ruled = placement.place_state(self, list(params.values()), state)
-        return params, [placement.fitting(self, rule, x) for rule, x in zip(ruled, jax.tree.leaves(state), strict=True)]
+        return creation.create(self, lambda: creation.maker_of_own(self, make))
 
     def gathered(self, fn: Callable, argnums: int | Sequence[int] = 0) -> Callable:
-        """`fn`, with the parameters in those arguments gathered where it reads them, as the stage says.
+        """Returns `fn` with parameters gathered where it reads them, according to the stage.
 
-        For evaluation, sampling, teachers, several models in a step; also for `jax.grad`, which then sees one loss over the
-        whole batch: its gradients are sharded, reduced in the compute dtype, and may be differentiated again in reverse mode.
-        Call it within `zero.jit` (or `jax.jit`).
+        For evaluation, sampling, teachers, or several models in a step, within `zero.jit` or
+        `jax.jit`. Also for `jax.grad`, which then sees one loss over the whole batch: gradients are
+        sharded, are reduced in the compute dtype, and can be differentiated again in reverse mode.
 
         Args:
-          fn: of any arguments; is given parameters whole, as arrays in the compute dtype.
-          argnums: which arguments hold parameters: a pytree of arrays, an NNX module, or what `init` returned, of which `fn`
-            is given the model. Variables that `fn` changes in an NNX module are changed in the one given, but for its
-            `Param`s.
+          fn: takes any arguments, and parameters as whole arrays in the compute dtype.
+          argnums: the arguments that hold parameters: a pytree of arrays, an NNX module, or a state
+            of `init`, from which `fn` gets the model. Variables that `fn` changes in an NNX module
+            are changed in the given module too, except its `Param`s.
 
         >>> import jax.numpy as jnp, zerojax as zj
         >>> zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:2]), min_shard=1)
@@ -181,26 +124,29 @@ class Zero(Policy):
         return transforms.gathered(self, fn, argnums)
 
     def value_and_grad(self, loss_fn: Callable, *, accumulate: int = 1, has_aux: bool = False,
-                       batch_argnums: int | Sequence[int] = 1, scale: LossScale | None = None, trainable: Any = None) -> Callable:
-        """As `jax.value_and_grad` by the first argument, with parameters gathered and gradients reduced as the stage says.
+                       batch_argnums: int | Sequence[int] = 1, scale: LossScale | None = None,
+                       trainable: Any = None) -> Callable:
+        """Like `jax.value_and_grad`, with parameters gathered and gradients reduced by the stage.
 
         Args:
-          loss_fn: `loss_fn(params, batch, ...)`; returns a floating scalar, the mean, or `zj.Loss(total, weight)`, whose mean
-            is differentiated. `params` is a pytree of arrays, an NNX module, or what `init` returned, of which it is given
-            the model. Keys among the other arguments differ between microbatches and devices' parts.
+          loss_fn: `loss_fn(params, batch, ...)`; returns a floating scalar, the mean, or
+            `zj.Loss(total, weight)`, whose mean is differentiated. `params` is a pytree of arrays,
+            an NNX module, or a state of `init`, from which `loss_fn` gets the model. Keys among the
+            other arguments differ between microbatches, and between the devices' parts.
           accumulate: microbatches; examples a, a + accumulate, ... form microbatch a.
-          has_aux: it returns (that, aux): of a batch that is split, arrays of examples; or a `Loss`, whose sums over the whole
-            batch are then the aux.
-          batch_argnums: arguments whose arrays are split by their first dimension.
-          scale: a `zj.LossScale`, for float16; the gradients come back without it.
-          trainable: which parameters have gradients, as for `init`; a teacher or backbone is read alike. The
-            transform is then to be given the trained alone (docs/recipes.md, "Freezing and LoRA"): flax's `apply_gradients` takes
-            no None.
+          has_aux: `loss_fn` returns (loss, aux), where aux holds arrays of examples if the batch is
+            split; or it returns a `Loss`, and aux is that `Loss` summed over the whole batch.
+          batch_argnums: the arguments whose arrays are split by their first dimension.
+          scale: a `zj.LossScale`, for float16; the returned gradients are unscaled.
+          trainable: the parameters that get gradients, as for `init`; `loss_fn` reads all of them.
+            The optimizer must then be given the trained ones alone (docs/recipes.md, "Freezing and
+            LoRA"): flax's `apply_gradients` does not accept None.
 
         Returns:
-          a function with the arguments of `loss_fn` that returns (value, gradients), or ((value, aux), gradients). Gradients
-          have the tree, dtypes and shardings of the parameters, None in place of frozen ones; an NNX module's are an `nnx.State`,
-          as of `nnx.grad`.
+          a function with the arguments of `loss_fn` that returns (value, gradients), or
+          ((value, aux), gradients). Gradients have the tree, dtypes and shardings of the
+          parameters, with None in place of frozen ones; those of an NNX module are an `nnx.State`,
+          as for `nnx.grad`.
 
         Raises:
           BatchError, LossError, PolicyError: as `train_step`.
@@ -208,145 +154,137 @@ class Zero(Policy):
         >>> import jax.numpy as jnp, zerojax as zj
         >>> zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:2]), min_shard=1)
         >>> loss = lambda params, x: zj.Loss((x @ params["w"]).sum(), x.shape[0])
-        >>> step = zero.jit(lambda state, x: zero.value_and_grad(loss)(state["params"], x), donate=False)
+        >>> step = zero.jit(lambda state, x: zero.value_and_grad(loss)(state["params"], x),
+        ...                 donate=False)
         >>> value, grads = step({"params": {"w": jnp.ones((4, 2))}}, jnp.ones((2, 4)))
         >>> float(value), grads["w"].sharding.spec
         (8.0, P('data',))
         """
-        return transforms.value_and_grad(self, loss_fn, accumulate=accumulate, has_aux=has_aux, batch_argnums=batch_argnums,
-                                         scale=scale, trainable=trainable)
+        return transforms.value_and_grad(
+            self, loss_fn, accumulate=accumulate, has_aux=has_aux, batch_argnums=batch_argnums,
+            scale=scale, trainable=trainable)
 
-    def jit(self, fn: Callable | None = None, *, donate: bool = True, batch_argnums: int | Sequence[int] | Mapping[int, Any] = 1,
-            static_argnames=(), compiler_options: dict | None = None):
-        """`jax.jit` for `fn(state, batch, ...)`: shardings follow the state, the batch is split over devices.
+    def jit(self, fn: Callable | None = None, *, donate: bool = True,
+            batch_argnums: int | Sequence[int] | Mapping[int, Any] = 1, static_argnames=(),
+            compiler_options: dict | None = None):
+        """Jits `fn(state, batch, ...)`: shardings follow the state, the batch is split.
 
         Args:
-          fn: a state in what it returns is placed where the one given was.
-          donate: the state's memory is reused; write False for functions that do not return it, as evaluation.
-          batch_argnums: arguments that are batches, also by name: their arrays are split by their first dimension, scalars are
-            not. A dict says how: {1: P("data"), 2: {"nodes": P("data"), "globals": P()}}; () splits none.
-          static_argnames, compiler_options: as jit's; static arguments are given by name.
+          fn: a state among its results keeps the shardings of the given one.
+          donate: whether the state's memory is reused; write False for a function that does not
+            return the state, such as an evaluation.
+          batch_argnums: the arguments that are batches, also when passed by name. Their arrays are
+            split by their first dimension; scalars are not. A dict gives specs instead:
+            {1: P("data"), 2: {"nodes": P("data"), "globals": P()}}; () splits nothing.
+          static_argnames, compiler_options: as in `jax.jit`; pass static arguments by name.
 
         Warns:
-          of parameters that `fn` multiplies without `gathered` or `value_and_grad`.
+          if `fn` multiplies parameters without `gathered` or `value_and_grad`.
         """
         options = {"donate_argnums": (0,) if donate else (), "static_argnames": static_argnames,
                    "compiler_options": compiler_options, "batch_argnums": batch_argnums}
-        return functools.partial(Jitted, self, **options) if fn is None else Jitted(self, fn, **options)
+        if fn is None:
+            return functools.partial(Jitted, self, **options)
+        return Jitted(self, fn, **options)
 
-    def train_step(self, loss_fn: Callable, tx, *, accumulate: int = 1, clip_norm: float | None = None,
-                   max_skipped: int | None = 50, compiler_options: dict | None = None) -> TrainStep:
-        """A jitted `step(state, batch) -> (state, metrics)`; the state is donated.
+    def train_step(self, loss_fn: Callable, tx, *, accumulate: int = 1,
+                   clip_norm: float | None = None, max_skipped: int | None = 50,
+                   compiler_options: dict | None = None) -> TrainStep:
+        """Returns a jitted `step(state, batch) -> (state, metrics)`, which donates the state.
 
         Args:
-          loss_fn: `loss_fn(model, batch)` or `loss_fn(model, batch, rng)`; `model` is what `init_fn` returned, the batch is
-            whole (or a device's part). The key goes to a parameter named `rng`, or to a third one without a default.
-            Returns a floating scalar, the mean; or `zj.Loss(total, weight)`.
-          tx: the optax transform that `init` was given.
+          loss_fn: `loss_fn(model, batch)` or `loss_fn(model, batch, rng)`, where `model` is what
+            `init_fn` returned, and the batch is whole (or a device's part). The key is passed to a
+            parameter named `rng`, or to a third parameter without a default. It returns a floating
+            scalar, the mean, or `zj.Loss(total, weight)`.
+          tx: the optax transform that was given to `init`.
           accumulate: microbatches; examples a, a + accumulate, ... form microbatch a.
-          clip_norm: gradients of a larger global norm are scaled to it.
-          max_skipped: so many steps in a row that are not finite raise, at most two calls late; None never raises.
-          compiler_options: for XLA, as jit's.
+          clip_norm: gradients with a larger global norm are scaled to this norm.
+          max_skipped: raises after this many consecutive non-finite steps, detected up to two calls
+            later; None never raises.
+          compiler_options: options for XLA, as in `jax.jit`.
 
         Returns:
-          metrics are device scalars: `loss`, `grad_norm` (before clipping), `param_norm` (of the update tried), `weight`,
-          `skipped` (in a row), `loss_scale` (float16), `aux` (over the weight). Reading one waits for the step; read the last's.
+          the step. Its metrics are device scalars: `loss`, `grad_norm` (before clipping),
+          `param_norm` (after the update, also of a skipped one), `weight`, `skipped` (consecutive
+          skipped steps), `loss_scale` (float16), `aux` (divided by the weight). Reading a metric
+          waits for its step: read those of the previous step.
 
         Raises:
           BatchError: a batch that does not divide by devices x accumulate.
-          LossError: a loss that is no floating scalar.
-          PolicyError: a wish that the way to differentiate can't fulfil.
+          LossError: a loss that is not a floating scalar.
+          PolicyError: a setting that the way to differentiate does not support.
           NonFiniteError: see `max_skipped`.
         """
-        return TrainStep(self, loss_fn, tx, accumulate=accumulate, clip_norm=clip_norm, max_skipped=max_skipped,
-                         compiler_options=compiler_options)
+        return TrainStep(self, loss_fn, tx, accumulate=accumulate, clip_norm=clip_norm,
+                         max_skipped=max_skipped, compiler_options=compiler_options)
 
     def eval_step(self, loss_fn: Callable, *, compiler_options: dict | None = None) -> EvalStep:
-        """A jitted `evaluate(state, batch) -> metrics` (`loss`, `weight`, `aux`) under the same policy; changes nothing.
+        """Returns a jitted `evaluate(state, batch) -> metrics` (`loss`, `weight`, `aux`).
 
-        `loss_fn` is as for `train_step`; model state that it returns is dropped.
+        It changes nothing. `loss_fn` is as for `train_step`; model state in its result is dropped.
         """
         return EvalStep(self, loss_fn, compiler_options)
 
     def move(self, state: Any, other: "Zero") -> Any:
-        """A state as another policy lays it out: another stage, mesh or number of devices. Every value stays as it is.
+        """Returns a state with the layout of another policy: another stage, mesh or device count.
+
+        Every value stays the same.
 
         Args:
-          state: of this policy. Both are there until it is let go. Of one of your own (`create`), rules are by shape alone: which
-            dimension a scan slices is known when it is made, not here. Where that matters write rules, or restore into `create`'s.
-          other: its parameters' dtype is the same; a float16 policy begins with a loss scale of its own.
+          state: of this policy. It and the new state both take memory until it is released. For a
+            state of your own (`create`), `other` places leaves by shape and rules alone, because
+            only `create` can see which dimension a scan slices. Where that matters, write rules, or
+            restore a checkpoint into a state that `other` created.
+          other: has the same parameter dtype; with float16 compute it starts a new loss scale.
 
         Raises:
-          PolicyError: parameters of another dtype, or devices that are not there.
+          PolicyError: `other` has another parameter dtype, or no devices.
         """
-        ours, theirs = self.precision.params, other.precision.params
-        if (ours, self.precision.keep) != (theirs, other.precision.keep):
-            raise PolicyError(f"move changes where a state lies, not its dtype, but from {ours} parameters to {theirs}; write the "
-                              "same Precision(params=...), or save and restore with cast=True.")
-        donation.check_alive("move", state)
-        if isinstance(other.mesh, AbstractMesh):
-            raise PolicyError("move to GPUs that are not there; take a mesh of devices: zj.make_mesh().")
-        if isinstance(state, TrainState):
-            return states.moved(other, states.scaled(other, state))
-        shardings = [rules.sharding(other.mesh, p.spec) for p in other._ruled(_shapes(state))[1]]
-        return jax.device_put(state, jax.tree.structure(state).unflatten(shardings))
+        return state_layout.moved(self, state, other)
 
     def layout(self, state: Any) -> Layout:
-        """Who holds what: prints as a table of leaves with shape, spec, bytes per device, and why one is whole."""
-        return report.of(self, state, self._places(state))
+        """Returns who holds what: each leaf's shape, spec, bytes per device, and why it is whole.
 
-    def _places(self, state) -> list[Placement]:
-        if isinstance(state, TrainState):
-            return jax.tree.leaves(states.lying(self, state), is_leaf=lambda x: isinstance(x, Placement))
-        _, ruled = self._ruled(_shapes(state))
-        return [placement.placed(self, rule, getattr(x, "sharding", None), x)
-                for rule, x in zip(ruled, jax.tree.leaves(state), strict=True)]
+        It prints as a table.
+        """
+        return state_layout.layout(self, state)
 
-    def plan(self, fn: Callable, state: Any, *args: Any, accumulate: int = 1, compiler_options: dict | None = None,
-             cache: bool = True, **kwargs: Any) -> Plan:
-        """What a jitted function of your own needs and moves, also one that zerojax had no hand in: memory, collectives, time.
+    def plan(self, fn: Callable, state: Any, *args: Any, accumulate: int = 1,
+             compiler_options: dict | None = None, cache: bool = True, **kwargs: Any) -> Plan:
+        """Returns the memory, collectives and time of a jitted function of your own.
 
-        Steps of `train_step` and functions under `zero.jit` have a `plan` of their own, which says the same.
+        It need not use zerojax. Steps of `train_step` and functions under `zero.jit` have a `plan`
+        method, which returns the same.
 
         Args:
-          fn: `jax.jit`ted, of `state` and `args`.
-          state: with the parameters as its `params`; arrays or `ShapeDtypeStruct`s with shardings.
-          *args, **kwargs: arrays or shapes. Those without a sharding are split over the batch's devices where they divide.
-          accumulate: microbatches in `fn`.
+          fn: a `jax.jit`ted function of `state`, `args` and `kwargs`.
+          state: has the parameters as its `params`; arrays or `ShapeDtypeStruct`s with shardings.
+          *args, **kwargs: arrays or shapes. Those without a sharding are split over the batch's
+            devices where they divide.
+          accumulate: the number of microbatches in `fn`.
           compiler_options: those of `fn`.
-          cache: whether the answer for the same program is looked up, and kept, on disk.
+          cache: whether the plan of the same program is looked up and kept on disk.
 
         Raises:
           ModelError: `state` has no params.
-          CompileError: the compiler failed, with its last lines.
+          CompileError: the compiler failed; has its last lines.
         """
-        batches.check_mesh(self, (state, args, kwargs))
         if isinstance(fn, TrainStep):
             return fn.plan(state, *args, cache=cache)
-        fn = fn.of(state, *args, **kwargs) if isinstance(fn, Jitted) else fn
+        if isinstance(fn, Jitted):
+            return fn.plan(state, *args, accumulate=accumulate, cache=cache, **kwargs)
         if not hasattr(fn, "trace"):
-            raise ModelError(f"zero.plan takes a jitted function, not {fn!r}; write zero.plan(jax.jit(fn), state, ...).")
-        leaves, places = self._params(state)
-        if not leaves:
-            raise ModelError(f"zero.plan was given a state ({type(state).__name__}) without params; ZeRO is about parameters: "
-                             "give a state with an attribute or key `params`.")
-        demand = Demand(self, leaves, places, accumulate, False)
-        args, kwargs = batches.placed(self, args), batches.placed(self, kwargs)
-        return plan.make(demand, self.layout(state), batches.local_bytes((args, kwargs)), fn, (state, *args), kwargs,
-                         compiler_options or {}, cache=cache)
-
-    def _params(self, state) -> tuple[tuple[Leaf, ...], tuple[Placement, ...]]:
-        """Of a state: its parameters, and where they lie."""
-        if isinstance(state, TrainState):
-            return states.read(self, state)
-        params, _ = self._ruled(_shapes(state))
-        places = self._places(state)
-        return tuple(params.values()), tuple(places[i] for i in params)
+            raise ModelError(f"zero.plan takes a jitted function, not {fn!r}; write "
+                             "zero.plan(jax.jit(fn), state, ...).")
+        return planning.planned(self, fn, state, args, kwargs, accumulate=accumulate,
+                                compiler_options=compiler_options, cache=cache)
 
     def share(self) -> tuple[int, int]:
-        """Which share of every batch this process brings to `feed`, and of how many: (0, 1) for one process.
+        """Returns which share of every batch this process brings to `feed`, and of how many.
 
-        Processes whose devices hold the same examples (tensor parallelism between them) bring the same share.
+        It is (0, 1) for one process. Processes whose devices hold the same examples (tensor
+        parallelism between them) bring the same share.
 
         >>> import zerojax as zj
         >>> zj.Zero(zj.make_mesh()).share()
@@ -358,5 +296,5 @@ class Zero(Policy):
         return batches.share(self)
 
     def batch_sharding(self) -> NamedSharding:
-        """Of a batch: its first dimension over every device."""
+        """Returns the sharding of a batch: its first dimension is split over every device."""
         return batches.sharding(self)

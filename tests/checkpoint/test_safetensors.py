@@ -1,8 +1,7 @@
-"""Safetensors: what is exported is what was saved, and each device reads its part of what is imported."""
+"""Safetensors: exports have what was saved, and each device reads its part of an import."""
 
 import json
 import os
-import pathlib
 import struct
 
 import flax.linen as nn
@@ -12,9 +11,11 @@ import numpy as np
 import pytest
 import safetensors
 import states
+from flax.training import train_state
 from safetensors.numpy import load_file, save_file
 
 import zerojax as zj
+from zerojax.checkpoint import loading
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +25,17 @@ def checkpoint(tmp_path_factory):
     return directory
 
 
-def equal(tree, want):
+def check_equal(tree, want):
     assert states.bits(tree) == states.bits(want)
 
 
-def test_what_is_exported_loads_in_plain_safetensors(checkpoint, tmp_path):
+def header_of(file):
+    content = file.read_bytes()
+    length, = struct.unpack("<Q", content[:8])
+    return json.loads(content[8:8 + length])
+
+
+def test_exports_load_in_plain_safetensors(checkpoint, tmp_path):
     files = zj.export_safetensors(checkpoint, tmp_path / "m.safetensors")
     assert files == [tmp_path / "m.safetensors"] == list(tmp_path.iterdir())
     loaded, state = load_file(files[0]), states.state(seed=2)
@@ -41,41 +48,48 @@ def test_what_is_exported_loads_in_plain_safetensors(checkpoint, tmp_path):
 
 def test_dtype_names_and_step(checkpoint, tmp_path):
     rename = {"^w$": "layers.0.weight", r"^(o.*)": r"x.\1"}
-    file, = zj.export_safetensors(checkpoint / "1", tmp_path / "m.safetensors", dtype="bfloat16", rename=rename)
-    state = states.state(seed=1)
-    assert json.loads(file.read_bytes()[8:8 + struct.unpack("<Q", file.read_bytes()[:8])[0]])["x.odd"]["dtype"] == "BF16"
+    file, = zj.export_safetensors(checkpoint / "1", tmp_path / "m.safetensors", dtype="bfloat16",
+                                  rename=rename)
+    assert header_of(file)["x.odd"]["dtype"] == "BF16"
     found = zj.load_safetensors(file, states.target().params, rename=rename, cast=True)
-    equal(found, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), state.params))
+    want = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32),
+                        states.state(seed=1).params)
+    check_equal(found, want)
 
 
 def test_files_of_a_size_and_their_index(checkpoint, tmp_path):
     *files, index = zj.export_safetensors(checkpoint, tmp_path / "m.safetensors", shard_bytes=160)
     assert [f.name for f in files] == [f"m-0000{i}-of-00002.safetensors" for i in (1, 2)]
     note = json.loads(index.read_text())
-    assert note["metadata"]["total_size"] == sum(x.nbytes for f in files for x in load_file(f).values()) == 8192 + 60 + 96
+    total = sum(x.nbytes for f in files for x in load_file(f).values())
+    assert note["metadata"]["total_size"] == total == 8192 + 60 + 96
     assert all(name in load_file(tmp_path / file) for name, file in note["weight_map"].items())
-    equal(zj.load_safetensors(tmp_path, states.target().params), states.state(seed=2).params)
+    check_equal(zj.load_safetensors(tmp_path, states.target().params), states.state(seed=2).params)
 
 
 @pytest.mark.parametrize("options", [{}, {"stage": 0}, {"devices": 2}, {"replica": 2}], ids=str)
 def test_import_onto_any_mesh(checkpoint, tmp_path, options):
     file, = zj.export_safetensors(checkpoint, tmp_path / "m.safetensors")
-    policy = states.zero(**options)
-    live = states.state(policy, seed=9)
+    live = states.state(states.zero(**options), seed=9)
     found = zj.load_safetensors(file, live)
-    equal(found.params, states.state(seed=2).params)
-    equal(found.opt_state, live.opt_state)
+    check_equal(found.params, states.state(seed=2).params)
+    check_equal(found.opt_state, live.opt_state)
     assert jax.tree.all(jax.tree.map(lambda x, t: x.sharding == t.sharding, found, live))
 
 
-def test_each_device_reads_its_part_once(checkpoint, tmp_path, monkeypatch):
-    from zerojax.checkpoint import safetensors
-
+def test_each_part_is_read_once(checkpoint, tmp_path, monkeypatch):
     file, = zj.export_safetensors(checkpoint, tmp_path / "m.safetensors")
-    read, slice_ = [], safetensors._slice
-    monkeypatch.setattr(safetensors, "_slice", lambda tensor, index, x: read.append(slice_(tensor, index, x)) or read[-1])
-    zj.load_safetensors(file, {"w": states.target(states.zero(replica=2)).params["w"]}, rename={})
-    assert [x.shape for x in read] == [(16, 32)] * 4
+    shapes, slice_ = [], loading._slice
+
+    def spy(tensor, index, leaf):
+        part = slice_(tensor, index, leaf)
+        shapes.append(part.shape)
+        return part
+
+    monkeypatch.setattr(loading, "_slice", spy)
+    target = states.target(states.zero(replica=2))
+    zj.load_safetensors(file, {"w": target.params["w"]})
+    assert shapes == [(16, 32)] * 4
 
 
 class Net(nn.Module):
@@ -84,66 +98,89 @@ class Net(nn.Module):
         return nn.BatchNorm(use_running_average=False)(nn.Dense(8)(x))
 
 
-def test_model_state_goes_along(tmp_path):
-    policy = states.zero()
-    state = policy.init(Net().init, states.tx, jax.random.key(0), jnp.ones((2, 4)))
+def net_state(seed):
+    return states.zero().init(Net().init, states.tx, jax.random.key(seed), jnp.ones((2, 4)))
+
+
+def test_model_state_is_exported_and_loaded(tmp_path):
+    state = net_state(seed=0)
     with zj.Checkpointer(tmp_path / "c") as checkpoints:
         checkpoints.save(state)
     file, = zj.export_safetensors(tmp_path / "c", tmp_path / "m.safetensors")
-    assert set(load_file(file)) == {"Dense_0.kernel", "Dense_0.bias", "BatchNorm_0.scale", "BatchNorm_0.bias",
-                                    "batch_stats.BatchNorm_0.mean", "batch_stats.BatchNorm_0.var"}
-    other = policy.init(Net().init, states.tx, jax.random.key(1), jnp.ones((2, 4)))
-    found = zj.load_safetensors(file, other)
-    equal((found.params, found.model_state), (state.params, state.model_state))
+    assert set(load_file(file)) == {"Dense_0.kernel", "Dense_0.bias", "BatchNorm_0.scale",
+                                    "BatchNorm_0.bias", "batch_stats.BatchNorm_0.mean",
+                                    "batch_stats.BatchNorm_0.var"}
+    found = zj.load_safetensors(file, net_state(seed=1))
+    check_equal((found.params, found.model_state), (state.params, state.model_state))
 
 
-def _large(directory):
-    with zj.Checkpointer(directory / "large") as checkpoints:
+def export(**options):
+    """Returns a function of a checkpoint and a directory, which exports into the directory."""
+    return lambda c, d: zj.export_safetensors(c, d / "m.safetensors", **options)
+
+
+def export_twice(c, d):
+    for _ in range(2):
+        zj.export_safetensors(c, d / "m.safetensors")
+
+
+def export_large_numbers(c, d):
+    large = c.parent / "large"
+    with zj.Checkpointer(large) as checkpoints:
         checkpoints.save({"step": 0, "params": {"w": jnp.full(3, 1e5)}})
-    return directory / "large"
+    zj.export_safetensors(large, d / "m.safetensors", dtype="float16")
 
 
+# name: (an export that fails, words of its error)
 EXPORTS = {
-    "a file that is there": (lambda c, d: [zj.export_safetensors(c, d / "m.safetensors") for _ in range(2)], "is there already"),
-    "another suffix": (lambda c, d: zj.export_safetensors(c, d / "m.bin"), "name a file that ends in .safetensors"),
-    "a directory that is not there": (lambda c, d: zj.export_safetensors(c, d / "x/m.safetensors"), "in a directory that is there"),
-    "a dtype that is none": (lambda c, d: zj.export_safetensors(c, d / "m.safetensors", dtype="f8"), "'f8' is no floating dtype"),
-    "two of one name": (lambda c, d: zj.export_safetensors(c, d / "m.safetensors", rename={".*": "x"}), "would both be named"),
-    "no regex": (lambda c, d: zj.export_safetensors(c, d / "m.safetensors", rename={"(": "x"}), "no regular expression"),
-    "integers": (lambda c, d: zj.export_safetensors(c, d / "m.safetensors", dtype="int8"), "'int8' is no floating dtype"),
-    "what float16 can't hold": (lambda c, d: zj.export_safetensors(_large(c.parent), d / "m.safetensors", dtype="float16"),
-                                "params/w has values that float16 can't hold, as 100000"),
-    "the header's own": (lambda c, d: zj.export_safetensors(c, d / "m.safetensors", rename={"w": "__metadata__"}), "no tensor"),
-    "no regex for leaves": (lambda c, d: zj.export_safetensors(c, d / "m.safetensors", only="("), "no regular expression"),
-    "no leaf": (lambda c, d: zj.export_safetensors(c, d / "m.safetensors", only="x"), "only='x' matches none of the 16 leaves"),
-    "no step": (lambda c, d: zj.export_safetensors(c, d / "m.safetensors", step=5), r"has no step 5; it has \[1, 2\]"),
+    "an existing file": (export_twice, "m.safetensors already exists; remove it"),
+    "another suffix": (lambda c, d: zj.export_safetensors(c, d / "m.bin"),
+                       "name a file that ends in .safetensors"),
+    "a missing directory": (lambda c, d: zj.export_safetensors(c, d / "x/m.safetensors"),
+                            "in an existing directory"),
+    "an unknown dtype": (export(dtype="f8"), "'f8' is not a floating dtype"),
+    "an integer dtype": (export(dtype="int8"), "'int8' is not a floating dtype"),
+    "numbers beyond float16": (export_large_numbers,
+                               "params/w has values that float16 cannot represent, such as 100000"),
+    "two leaves of one name": (export(rename={".*": "x"}), "would both be named"),
+    "an invalid regex": (export(rename={"(": "x"}), "has an invalid regular expression"),
+    "a reserved name": (export(rename={"^w": "__metadata__"}),
+                        "names params/w '__metadata__', which is reserved"),
+    "an invalid regex for leaves": (export(only="("), "is not a regular expression"),
+    "no leaf": (export(only="x"), "only='x' matches none of the 16 leaves"),
+    "no such step": (export(step=5), r"has no step 5; it has \[1, 2\]"),
 }
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_what_an_export_refuses(checkpoint, tmp_path, name):
+def test_an_export_refuses(checkpoint, tmp_path, name):
     act, text = EXPORTS[name]
     with pytest.raises(zj.CheckpointError, match=text):
         act(checkpoint, tmp_path)
-    assert {f.name for f in tmp_path.iterdir()} <= {"m.safetensors"}
+    left = ["m.safetensors"] if name == "an existing file" else []
+    assert [f.name for f in tmp_path.iterdir()] == left
 
 
+# name: (the tensors of a file, a target that they do not fit, words of the error)
 IMPORTS = {
-    "a shape": ({"w": np.ones((3, 4), np.float32)}, {"w": jnp.ones((4, 3))}, r"w: float32\[3, 4\] in .* float32\[4, 3\]"),
-    "a dtype": ({"w": np.ones(3, np.int32)}, {"w": jnp.ones(3)}, r"w: int32\[3\] in the checkpoint, float32\[3\] in the target"),
-    "a name": ({"weight": np.ones(3, np.float32)}, {"w": jnp.ones(3)}, r"Nearest names there: \{'w': \['weight'\]\}; see rename"),
+    "a shape": ({"w": np.ones((3, 4), np.float32)}, {"w": jnp.ones((4, 3))},
+                r"w: float32\[3, 4\] in .* float32\[4, 3\]"),
+    "a dtype": ({"w": np.ones(3, np.int32)}, {"w": jnp.ones(3)},
+                r"w: int32\[3\] in the checkpoint, float32\[3\] in the target"),
+    "a name": ({"weight": np.ones(3, np.float32)}, {"w": jnp.ones(3)},
+               r"The closest names in the files: \{'w': \['weight'\]\}; see rename"),
 }
 
 
 @pytest.mark.parametrize("name", IMPORTS)
-def test_what_does_not_fit(tmp_path, name):
+def test_targets_that_do_not_fit(tmp_path, name):
     given, target, text = IMPORTS[name]
     save_file(given, tmp_path / "m.safetensors")
     with pytest.raises(zj.CheckpointError, match=text):
         zj.load_safetensors(tmp_path, target)
 
 
-def test_targets_that_nothing_can_be_read_into(tmp_path):
+def test_targets_that_cannot_be_loaded(tmp_path):
     save_file({"w": np.ones(3, np.float32)}, tmp_path / "m.safetensors")
     with pytest.raises(zj.CheckpointError, match="would stay shapes; give a live state"):
         zj.load_safetensors(tmp_path, states.target())
@@ -151,20 +188,20 @@ def test_targets_that_nothing_can_be_read_into(tmp_path):
         zj.load_safetensors(tmp_path, {"w": jax.ShapeDtypeStruct((3,), jnp.float32)})
 
 
-def test_a_flax_state_keeps_its_optimizer(tmp_path):
-    from flax.training import train_state
-
+def test_a_flax_state_keeps_its_optimizer_state(tmp_path):
     save_file({"w": np.full(3, 2, np.float32)}, tmp_path / "m.safetensors")
-    state = train_state.TrainState.create(apply_fn=None, params={"w": jnp.ones(3)}, tx=states.tx)
+    params = {"w": jnp.ones(3)}
+    state = train_state.TrainState.create(apply_fn=None, params=params, tx=states.tx)
     found = zj.load_safetensors(tmp_path, state)
-    assert float(found.params["w"].sum()) == 6 and found.step == 0
-    equal(found.opt_state, state.opt_state)
+    assert found.params["w"].tolist() == [2, 2, 2] and found.step == 0
+    check_equal(found.opt_state, state.opt_state)
 
 
-def test_tensors_that_are_not_wanted_are_named(tmp_path):
+def test_unused_tensors_are_named(tmp_path):
     save_file({"w": np.ones(3, np.float32), "left": np.ones(2)}, tmp_path / "m.safetensors")
-    with pytest.warns(UserWarning, match="has 1 tensors that the target has no leaf for, as left"):
+    with pytest.warns(UserWarning, match="no leaf for 1 of the 2 tensors in .*, such as left") as w:
         zj.load_safetensors(tmp_path, {"w": jnp.ones(3)})
+    assert w[0].filename == __file__
 
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path):
@@ -176,7 +213,8 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["c"]
 
 
-def raw(header: dict | bytes, body: bytes = b"\0" * 64) -> bytes:
+def raw(header, body=b"\0" * 64):
+    """Returns the bytes of a safetensors file with a header, a dict or bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + body
 
@@ -188,8 +226,8 @@ HOSTILE = {
     "overlapping offsets": raw({"w": TENSOR, "v": TENSOR}),
     "offsets past the end": raw({"w": {**TENSOR, "shape": [400], "data_offsets": [0, 1600]}}),
     "offsets backwards": raw({"w": {**TENSOR, "data_offsets": [16, 0]}}),
-    "a shape that its bytes are not": raw({"w": {**TENSOR, "shape": [2**40]}}),
-    "a header that is no JSON": raw(b"{" * 100),
+    "a shape of another size": raw({"w": {**TENSOR, "shape": [2**40]}}),
+    "a header that is not JSON": raw(b"{" * 100),
     "a pickle": b"cos\nsystem\n(S'touch ran'\ntR.",
     "nothing": b"",
 }
@@ -200,25 +238,27 @@ def test_hostile_files(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "m.safetensors"
     file.write_bytes(HOSTILE[name])
-    if "200" in name:
-        with file.open("r+b") as out:
-            out.truncate(300 * 10**6)
-    with pytest.raises(zj.CorruptCheckpointError, match=r"m\.safetensors can't be read: "):
+    if name == "a header of 200 MB":
+        os.truncate(file, 300 * 10**6)  # sparse
+    with pytest.raises(zj.CorruptCheckpointError, match=r"m\.safetensors is unreadable: "):
         zj.load_safetensors(file, {"w": jnp.ones(4)})
     assert [f.name for f in tmp_path.iterdir()] == ["m.safetensors"]
 
 
+NOT_BESIDE = "which is not the name of a .safetensors file in its own directory"
+# name: (the weight map of an index, words of the error)
 INDEXES = {
-    "a path upwards": {"w": "../outside.safetensors"},
-    "an absolute path": {"w": "/etc/outside.safetensors"},
-    "another kind of file": {"w": "model.pkl"},
-    "a number": {"w": 3},
-    "a zero byte": {"w": "m\0.safetensors"},
-    "a list": ["m.safetensors"],
-    "a tensor that is not in its file": {"w": "m.safetensors", "other": "m.safetensors"},
-    "a file that is not there": {"w": "n.safetensors"},
-    "a pipe": {"w": "pipe.safetensors"},
-    "a link": {"w": "link.safetensors"},
+    "a path upwards": ({"w": "../outside.safetensors"}, NOT_BESIDE),
+    "an absolute path": ({"w": "/etc/outside.safetensors"}, NOT_BESIDE),
+    "another kind of file": ({"w": "model.pkl"}, NOT_BESIDE),
+    "a number": ({"w": 3}, NOT_BESIDE),
+    "a zero byte": ({"w": "m\0.safetensors"}, NOT_BESIDE),
+    "a list": (["m.safetensors"], "no attribute 'items'"),
+    "a tensor that its file does not have": (
+        {"w": "m.safetensors", "other": "m.safetensors"}, r"m\.safetensors is unreadable: .*other"),
+    "a missing file": ({"w": "n.safetensors"}, "which is not a file in its directory"),
+    "a pipe": ({"w": "pipe.safetensors"}, "which is not a file in its directory"),
+    "a link": ({"w": "link.safetensors"}, "is a link to .*; to allow links, write follow_links"),
 }
 
 
@@ -228,26 +268,27 @@ def test_hostile_indexes(tmp_path, name):
     for file in (tmp_path / "outside.safetensors", tmp_path / "in/m.safetensors"):
         save_file({"w": np.ones(4, np.float32)}, file)
     (tmp_path / "in/link.safetensors").symlink_to(tmp_path / "outside.safetensors")
-    os.mkfifo(tmp_path / "in/pipe.safetensors")  # to open it would wait for ever
+    os.mkfifo(tmp_path / "in/pipe.safetensors")  # opening it would wait for ever
     index = tmp_path / "in/model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": INDEXES[name]}))
-    with pytest.raises(zj.CorruptCheckpointError):
+    weight_map, text = INDEXES[name]
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(zj.CorruptCheckpointError, match=text):
         zj.load_safetensors(index, {"w": jnp.ones(4)})
     if name == "a link":
         found = zj.load_safetensors(index, {"w": jnp.zeros(4)}, follow_links=True)
-        assert float(found["w"].sum()) == 4
+        assert found["w"].tolist() == [1, 1, 1, 1]
 
 
 def test_an_index_of_200_megabytes(tmp_path):
     index = tmp_path / "m.safetensors.index.json"
-    with index.open("wb") as out:
-        out.truncate(200 * 10**6)
+    index.touch()
+    os.truncate(index, 200 * 10**6)  # sparse
     with pytest.raises(zj.CorruptCheckpointError, match="200,000,000 bytes, more than"):
         zj.load_safetensors(index, {"w": jnp.ones(4)})
 
 
 def test_a_link_is_not_written_through(checkpoint, tmp_path):
     (tmp_path / "m.safetensors").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(zj.CheckpointError, match="is there already"):
+    with pytest.raises(zj.CheckpointError, match="already exists"):
         zj.export_safetensors(checkpoint, tmp_path / "m.safetensors")
-    assert not pathlib.Path(tmp_path / "elsewhere").exists()
+    assert not (tmp_path / "elsewhere").exists()

@@ -1,4 +1,4 @@
-"""Another count of what a compiled program sends and holds, line by line: to judge zerojax's own, with none of its code."""
+"""A count, line by line, of what a compiled program sends and holds; uses no code of zerojax."""
 
 import math
 import re
@@ -8,11 +8,13 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 
 
 def _arrays(text):
-    return sum(SIZES[t] * math.prod([int(d) for d in dims.split(",") if d]) for t, dims in re.findall(r"(\w+)\[([\d,]*)\]", text))
+    """Returns the bytes of all arrays in a type."""
+    return sum(SIZES[dtype] * math.prod([int(d) for d in dims.split(",") if d])
+               for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", text))
 
 
 def _lines(text):
-    """(the computation it stands in, a line) for each line that makes a collective's result."""
+    """Yields (computation, line) for each line that makes the result of a collective."""
     where = ""
     for line in text.split("\n"):
         if line and not line[0].isspace() and line.rstrip().endswith("{"):
@@ -22,8 +24,9 @@ def _lines(text):
 
 
 def _turns(text):
-    """How often the bodies of loops run; loops in loops multiply."""
-    turns, parent = {}, {}
+    """Returns a function from a computation to how often it runs; loops in loops multiply."""
+    turns = {}
+    parent = {}
     where = ""
     for line in text.split("\n"):
         if line and not line[0].isspace() and line.rstrip().endswith("{"):
@@ -32,13 +35,20 @@ def _turns(text):
             body = re.search(r"body=%?([\w.\-]+)", line)[1]
             turns[body] = int(re.search(r'known_trip_count":\{"n":"(\d+)"', line)[1])
             parent[body] = where
-    total = lambda name: turns[name] * total(parent[name]) if name in turns else 1
+
+    def total(name):
+        return turns[name] * total(parent[name]) if name in turns else 1
+
     return total
 
 
 def sent(text: str, devices: int) -> float:
-    """Bytes each device sends, all groups being all `devices`: a ring sends (N-1)/N of an array; an all-reduce twice that."""
-    total, turns = 0.0, _turns(text)
+    """Returns the bytes that each device sends, if all groups are all `devices`.
+
+    A ring of N devices sends (N-1)/N of an array, and twice that for an all-reduce.
+    """
+    total = 0.0
+    turns = _turns(text)
     for where, line in _lines(text):
         result = line.split(" = ", 1)[1]
         kind = next(k for k in KINDS if f" {k}(" in line or f" {k}-done(" in line)
@@ -49,10 +59,13 @@ def sent(text: str, devices: int) -> float:
 
 
 def kinds(text: str) -> set[str]:
-    return {kind for _, line in _lines(text) for kind in KINDS if f" {kind}(" in line or f" {kind}-done(" in line}
+    """Returns the kinds of the collectives."""
+    return {kind for _, line in _lines(text) for kind in KINDS
+            if f" {kind}(" in line or f" {kind}-done(" in line}
 
 
 def peak(memory) -> int:
-    """Of the compiler's own figures."""
-    return (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    """Returns the peak memory according to the compiler's own figures."""
+    return (memory.argument_size_in_bytes + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes + memory.temp_size_in_bytes
             + memory.generated_code_size_in_bytes)

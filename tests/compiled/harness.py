@@ -1,4 +1,4 @@
-"""Compiles a training step for GPUs that are not there, and says what ZeRO expects of it."""
+"""Compiles training steps for simulated GPUs, and returns what ZeRO expects of them."""
 
 import dataclasses
 import functools
@@ -13,10 +13,10 @@ import zerojax as zj
 from zerojax.hlo import collectives
 from zerojax.hlo.program import Shape, parse
 from zerojax.layout import topology
-from zerojax.plan import theory
+from zerojax.plan import provenance, theory
 from zerojax.trees import path_of
 
-LARGE = 64 * 1024  # bytes; smaller collectives are those of scalars, and of leaves left whole
+LARGE = 64 * 1024  # bytes; smaller collectives are those of scalars and of leaves that stay whole
 WAYS = {"global": "global", "per_device": "per_device", "own": None, "own_sum": None}
 BY_PARTS = ("per_device", "own_sum")
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
@@ -24,9 +24,11 @@ ITEMSIZE = {"bfloat16": 2, "float32": 4}
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """One program: a model of `models.CASES`, a policy, and the batch per device and microbatch.
+    """A program: a model of `models.CASES`, a policy, and the examples per device and microbatch.
 
-    The way is one to differentiate, or a loop of the user's own whose loss is a mean ("own") or a sum ("own_sum").
+    Attributes:
+      way: a way to differentiate, or a user's own loop whose loss is a mean ("own") or a sum
+        ("own_sum").
     """
 
     case: str
@@ -44,7 +46,7 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What came out."""
+    """The compiled program of a `Spec`."""
 
     spec: Spec
     zero: zj.Zero
@@ -56,9 +58,12 @@ class Program:
     batch_bytes: int
 
     def large(self, kind: str) -> list[tuple[collectives.Collective, Shape]]:
-        return [(c, s) for c in self.collectives for s in c.shapes if c.kind == kind and s.bytes >= LARGE]
+        """Returns the large collectives of a kind, once for each of their arrays."""
+        return [(c, s) for c in self.collectives for s in c.shapes
+                if c.kind == kind and s.bytes >= LARGE]
 
     def wire(self, kind: str) -> float:
+        """Returns the bytes that each device sends for the large collectives of a kind."""
         return sum(c.wire(s) for c, s in self.large(kind))
 
 
@@ -67,11 +72,16 @@ def nbytes(tree) -> int:
 
 
 def own_loop(zero, loss, tx, spec):
-    """A step as a user of linen writes it."""
+    """Returns a step as a user of linen writes it."""
+
+    def total(params, batch):
+        return loss({"params": params}, batch)
+
+    def mean(params, batch):
+        result = total(params, batch)
+        return result.total / result.weight
 
     def step(state, batch):
-        total = lambda params, batch: loss({"params": params}, batch)
-        mean = lambda params, batch: (r := total(params, batch)).total / r.weight
         how = total if spec.way in BY_PARTS else mean
         _, grads = zero.value_and_grad(how, accumulate=spec.accumulate)(state.params, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -84,21 +94,26 @@ def own_loop(zero, loss, tx, spec):
 def program(spec: Spec) -> Program:
     mesh = zj.make_mesh(devices=topology.devices(spec.topology), replica=spec.replicas)
     case, tx = models.CASES[spec.case](), optax.adam(1e-3)
-    zero = zj.Zero(mesh, spec.stage, gradients=WAYS[spec.way], precision=zj.Precision(compute="bfloat16", reduce=spec.reduce))
-    state, batch = zero.abstract(case.init, tx, *case.example), case.batch(mesh.size * spec.accumulate * spec.rows)
+    precision = zj.Precision(compute="bfloat16", reduce=spec.reduce)
+    zero = zj.Zero(mesh, spec.stage, gradients=WAYS[spec.way], precision=precision)
+    state = zero.abstract(case.init, tx, *case.example)
+    batch = case.batch(mesh.size * spec.accumulate * spec.rows)
+    options = topology.COMPILER_OPTIONS
     if spec.way.startswith("own"):
-        step = zero.jit(own_loop(zero, case.loss, tx, spec), compiler_options=topology.COMPILER_OPTIONS)
+        step = zero.jit(own_loop(zero, case.loss, tx, spec), compiler_options=options)
     else:
-        step = zero.train_step(case.loss, tx, accumulate=spec.accumulate, compiler_options=topology.COMPILER_OPTIONS)
+        step = zero.train_step(case.loss, tx, accumulate=spec.accumulate, compiler_options=options)
     compiled = step.lower(state, batch).compile()
     text = compiled.as_text()
-    found = collectives.of(parse(text))
-    return Program(spec, zero, dict(mesh.shape), state.params, found, text, compiled.memory_analysis(), nbytes(batch))
+    found = collectives.of(parse(text), provenance.is_users)
+    return Program(spec, zero, dict(mesh.shape), state.params, found, text,
+                   compiled.memory_analysis(), nbytes(batch))
 
 
 def expected(p: Program) -> dict[str, float]:
-    """Bytes each device sends, by kind, from `theory.wire` for each sharded parameter."""
-    again, shards, replicas = models.CASES[p.spec.case]().again, p.mesh["data"], p.spec.replicas
+    """Returns the bytes that each device sends, by kind, if parameters follow `theory.wire`."""
+    again = models.CASES[p.spec.case]().again
+    shards, replicas = p.mesh["data"], p.spec.replicas
     out = {"all-gather": 0.0, "reduce-scatter": 0.0, "all-reduce": 0.0}
     for path, x in jax.tree.leaves_with_path(p.params):
         if x.sharding.is_fully_replicated:

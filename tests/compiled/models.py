@@ -1,6 +1,7 @@
-"""The models that the GPU compiler is given: large enough that leaves left whole do not count."""
+"""Models for the GPU compiler, so large that the leaves that stay whole do not matter."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ import zerojax as zj
 WIDTH, LAYERS, VOCAB, SEQ = 512, 4, 8192, 256
 BF16 = jnp.bfloat16
 HEAD = 128
+Dense = functools.partial(nn.Dense, use_bias=False, dtype=BF16)
+DenseGeneral = functools.partial(nn.DenseGeneral, use_bias=False, dtype=BF16)
 
 
 class Block(nn.Module):
@@ -24,11 +27,11 @@ class Block(nn.Module):
     def __call__(self, x, _=None):
         width = x.shape[-1]
         h = nn.LayerNorm(dtype=BF16)(x)
-        q, k, v = (nn.DenseGeneral((width // HEAD, HEAD), use_bias=False, dtype=BF16, name=n)(h) for n in "qkv")
+        q, k, v = (DenseGeneral((width // HEAD, HEAD), name=name)(h) for name in "qkv")
         a = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        x = x + nn.DenseGeneral(width, axis=(-2, -1), use_bias=False, dtype=BF16, name="o")(a)
-        h = nn.gelu(nn.Dense(4 * width, use_bias=False, dtype=BF16, name="up")(nn.LayerNorm(dtype=BF16)(x)))
-        return x + nn.Dense(width, use_bias=False, dtype=BF16, name="down")(h), None
+        x = x + DenseGeneral(width, axis=(-2, -1), name="o")(a)
+        h = nn.gelu(Dense(4 * width, name="up")(nn.LayerNorm(dtype=BF16)(x)))
+        return x + Dense(width, name="down")(h), None
 
 
 class Transformer(nn.Module):
@@ -46,15 +49,18 @@ class Transformer(nn.Module):
     def __call__(self, tokens):
         embed = nn.Embed(self.vocab, self.width, dtype=BF16, name="embed")
         x = embed(tokens)
-        block = nn.remat(Block, prevent_cse=not self.scanned, policy=self.policy) if self.remat else Block
+        block = Block
+        if self.remat:
+            block = nn.remat(Block, prevent_cse=not self.scanned, policy=self.policy)
         if self.scanned:
-            layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers)
+            layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
+                             length=self.layers)
             x, _ = layers(name="blocks")(x, None)
         else:
             for i in range(self.layers):
                 x, _ = block(name=f"block_{i}")(x)
         x = nn.LayerNorm(dtype=BF16)(x)
-        return embed.attend(x) if self.tied else nn.Dense(self.vocab, use_bias=False, dtype=BF16, name="head")(x)
+        return embed.attend(x) if self.tied else Dense(self.vocab, name="head")(x)
 
 
 class Recurrent(nn.Module):
@@ -64,7 +70,7 @@ class Recurrent(nn.Module):
     def __call__(self, tokens):
         x = nn.Embed(VOCAB, WIDTH, dtype=BF16, name="embed")(tokens)
         x = nn.RNN(nn.GRUCell(WIDTH, dtype=BF16))(x)
-        return nn.Dense(VOCAB, use_bias=False, dtype=BF16, name="head")(x)
+        return Dense(VOCAB, name="head")(x)
 
 
 class ResNet(nn.Module):
@@ -75,15 +81,18 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool = True):
-        norm = lambda: nn.BatchNorm(use_running_average=not train, dtype=BF16)
-        x = nn.Conv(self.width, (3, 3), use_bias=False, dtype=BF16)(x)
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train, dtype=BF16)
+        conv = functools.partial(nn.Conv, self.width, (3, 3), use_bias=False, dtype=BF16)
+        x = conv()(x)
         for _ in range(self.blocks):
-            h = nn.relu(norm()(nn.Conv(self.width, (3, 3), use_bias=False, dtype=BF16)(x)))
-            x = nn.relu(x + norm()(nn.Conv(self.width, (3, 3), use_bias=False, dtype=BF16)(h)))
+            h = nn.relu(norm()(conv()(x)))
+            x = nn.relu(x + norm()(conv()(h)))
         return nn.Dense(1024, dtype=BF16)(x.mean((1, 2)))
 
 
 class NnxBlock(nnx.Module):
+    """A residual MLP."""
+
     def __init__(self, rngs):
         self.norm = nnx.LayerNorm(WIDTH, dtype=BF16, rngs=rngs)
         self.up = nnx.Linear(WIDTH, 4 * WIDTH, use_bias=False, dtype=BF16, rngs=rngs)
@@ -94,7 +103,7 @@ class NnxBlock(nnx.Module):
 
 
 class NnxStack(nnx.Module):
-    """An embedding, residual MLPs scanned with remat, a head."""
+    """An embedding, residual MLPs that are scanned with remat, and a head."""
 
     def __init__(self, rngs):
         self.embed = nnx.Embed(VOCAB, WIDTH, dtype=BF16, rngs=rngs)
@@ -103,19 +112,26 @@ class NnxStack(nnx.Module):
         self.head = nnx.Linear(WIDTH, VOCAB, use_bias=False, dtype=BF16, rngs=rngs)
 
     def __call__(self, tokens):
-        body = nnx.scan(nnx.remat(lambda block, x: block(x)), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        body = nnx.scan(nnx.remat(lambda block, x: block(x)), in_axes=(0, nnx.Carry),
+                        out_axes=nnx.Carry)
         return self.head(body(self.blocks, self.embed(tokens)))
 
 
 def next_token_loss(logits, tokens):
-    """Totals over tokens, uneven weights: the last position predicts nothing."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1].astype(jnp.float32), tokens[:, 1:])
+    """The total over tokens; the last position predicts nothing."""
+    logits = logits[:, :-1].astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     return zj.Loss(losses.sum(), losses.size)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model with its batch's shape per device, and which of its leaves are gathered again in the backward pass."""
+    """A model with its loss and batches.
+
+    Attributes:
+      batch: returns the shapes of a batch of a number of examples.
+      again: a regex of the leaves that are gathered again in the backward pass.
+    """
 
     init: Callable
     loss: Callable
@@ -129,7 +145,9 @@ def _tokens(n):
 
 
 def language(model, again="block.*") -> Case:
-    loss = lambda variables, tokens: next_token_loss(model.apply(variables, tokens), tokens)
+    def loss(variables, tokens):
+        return next_token_loss(model.apply(variables, tokens), tokens)
+
     return Case(model.init, loss, (jax.random.key(0), _tokens(1)), _tokens, again)
 
 
@@ -138,15 +156,22 @@ def images() -> Case:
 
     def loss(variables, batch):
         logits, updates = model.apply(variables, batch["image"], mutable=["batch_stats"])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["label"])
+        logits = logits.astype(jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return zj.Loss(losses.sum(), losses.size, model_state=updates)
 
-    batch = lambda n: {"image": jax.ShapeDtypeStruct((2 * n, 32, 32, 3), BF16), "label": jax.ShapeDtypeStruct((2 * n,), jnp.int32)}
-    return Case(model.init, loss, (jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), BF16)), batch, "nothing")
+    def batch(n):
+        return {"image": jax.ShapeDtypeStruct((2 * n, 32, 32, 3), BF16),
+                "label": jax.ShapeDtypeStruct((2 * n,), jnp.int32)}
+
+    example = (jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), BF16))
+    return Case(model.init, loss, example, batch, "nothing")
 
 
 def module() -> Case:
-    loss = lambda model, tokens: next_token_loss(model(tokens), tokens)
+    def loss(model, tokens):
+        return next_token_loss(model(tokens), tokens)
+
     return Case(lambda: NnxStack(nnx.Rngs(0)), loss, (), _tokens)
 
 

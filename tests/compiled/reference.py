@@ -1,6 +1,7 @@
-"""The transformer's training step as one writes FSDP by hand: `shard_map`, all-gather in the layer, its transpose behind.
+"""The transformer's training step with FSDP by hand: `shard_map` and an all-gather per layer.
 
-The reference for temporaries: same blocks, same loss, same shards; whole weights live as long as a layer does.
+It is the reference for temporaries, with the same blocks, loss and shards: whole weights live only
+as long as their layer.
 """
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 
 def _gather(x, spec):
-    """A shard of fp32 to the whole in bf16; the transpose is a reduce-scatter in bf16."""
+    """Gathers an fp32 shard to a whole in bf16; the transpose is a reduce-scatter in bf16."""
     x = x.astype(jnp.bfloat16)
     index = next((i for i, entry in enumerate(spec) if entry), None)
     return x if index is None else jax.lax.all_gather(x, "data", axis=index, tiled=True)
@@ -24,13 +25,14 @@ def _is_spec(x):
 
 
 def _loss(params, specs, tokens):
-    whole = lambda tree, spec: jax.tree.map(_gather, tree, spec)
-    x = jnp.take(_gather(params["embed"]["embedding"], specs["embed"]["embedding"]), tokens, axis=0)
+    embedding = _gather(params["embed"]["embedding"], specs["embed"]["embedding"])
+    x = jnp.take(embedding, tokens, axis=0)
     of_layer = jax.tree.map(lambda s: P(*s[1:]), specs["blocks"], is_leaf=_is_spec)
 
     @jax.checkpoint
     def layer(x, block):
-        return models.Block().apply({"params": whole(block, of_layer)}, x)[0], None
+        whole = jax.tree.map(_gather, block, of_layer)
+        return models.Block().apply({"params": whole}, x)[0], None
 
     x, _ = jax.lax.scan(layer, x, params["blocks"])
     x = nn.LayerNorm(dtype=jnp.bfloat16).apply({"params": params["LayerNorm_0"]}, x)
@@ -39,16 +41,15 @@ def _loss(params, specs, tokens):
 
 
 def lower(mesh, state, batch):
-    """The step for a `zero.abstract` state of `models.Transformer()`, lowered."""
+    """Returns the lowered step for a `zero.abstract` state of `models.Transformer()`."""
     tx = optax.adam(1e-3)
-    specs = jax.tree.map(lambda x: P(*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec))), state.params)
+    specs = jax.tree.map(_full, state.params)
 
     def grads(params, tokens):
-        grads = jax.grad(_loss)(params, specs, tokens)
-        replicated = lambda s: not any(s)
-        return jax.tree.map(lambda g, s: jax.lax.psum(g, "data") if replicated(s) else g, grads, specs)
+        return jax.tree.map(_summed, jax.grad(_loss)(params, specs, tokens), specs)
 
-    mapped = jax.shard_map(grads, mesh=mesh, in_specs=(specs, P("data")), out_specs=specs, check_vma=False)
+    mapped = jax.shard_map(grads, mesh=mesh, in_specs=(specs, P("data")), out_specs=specs,
+                           check_vma=False)
 
     def step(params, opt_state, tokens):
         updates, opt_state = tx.update(mapped(params, tokens), opt_state, params)
@@ -56,3 +57,14 @@ def lower(mesh, state, batch):
 
     tokens = jax.ShapeDtypeStruct(batch.shape, batch.dtype, sharding=NamedSharding(mesh, P("data")))
     return jax.jit(step, donate_argnums=(0, 1)).lower(state.params, state.opt_state, tokens)
+
+
+def _full(x):
+    """Returns the spec of an array, with an entry for each dimension."""
+    spec = x.sharding.spec
+    return P(*spec, *[None] * (x.ndim - len(spec)))
+
+
+def _summed(grad, spec):
+    """Sums the gradient of a parameter that every device holds whole."""
+    return grad if any(spec) else jax.lax.psum(grad, "data")

@@ -1,4 +1,4 @@
-"""What the compiled step keeps beside its arguments."""
+"""The memory of a compiled step beside that of its arguments."""
 
 import jax
 import models
@@ -14,7 +14,8 @@ from zerojax.layout import topology
 
 
 def _lowered(model, way, rows=8, seq=None):
-    zero = zj.Zero(zj.make_mesh(devices=topology.devices("h200:1x8")), 3, gradients=way, precision=zj.Precision(compute="bfloat16"))
+    mesh = zj.make_mesh(devices=topology.devices("h200:1x8"))
+    zero = zj.Zero(mesh, 3, gradients=way, precision=zj.Precision(compute="bfloat16"))
     case, tx = models.language(model), optax.adam(1e-3)
     state = zero.abstract(case.init, tx, *case.example)
     batch = jax.ShapeDtypeStruct((rows, seq or models.SEQ), "int32")
@@ -26,18 +27,19 @@ def _compile(lowered):
 
 
 def test_stage_3_needs_no_more_than_fsdp_by_hand():
-    """534 M parameters, 2048 tokens a GPU: 1018 MiB of weights in bfloat16."""
+    """534 M parameters, 2048 tokens per GPU: 1018 MiB of weights in bfloat16."""
     model, seq = models.Transformer(width=2048, layers=8, vocab=32000), 2048
     zero, state, batch, ours = _lowered(model, "global", seq=seq)
     by_hand = _compile(reference.lower(zero.mesh, state, batch))
-    assert {c.kind for c in collectives.of(parse(by_hand.as_text())) if c.bytes > 2**20} == {"all-gather", "reduce-scatter"}
+    large = [c for c in collectives.of(parse(by_hand.as_text())) if c.bytes > 2**20]
+    assert {c.kind for c in large} == {"all-gather", "reduce-scatter"}
     most = by_hand.memory_analysis().temp_size_in_bytes
-    assert _compile(ours).memory_analysis().temp_size_in_bytes <= most
-    assert _compile(_lowered(model, "per_device", seq=seq)[3]).memory_analysis().temp_size_in_bytes <= most
+    for lowered in (ours, _lowered(model, "per_device", seq=seq)[3]):
+        assert _compile(lowered).memory_analysis().temp_size_in_bytes <= most
 
 
 def _stacked_weights(text):
-    """Buffers of every layer's whole `up` or `down` matrix, in the compute dtype."""
+    """Returns the arrays that stack the whole `up` or `down` matrix of every layer."""
     wanted = sorted((models.LAYERS, models.WIDTH, 4 * models.WIDTH))
     return [s for s in shapes(text) if s.dtype == "bf16" and sorted(s.dims) == wanted]
 
@@ -47,16 +49,18 @@ def test_regather_keeps_gathered_weights_out_of_the_residuals(way):
     model = models.Transformer(policy=zj.remat.regather())
     compiled = _compile(_lowered(model, way)[3])
     assert _stacked_weights(compiled.as_text()) == []
-    gathers = [c for c in collectives.of(parse(compiled.as_text())) if c.kind == "all-gather" and c.trips == models.LAYERS]
+    gathers = [c for c in collectives.of(parse(compiled.as_text()))
+               if c.kind == "all-gather" and c.trips == models.LAYERS]
     assert len({c.computation for c in gathers}) == 2  # forward loop and backward loop
 
 
 def test_a_policy_that_saves_everything_saves_them_too():
-    """What `regather` is for; and that the test above would see it."""
+    """`regather` prevents this, and the test above would detect it."""
     model = models.Transformer(policy=jax.checkpoint_policies.everything_saveable)
     assert _stacked_weights(_compile(_lowered(model, "global")[3]).as_text()) != []
 
 
-def test_stages_need_less_memory_one_after_the_other():
-    temp = [program(Spec("scanned", stage, "per_device", 4)).memory.temp_size_in_bytes for stage in (1, 2, 3)]
+def test_each_stage_needs_less_memory_than_the_one_before():
+    specs = [Spec("scanned", stage, "per_device", 4) for stage in (1, 2, 3)]
+    temp = [program(spec).memory.temp_size_in_bytes for spec in specs]
     assert temp[0] > temp[1] > temp[2]

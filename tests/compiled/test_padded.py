@@ -1,4 +1,7 @@
-"""A padded parameter on the GPU compiler: gathered and reduced as any other, a row more at most; with one loss, reduced whole."""
+"""Padded parameters on the GPU compiler: gathered and reduced like others, plus some padding.
+
+With one loss, their gradients are reduced whole.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +15,24 @@ VOCABULARY, WIDTH = 5003, 1021
 KEPT = 5008 * WIDTH
 
 
+def _init():
+    return {"embed": jnp.ones((VOCABULARY, WIDTH)), "head": jnp.ones((WIDTH, VOCABULARY))}
+
+
+def _outputs(params, tokens):
+    return jnp.square(jnp.tanh(params["embed"][tokens]) @ params["head"])
+
+
+LOSSES = {"one loss": lambda params, tokens: _outputs(params, tokens).mean(),
+          "per device": lambda params, tokens: zj.Loss(_outputs(params, tokens).sum(), tokens.size)}
+
+
 def _plan(stage, form, accumulate=1):
-    zero = zj.Zero(zj.make_mesh(topology="h200:1x8"), stage, uneven="pad", precision=zj.Precision(compute="bfloat16"))
-    outputs = lambda p, x: jnp.square(jnp.tanh(p["embed"][x]) @ p["head"])
-    losses = {"one loss": lambda p, x: outputs(p, x).mean(), "per device": lambda p, x: zj.Loss(outputs(p, x).sum(), x.size)}
-    init = lambda: {"embed": jnp.ones((VOCABULARY, WIDTH)), "head": jnp.ones((WIDTH, VOCABULARY))}
+    zero = zj.Zero(zj.make_mesh(topology="h200:1x8"), stage, uneven="pad",
+                   precision=zj.Precision(compute="bfloat16"))
     tokens = jax.ShapeDtypeStruct((64 * accumulate, 64), "int32")
-    return zero.train_step(losses[form], TX, accumulate=accumulate).plan(zero.abstract(init, TX), tokens)
+    step = zero.train_step(LOSSES[form], TX, accumulate=accumulate)
+    return step.plan(zero.abstract(_init, TX), tokens)
 
 
 def _sent(plan, kind):
@@ -26,7 +40,7 @@ def _sent(plan, kind):
 
 
 @pytest.mark.parametrize("stage, accumulate", [(1, 2), (2, 1), (3, 1)])
-def test_per_device_it_is_zeros(stage, accumulate):
+def test_per_device_the_communication_is_zeros(stage, accumulate):
     plan = _plan(stage, "per device", accumulate).check()
     gathered = {1: 2, 2: 2, 3: 2}[stage] * KEPT  # each is read once, and kept for its gradient
     assert _sent(plan, "all-gather") == pytest.approx(2 * gathered * 7 / 8, rel=0.01)
@@ -37,5 +51,6 @@ def test_per_device_it_is_zeros(stage, accumulate):
 def test_with_one_loss_the_gradient_is_reduced_whole_and_the_plan_says_why():
     plan = _plan(2, "one loss")
     assert plan.memory.state == pytest.approx(12 * 2 * KEPT / 8, rel=0.001)
-    with pytest.raises(zj.PlanError, match=r"summed whole, as that of embed is, which is padded \(Zero\(uneven='pad'\)\)"):
+    text = r"summed whole, as that of embed is, which is padded \(Zero\(uneven='pad'\)\)"
+    with pytest.raises(zj.PlanError, match=text):
         plan.check()

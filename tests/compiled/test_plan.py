@@ -1,4 +1,4 @@
-"""What the plan says of a compiled step: that ZeRO explains it, or which instruction and line it does not explain."""
+"""Plans of compiled steps: `check` passes, or names each instruction that ZeRO does not explain."""
 
 import dataclasses
 import json
@@ -36,18 +36,19 @@ def case():
 
 @pytest.fixture(scope="module")
 def own(zero, case):
-    """A state of the user's own, as a dict of shapes."""
+    """A user's own state, as a dict of shapes."""
     state = zero.abstract(case.init, TX, *case.example)
     return {"params": state.params, "opt_state": state.opt_state}
 
 
 @pytest.fixture(scope="module")
 def plan(zero, case):
-    return zero.train_step(case.loss, TX).plan(zero.abstract(case.init, TX, *case.example), case.batch(8))
+    state = zero.abstract(case.init, TX, *case.example)
+    return zero.train_step(case.loss, TX).plan(state, case.batch(8))
 
 
 class Own:
-    """Steps as users write them, wrong in one way each; all compute the right gradients."""
+    """Steps of users, each with another mistake; all compute the right gradients."""
 
     def __init__(self, zero, case, state):
         self.zero, self.case = zero, case
@@ -68,8 +69,13 @@ class Own:
 
     def cast_behind_the_gather(self, state, batch):
         whole = NamedSharding(self.zero.mesh, P())
-        loss = lambda params: self.mean(jax.lax.with_sharding_constraint(params, whole), batch)  # gathered here
-        return self.finish(state, jax.lax.with_sharding_constraint(jax.grad(loss)(state["params"]), self.at["params"]))
+
+        def loss(params):
+            gathered = jax.lax.with_sharding_constraint(params, whole)
+            return self.mean(gathered, batch)
+
+        grads = jax.grad(loss)(state["params"])
+        return self.finish(state, jax.lax.with_sharding_constraint(grads, self.at["params"]))
 
     def contiguous_microbatches(self, state, batch):
         def body(grads, micro):
@@ -77,7 +83,8 @@ class Own:
             return jax.tree.map(jnp.add, grads, new), None
 
         zeros = jax.tree.map(jnp.zeros_like, state["params"])
-        return self.finish(state, jax.lax.scan(body, zeros, batch.reshape(4, -1, *batch.shape[1:]))[0])
+        microbatches = batch.reshape(4, -1, *batch.shape[1:])
+        return self.finish(state, jax.lax.scan(body, zeros, microbatches)[0])
 
     def gathers_fp32(self, state, batch):
         wide = zj.Zero(self.zero.mesh, 3)
@@ -85,18 +92,21 @@ class Own:
 
 
 WRONG = {
-    "textbook": (1, r"all-reduce of bf16.*blocks.*dot_general.*tensor parallelism.*models.py:27"),
-    "cast_behind_the_gather": (1, r"all-gather of f32\[512,8192\].*as f32, not as bf16.*cast behind.*(models|test_plan).py:\d+"),
-    "contiguous_microbatches": (4, r"all-reduce of .* in 4 groups of 2.*models.py:31"),
-    "gathers_fp32": (1, r"all-gather of f32\[8192,512\].*Precision compute='bfloat16'.*models.py:48"),
+    "textbook": (1, r"all-reduce of bf16.*blocks.*dot_general.*tensor parallelism.*models.py:30"),
+    "cast_behind_the_gather": (1, r"all-gather of f32\[512,8192\].*as f32, not as bf16.*"
+                                  r"cast after.*(models|test_plan).py:\d+"),
+    "contiguous_microbatches": (4, r"all-reduce of .* in 4 groups of 2.*models.py:34"),
+    "gathers_fp32": (1, r"all-gather of f32\[8192,512\].*Precision compute='bfloat16'.*"
+                        r"models.py:51"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_check_names_what_is_not_zero_and_the_models_line(zero, case, own, name):
     accumulate, wanted = WRONG[name]
-    fn = jax.jit(getattr(Own(zero, case, own), name), donate_argnums=0)
-    jitted = zero.jit(getattr(Own(zero, case, own), name)) if name == "contiguous_microbatches" else fn
+    fn = getattr(Own(zero, case, own), name)
+    ours = name == "contiguous_microbatches"
+    jitted = zero.jit(fn) if ours else jax.jit(fn, donate_argnums=0)
     plan = zero.plan(jitted, own, case.batch(8 * accumulate), accumulate=accumulate)
     with pytest.raises(zj.PlanError, match=wanted):
         plan.check()
@@ -113,43 +123,58 @@ class Contrastive(nn.Module):
 
 
 def test_check_names_a_model_that_contracts_over_the_batch(zero):
-    model, rows = Contrastive(), lambda n: jax.ShapeDtypeStruct((n, 512), jnp.bfloat16)
+    model = Contrastive()
+    one, batch = (jax.ShapeDtypeStruct((n, 512), jnp.bfloat16) for n in (1, 2048))
 
     def loss(variables, x):
-        return optax.softmax_cross_entropy_with_integer_labels(model.apply(variables, x), jnp.arange(x.shape[0])).mean()
+        logits, labels = model.apply(variables, x), jnp.arange(x.shape[0])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    plan = zero.train_step(loss, TX).plan(zero.abstract(model.init, TX, jax.random.key(0), rows(1)), rows(2048))
-    line = next(i for i, text in enumerate(HERE.read_text().splitlines(), 1) if text.strip().startswith("return x @ x.T"))
-    with pytest.raises(zj.PlanError, match=rf"all-gather of bf16\[512,2048\](.|\n)*{HERE.name}:{line}"):
+    state = zero.abstract(model.init, TX, jax.random.key(0), one)
+    plan = zero.train_step(loss, TX).plan(state, batch)
+    line = next(i for i, text in enumerate(HERE.read_text().splitlines(), 1)
+                if text.strip().startswith("return x @ x.T"))
+    text = rf"all-gather of bf16\[512,2048\](.|\n)*{HERE.name}:{line}"
+    with pytest.raises(zj.PlanError, match=text):
         plan.check()
 
 
 SLOW = [Spec("resnet", 3, "global"), Spec("nnx", 3, "per_device")]
-INDEPENDENT = [Spec("scanned", 3, "per_device"), *(pytest.param(spec, marks=pytest.mark.slow) for spec in SLOW)]
+INDEPENDENT = [Spec("scanned", 3, "per_device"),
+               *(pytest.param(spec, marks=pytest.mark.slow) for spec in SLOW)]
 
 
 @pytest.mark.parametrize("spec", INDEPENDENT, ids=str)
 def test_bytes_agree_with_an_independent_count(spec):
-    """Of the program that this process compiles itself, counted by lines; and of shards, counted by their shardings."""
+    """The count is by lines, of the program that this process compiles, and by shardings."""
     theirs, case = program(spec), models.CASES[spec.case]()
-    zero = zj.Zero(zj.make_mesh(topology=spec.topology), spec.stage, gradients=spec.way, precision=BF16)
+    zero = zj.Zero(zj.make_mesh(topology=spec.topology), spec.stage, gradients=spec.way,
+                   precision=BF16)
     state = zero.abstract(case.init, TX, *case.example)
     plan = zero.train_step(case.loss, TX).plan(state, case.batch(8)).check()
     assert plan.sent == pytest.approx(by_lines.sent(theirs.text, 8), rel=1e-3)
     assert {t.kind for t in plan.communication} == by_lines.kinds(theirs.text)
     assert plan.memory.peak == pytest.approx(by_lines.peak(theirs.memory), rel=0.02)
-    on_device = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in jax.tree.leaves(tree))
-    assert plan.memory.kinds["parameters"] == on_device(state.params)
-    assert plan.memory.kinds["optimizer state"] == on_device(state.opt_state)
+    assert plan.memory.kinds["parameters"] == _shard_bytes(state.params)
+    assert plan.memory.kinds["optimizer state"] == _shard_bytes(state.opt_state)
+
+
+def _shard_bytes(tree):
+    """Returns the bytes on one device of arrays of 32-bit numbers."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in jax.tree.leaves(tree))
 
 
 PSI = 12 * 4480**2 * 31 + 2 * 8192 * 4480  # a transformer of 7.5 B parameters
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3])
 def test_the_papers_table(stage):
-    """7.5 B parameters on 64 GPUs. The paper keeps 16-bit parameters (and, before stage 2, gradients) whole between steps;
-    zerojax keeps only fp32 shards and makes both anew in a step, so at rest stages 1 to 3 are alike: 12 bytes / 64 a parameter."""
+    """7.5 B parameters on 64 GPUs.
+
+    The paper keeps 16-bit parameters (and, before stage 2, gradients) whole between steps. zerojax
+    keeps only fp32 shards and makes both in each step, so stages 1 to 3 are alike at rest: 12 / 64
+    bytes per parameter.
+    """
     zero = zj.Zero(zj.make_mesh(topology="h200:8x8"), stage, precision=BF16)
     case = models.language(models.Transformer(width=4480, layers=31))
     state = zero.abstract(case.init, TX, *case.example)
@@ -163,20 +188,23 @@ def test_the_papers_table(stage):
 
 def test_stage_0_of_the_papers_table():
     zero = zj.Zero(zj.make_mesh(topology="h200:8x8"), 0, precision=BF16)
-    state = zero.abstract(models.Transformer(width=4480, layers=31).init, TX, jax.random.key(0), jnp.zeros((1, 8), int))
+    model = models.Transformer(width=4480, layers=31)
+    state = zero.abstract(model.init, TX, jax.random.key(0), jnp.zeros((1, 8), int))
     assert zero.layout(state).bytes == pytest.approx(theory.rest_bytes(PSI, 64, 0), rel=0.01)
     assert theory.paper_bytes(7.5e9, 64, 0) == 120e9
 
 
-@pytest.mark.parametrize("billions, width, layers", [(1.5, 1600, 48), pytest.param(170, 12288, 94, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("billions, width, layers", [
+    (1.5, 1600, 48), pytest.param(170, 12288, 94, marks=pytest.mark.slow)])
 def test_no_array_of_the_models_size_is_ever_made(billions, width, layers):
-    """Nor a batch: what this process holds before and after is the same."""
+    """Nor is a batch: this process holds the same bytes before and after."""
     zero = zj.Zero(zj.make_mesh(topology="h200:64x8"), 3, precision=BF16)
     model = models.Transformer(width=width - width % models.HEAD, layers=layers)
     case, before = models.language(model), sum(x.nbytes for x in jax.live_arrays())
     state = zero.abstract(case.init, TX, *case.example)
     plan = zero.train_step(case.loss, TX).plan(state, case.batch(512)).check()
-    assert sum(x.size for x in jax.tree.leaves(state.params)) == pytest.approx(billions * 1e9, rel=0.1)
+    size = sum(x.size for x in jax.tree.leaves(state.params))
+    assert size == pytest.approx(billions * 1e9, rel=0.1)
     assert sum(x.nbytes for x in jax.live_arrays()) - before < 2**16
     assert plan.memory.state < 12 * billions * 1e9 / 512 * 1.1
 
@@ -184,13 +212,15 @@ def test_no_array_of_the_models_size_is_ever_made(billions, width, layers):
 def test_a_right_step_passes_and_says_so(plan):
     assert plan.check() is plan
     assert plan.fits
-    assert plan.sent == pytest.approx(plan.zero_bytes, rel=0.15)  # embedding and head are gathered once, not twice
+    # embedding and head are gathered once, not twice
+    assert plan.sent == pytest.approx(plan.zero_bytes, rel=0.15)
 
 
 def test_memory_adds_up_and_is_beside_zeros_formula(plan):
     m, figures = plan.memory, plan.figures
     assert sum(m.kinds.values()) == pytest.approx(m.peak)
-    assert m.peak == figures["argument"] + figures["output"] - figures["alias"] + figures["temp"] + m.kinds["constants"]
+    assert m.peak == (figures["argument"] + figures["output"] - figures["alias"] + figures["temp"]
+                      + m.kinds["constants"])
     assert m.kinds["constants"] < 2**12
     assert min(m.kinds.values()) >= 0
     for kind in ("parameters", "optimizer state"):
@@ -202,7 +232,8 @@ def test_memory_adds_up_and_is_beside_zeros_formula(plan):
 def test_it_prints_in_a_terminal_and_a_notebook_and_as_json(plan):
     text = str(plan)
     assert max(map(len, text.splitlines())) < 130
-    for word in ("gathered parameters", "fits 126.9 GiB", "in a loop, 4 x", "ZeRO's", "MFU about", "An estimate: products at 70%"):
+    for word in ("gathered parameters", "fits 126.9 GiB", "in a loop, 4 x", "ZeRO's", "MFU about",
+                 "An estimate: products at 70%"):
         assert word in " ".join(text.split()) or word in text
     assert "<pre>" in plan._repr_html_()
     plain = json.loads(json.dumps(plan.to_dict()))
@@ -219,17 +250,22 @@ def test_two_plans_compare(plan, zero, case):
 
 def test_a_second_plan_is_not_compiled_again(plan, zero, case, monkeypatch):
     monkeypatch.setattr(compiler, "_run", None)
-    again = zero.train_step(case.loss, TX).plan(zero.abstract(case.init, TX, *case.example), case.batch(8))
+    state = zero.abstract(case.init, TX, *case.example)
+    again = zero.train_step(case.loss, TX).plan(state, case.batch(8))
     assert again.cached and again.hlo == plan.hlo
 
 
 def test_what_a_user_should_know_is_found(zero, case, own):
-    """No remat, not donated: gathered weights are kept, the state is in memory twice."""
-    wide = models.language(models.Transformer(remat=False))
-    step = lambda state, batch: Own(zero, wide, own).finish(
-        state, zero.value_and_grad(Own(zero, wide, own).mean)(state["params"], batch)[1])
+    """Without remat and donation, gathered weights are kept, and the state is in memory twice."""
+    mine = Own(zero, models.language(models.Transformer(remat=False)), own)
+
+    def step(state, batch):
+        _, grads = zero.value_and_grad(mine.mean)(state["params"], batch)
+        return mine.finish(state, grads)
+
     plan = zero.plan(zero.jit(step, donate=False), own, case.batch(8))
     plan.check()
     text = "\n".join(map(str, plan.findings))
     assert "zj.remat.regather()" in text and "donate the state" in text
-    assert plan.memory.kinds["gathered parameters"] > 0.5 * 2 * sum(x.size for x in jax.tree.leaves(own["params"]["blocks"]))
+    blocks = sum(x.size for x in jax.tree.leaves(own["params"]["blocks"]))
+    assert plan.memory.kinds["gathered parameters"] > 0.5 * 2 * blocks

@@ -1,4 +1,4 @@
-"""Where parameters are read: what the GPU compiler sends for models that read them in unusual places, for 8 H200s."""
+"""The bytes that the GPU compiler sends for models that read parameters in unusual places."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,7 +19,7 @@ KEY = jax.random.key(0)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model; `outputs(model, batch)` are squared and summed, or their mean is taken."""
+    """A model; the loss is the sum or mean of the squares of `outputs(model, batch)`."""
 
     init: Callable
     outputs: Callable
@@ -39,7 +39,10 @@ def _normal(*shape):
 
 
 def linen(module, batch):
-    return Case(lambda: module.init(KEY, jnp.zeros((1, *batch.shape[1:]), batch.dtype)), module.apply, batch)
+    def init():
+        return module.init(KEY, jnp.zeros((1, *batch.shape[1:]), batch.dtype))
+
+    return Case(init, module.apply, batch)
 
 
 class TiedModule(nnx.Module):
@@ -69,8 +72,10 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        block = nn.remat(self.block, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable)
-        return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=8)()(x, None)[0]
+        nothing = jax.checkpoint_policies.nothing_saveable
+        block = nn.remat(self.block, prevent_cse=False, policy=nothing)
+        layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=8)
+        return layers()(x, None)[0]
 
 
 def bridged():
@@ -80,13 +85,15 @@ def bridged():
 class Positions(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(512, dtype=BF16)(nn.gelu(x + self.param("positions", nn.initializers.normal(), (1, *x.shape[1:]))))
+        positions = self.param("positions", nn.initializers.normal(), (1, *x.shape[1:]))
+        return nn.Dense(512, dtype=BF16)(nn.gelu(x + positions))
 
 
 class PositionsByIndex(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(512, dtype=BF16)(nn.gelu(x + nn.Embed(x.shape[1], 512)(jnp.arange(x.shape[1])[None])))
+        positions = nn.Embed(x.shape[1], 512)(jnp.arange(x.shape[1])[None])
+        return nn.Dense(512, dtype=BF16)(nn.gelu(x + positions))
 
 
 class FloatLogits(nn.Module):
@@ -95,11 +102,12 @@ class FloatLogits(nn.Module):
     @nn.compact
     def __call__(self, tokens):
         embed = nn.Embed(8192, 512)
-        return embed.attend(nn.Dense(512, dtype=BF16)(embed(tokens).astype(BF16)).astype(jnp.float32))
+        x = nn.Dense(512, dtype=BF16)(embed(tokens).astype(BF16))
+        return embed.attend(x.astype(jnp.float32))
 
 
 class Perceptron(nn.Module):
-    """Without a dtype: float32 pixels make its products float32."""
+    """An MLP without a dtype, so that float32 pixels make its products float32."""
 
     @nn.compact
     def __call__(self, x):
@@ -111,14 +119,19 @@ def _gated(p, x):
 
 
 def _layers(p, x):
-    layer = lambda i: jax.checkpoint(lambda w, x: jnp.tanh(x @ w[i]))
+    def layer(i):
+        return jax.checkpoint(lambda w, x: jnp.tanh(x @ w[i]))
+
     for i in range(8):
         x = layer(i)(p["layers"], x)
     return x
 
 
 def _over_time(p, tokens):
-    step = lambda h, t: (jnp.tanh(h @ p["w"] + p["embed"][t]),) * 2
+    def step(h, t):
+        h = jnp.tanh(h @ p["w"] + p["embed"][t])
+        return h, h
+
     return jax.lax.scan(step, jnp.zeros((tokens.shape[0], 512), BF16), tokens.T)[1]
 
 
@@ -126,21 +139,27 @@ CASES = {
     "tied in NNX": Case(TiedModule, lambda m, t: m(t), _tokens(64, 128)),
     "scan in ToNNX": Case(bridged, lambda m, x: m(x), _vectors(8192, 512)),
     "rnn in scan": linen(Stack(RecurrentBlock), _vectors(64, 16, 512)),
-    "w[0], w[1]": Case(lambda: {"gate": _normal(2, 512, 2048), "down": _normal(2048, 512)}, _gated, _vectors(8192, 512)),
+    "w[0], w[1]": Case(lambda: {"gate": _normal(2, 512, 2048), "down": _normal(2048, 512)}, _gated,
+                       _vectors(8192, 512)),
     "w[i]": Case(lambda: {"layers": _normal(8, 512, 512)}, _layers, _vectors(8192, 512)),
-    "table in a loop": Case(lambda: {"embed": _normal(8192, 512), "w": _normal(512, 512)}, _over_time, _tokens(64, 16)),
+    "table in a loop": Case(lambda: {"embed": _normal(8192, 512), "w": _normal(512, 512)},
+                            _over_time, _tokens(64, 16)),
     "positions": linen(Positions(), _vectors(64, 512, 512)),
     "positions by index": linen(PositionsByIndex(), _vectors(64, 512, 512)),
     "float32 logits": linen(FloatLogits(), _tokens(64, 128)),
     "float32 pixels": linen(Perceptron(), _vectors(8192, 512, dtype=jnp.float32)),
 }
-MOST = {("float32 logits", "mean"): 1.5, ("float32 pixels", "mean"): 1.5}  # one loss reduces float32 products in float32
+# one loss reduces float32 products in float32
+MOST = {("float32 logits", "mean"): 1.5, ("float32 pixels", "mean"): 1.5}
 EXPLAINED = {("table in a loop", "mean"): r"all-reduce of bf16\[8192,512\].*looked up in a loop",
-             ("positions by index", "mean"): "all-reduce.*looked up at places that do not depend on the example"}
+             ("positions by index", "mean"): "all-reduce.*looked up at indices that do not depend "
+                                             "on the example"}
 
 
 def planned(name, form, stage):
-    case, zero = CASES[name], zj.Zero(zj.make_mesh(topology="h200:1x8"), stage, precision=zj.Precision(compute="bfloat16"))
+    case = CASES[name]
+    zero = zj.Zero(zj.make_mesh(topology="h200:1x8"), stage,
+                   precision=zj.Precision(compute="bfloat16"))
 
     def loss(model, batch):
         squares = jnp.square(case.outputs(model, batch)).astype(jnp.float32)
@@ -152,7 +171,8 @@ def planned(name, form, stage):
 @pytest.mark.parametrize("form", ["mean", "sum"])
 @pytest.mark.parametrize("name", CASES)
 def test_sends_what_zero_sends(name, form):
-    """Or the plan says why not: XLA differs between versions in what it moves out of a loop."""
+    """Or the plan explains the rest, since versions of XLA move different reductions out of loops.
+    """
     plan = planned(name, form, 2)
     if (name, form) in EXPLAINED and plan.sent > 1.01 * plan.zero_bytes:
         with pytest.raises(zj.PlanError, match=EXPLAINED[name, form]):
@@ -164,7 +184,7 @@ def test_sends_what_zero_sends(name, form):
 @pytest.mark.parametrize("form", ["mean", "sum"])
 @pytest.mark.parametrize("name", ["scan in ToNNX", "rnn in scan", "w[i]"])
 def test_a_layer_is_gathered_at_a_time(name, form):
-    """Of eight layers, in the forward and in the backward pass."""
+    """The models have eight layers, each gathered in the forward and in the backward pass."""
     plan = planned(name, form, 3)
     assert plan.sent <= 1.01 * plan.zero_bytes
     whole = 8 * plan.memory.kinds["parameters"] / 2  # in bfloat16

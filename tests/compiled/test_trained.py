@@ -1,4 +1,4 @@
-"""Frozen parameters and large model state on the GPU compiler: gathered as the stage says, nothing of theirs reduced."""
+"""Frozen parameters and large model state on the GPU compiler: gathered by stage, never reduced."""
 
 import flax.linen as nn
 import jax
@@ -28,11 +28,13 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x):
         block = nn.remat(Layer, policy=zj.remat.regather())
-        return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)()(x, None)[0]
+        layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
+                         length=LAYERS)
+        return layers()(x, None)[0]
 
 
 class Fixed(nnx.Module):
-    """A layer behind a large matrix that is no parameter."""
+    """A layer after a large matrix that is not a parameter."""
 
     def __init__(self, rngs):
         self.table = nnx.Cache(jax.random.normal(KEY, (WIDTH, WIDTH)))
@@ -42,16 +44,30 @@ class Fixed(nnx.Module):
         return self.layer(jnp.tanh(x @ self.table[...].astype(x.dtype)))
 
 
-ZERO = lambda stage, **settings: zj.Zero(zj.make_mesh(topology="h200:1x8"), stage, min_shard=2**14,
-                                         precision=zj.Precision(compute="bfloat16"), **settings)
-MEAN = lambda apply: lambda model, x: jnp.square(apply(model, x).astype(jnp.float32)).mean()
-SUM = lambda apply: lambda model, x: zj.Loss(jnp.square(apply(model, x).astype(jnp.float32)).sum(), x.shape[0])
-FORMS = {"one loss": MEAN, "per device": SUM}
+def _zero(stage, **settings):
+    return zj.Zero(zj.make_mesh(topology="h200:1x8"), stage, min_shard=2**14,
+                   precision=zj.Precision(compute="bfloat16"), **settings)
+
+
+def _mean(apply):
+    return lambda model, x: jnp.square(apply(model, x).astype(jnp.float32)).mean()
+
+
+def _sum(apply):
+    return lambda model, x: zj.Loss(jnp.square(apply(model, x).astype(jnp.float32)).sum(),
+                                    x.shape[0])
+
+
+FORMS = {"one loss": _mean, "per device": _sum}
+
+
+def _init():
+    return Stack().init(KEY, jnp.ones((8, WIDTH), "bfloat16"))
 
 
 def _lora(stage, form, accumulate=1):
-    zero = ZERO(stage)
-    state = zero.abstract(lambda: Stack().init(KEY, jnp.ones((8, WIDTH), "bfloat16")), TX, trainable=".*lora_.")
+    zero = _zero(stage)
+    state = zero.abstract(_init, TX, trainable=".*lora_.")
     return zero.train_step(FORMS[form](Stack().apply), TX, accumulate=accumulate).plan(state, X)
 
 
@@ -64,7 +80,8 @@ def _sent(plan, kind):
 def test_nothing_of_a_frozen_leaf_is_reduced(stage, accumulate, form):
     plan = _lora(stage, form, accumulate).check()
     base, lora = LAYERS * WIDTH**2, LAYERS * 2 * WIDTH * RANK
-    gathers, reductions = (1 if stage < 3 else 2), 1 if stage == 1 and form == "per device" else accumulate
+    gathers = 1 if stage < 3 else 2
+    reductions = 1 if stage == 1 and form == "per device" else accumulate
     assert _sent(plan, "all-gather") == pytest.approx(gathers * 2 * (base + lora) * 7 / 8, rel=0.02)
     assert _sent(plan, "reduce-scatter") == pytest.approx(reductions * 2 * lora * 7 / 8, rel=0.02)
     assert plan.zero_bytes == pytest.approx(plan.sent, rel=0.02)
@@ -72,57 +89,71 @@ def test_nothing_of_a_frozen_leaf_is_reduced(stage, accumulate, form):
     assert plan.memory.zero["parameters"] == pytest.approx((2 * base + 4 * lora) / 8)
 
 
-@pytest.mark.parametrize("stage, accumulate, form", [(2, 1, "per device"), (2, 4, "one loss"), (1, 4, "per device")])
-def test_nothing_is_reduced_of_what_the_optimizer_never_moves(stage, accumulate, form):
-    """Its gradients are dead once norms leave them out."""
-    zero = ZERO(stage)
-    init = lambda: Stack().init(KEY, jnp.ones((8, WIDTH), "bfloat16"))
-    labels = lambda params: jax.tree.map_with_path(lambda path, _: "lora" if "lora" in str(path) else "base", params)
-    tx = optax.multi_transform({"lora": TX, "base": optax.set_to_zero()}, labels)
+def _labels(params):
+    return jax.tree.map_with_path(lambda path, _: "lora" if "lora" in str(path) else "base", params)
+
+
+@pytest.mark.parametrize("stage, accumulate, form", [
+    (2, 1, "per device"), (2, 4, "one loss"), (1, 4, "per device")])
+def test_no_gradient_is_reduced_that_the_optimizer_never_uses(stage, accumulate, form):
+    """No norm contains their gradients, so XLA removes them."""
+    zero = _zero(stage)
+    tx = optax.multi_transform({"lora": TX, "base": optax.set_to_zero()}, _labels)
     step = zero.train_step(FORMS[form](Stack().apply), tx, accumulate=accumulate, clip_norm=1.0)
-    plan = step.plan(zero.abstract(init, tx), X).check()
+    plan = step.plan(zero.abstract(_init, tx), X).check()
     reductions = 1 if stage == 1 else accumulate
-    assert _sent(plan, "reduce-scatter") == pytest.approx(reductions * 2 * LAYERS * 2 * WIDTH * RANK * 7 / 8, rel=0.02)
+    lora = LAYERS * 2 * WIDTH * RANK
+    assert _sent(plan, "reduce-scatter") == pytest.approx(reductions * 2 * lora * 7 / 8, rel=0.02)
 
 
 def test_a_plan_names_a_frozen_leaf_that_is_reduced():
-    """As when a step differentiates by it all the same."""
-    zero = ZERO(2)
-    state = zero.abstract(lambda: Stack().init(KEY, jnp.ones((8, WIDTH), "bfloat16")), TX, trainable=".*lora_.")
+    """The step differentiates with respect to frozen parameters too."""
+    zero = _zero(2)
+    state = zero.abstract(_init, TX, trainable=".*lora_.")
+
+    def loss(params, x):
+        return _mean(Stack().apply)({"params": params}, x)
 
     def step(state, x):
-        _, grads = zero.value_and_grad(lambda p, x: MEAN(Stack().apply)({"params": p}, x))(state.params, x)
+        _, grads = zero.value_and_grad(loss)(state.params, x)
         return state, grads
 
-    with pytest.raises(zj.PlanError, match=r"base/kernel is frozen, and a gradient of it is reduced"):
+    text = r"base/kernel is frozen, and a gradient of it is reduced"
+    with pytest.raises(zj.PlanError, match=text):
         zero.plan(zero.jit(step), state, X).check()
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_large_state_is_sharded_and_gathered(form):
-    zero = ZERO(3, gradients=None if form == "one loss" else "per_device")
+    zero = _zero(3, gradients=None if form == "one loss" else "per_device")
     state = zero.abstract(lambda: Fixed(nnx.Rngs(0)), TX)
     plan = zero.train_step(FORMS[form](lambda m, x: m(x)), TX).plan(state, X).check()
     assert plan.memory.kinds["model state"] == pytest.approx(4 * WIDTH**2 / 8, rel=0.01)
-    assert _sent(plan, "all-gather") == pytest.approx((2 + 2) * WIDTH**2 * 7 / 8, rel=0.02)  # the table's, cast before; the layer's
+    table, layer = 2 * WIDTH**2, 2 * WIDTH**2  # bfloat16; the table is cast before
+    assert _sent(plan, "all-gather") == pytest.approx((table + layer) * 7 / 8, rel=0.02)
     assert _sent(plan, "reduce-scatter") == pytest.approx(2 * WIDTH**2 * 7 / 8, rel=0.02)
 
 
-def test_what_the_loss_closes_over_is_told_and_counted():
-    zero, teacher = ZERO(3), jax.random.normal(KEY, (2 * WIDTH, WIDTH))
+def test_arrays_that_the_loss_closes_over_are_reported_and_counted():
+    zero, teacher = _zero(3), jax.random.normal(KEY, (2 * WIDTH, WIDTH))
     state = zero.abstract(lambda: {"w": jnp.ones((WIDTH, WIDTH))}, TX)
-    loss = lambda p, x: jnp.square(x @ p["w"] - x @ teacher.T @ teacher).mean()
+
+    def loss(params, x):
+        return jnp.square(x @ params["w"] - x @ teacher.T @ teacher).mean()
+
     plan = zero.train_step(loss, TX).plan(state, X)
     assert plan.memory.kinds["constants"] >= teacher.nbytes
     assert plan.memory.peak >= sum(plan.figures[k] for k in ("argument", "temp")) + teacher.nbytes
-    assert any("MiB of constants are part of the program, the largest f32[" in str(f) for f in plan.findings)
+    text = "MiB of constants are part of the program, the largest f32["
+    assert any(text in str(finding) for finding in plan.findings)
 
 
 class Counted(nnx.Module):
-    """A layer that keeps a large table of its own, which changes with every batch."""
+    """A layer with a large table that changes with every batch."""
 
     def __init__(self, rngs):
-        self.layer, self.seen = nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=rngs), nnx.Cache(jnp.zeros((4 * WIDTH, WIDTH)))
+        self.layer = nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=rngs)
+        self.seen = nnx.Cache(jnp.zeros((4 * WIDTH, WIDTH)))
 
     def __call__(self, x):
         self.seen[...] = 0.9 * self.seen[...] + 0.1
@@ -130,9 +161,9 @@ class Counted(nnx.Module):
 
 
 def test_large_state_that_changes_stays_in_shards():
-    zero = ZERO(3)
+    zero = _zero(3)
     state = zero.abstract(lambda: Counted(nnx.Rngs(0)), TX)
-    plan = zero.train_step(MEAN(lambda m, x: m(x)), TX, accumulate=4).plan(state, X)
+    plan = zero.train_step(_mean(lambda m, x: m(x)), TX, accumulate=4).plan(state, X)
     table = 4 * 4 * WIDTH**2
     assert plan.memory.kinds["model state"] == pytest.approx(table / 8, rel=0.01)
     assert plan.figures["temp"] < table  # never whole

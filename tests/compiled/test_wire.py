@@ -1,4 +1,4 @@
-"""Exactly ZeRO: every collective of the compiled step is one that ZeRO has, moves what it should, and as often."""
+"""The collectives of compiled steps are exactly ZeRO's: kinds, bytes, dtypes, axes and counts."""
 
 import itertools
 
@@ -7,9 +7,11 @@ import pytest
 from harness import BY_PARTS, LARGE, Program, Spec, expected, program
 from jax.sharding import PartitionSpec as P
 
+from zerojax.hlo.program import parse
 from zerojax.layout import placement, rules
 from zerojax.layout.rules import Placement
 from zerojax.plan import audit, theory
+from zerojax.plan.demand import Demand
 
 HLO_NAME = {"bfloat16": "bf16", "float32": "f32"}
 
@@ -41,8 +43,10 @@ MORE = [
 ]
 BOTH = ("global", "per_device")
 WAYS = {"resnet": ("global",)}
-ALL = [Spec(case, stage, way, a, topology=t) for case in ("scanned", "unrolled", "tied", "rnn", "resnet", "nnx")
-       for stage, way, a, t in itertools.product((1, 2, 3), WAYS.get(case, BOTH), (1, 4), ("h200:1x8", "h200:8x8"))]
+ALL = [Spec(case, stage, way, a, topology=t)
+       for case in ("scanned", "unrolled", "tied", "rnn", "resnet", "nnx")
+       for stage, way, a, t in itertools.product((1, 2, 3), WAYS.get(case, BOTH), (1, 4),
+                                                 ("h200:1x8", "h200:8x8"))]
 SPECS = DEFAULT + [pytest.param(s, marks=pytest.mark.slow) for s in MORE + ALL if s not in DEFAULT]
 
 
@@ -60,31 +64,37 @@ def test_bytes_on_the_wire_are_zeros(compiled):
 
 def test_the_plans_check_explains_everything(compiled):
     leaves = placement.describe(compiled.params)
-    zero = compiled.zero
-    places = [Placement(rules.full(x.sharding.spec, x.ndim), P(*[None] * x.ndim)) for x in jax.tree.leaves(compiled.params)]
-    demand = audit.Demand(zero, leaves, tuple(places), compiled.spec.accumulate, compiled.spec.way in BY_PARTS)
-    assert audit.collectives_of(demand, compiled.collectives) == []
+    places = [Placement(rules.full(x.sharding.spec, x.ndim), P(*[None] * x.ndim))
+              for x in jax.tree.leaves(compiled.params)]
+    demand = Demand(compiled.zero, leaves, tuple(places), compiled.spec.accumulate,
+                    compiled.spec.way in BY_PARTS)
+    assert audit.of(demand, parse(compiled.text), compiled.collectives) == []
 
 
 def test_gathers_move_the_compute_dtype_and_reductions_the_reduce_dtype(compiled):
     assert {s.dtype for _, s in compiled.large("all-gather")} == {"bf16"}
     reduce = HLO_NAME[compiled.spec.reduce]
-    assert {s.dtype for kind in ("reduce-scatter", "all-reduce") for _, s in compiled.large(kind)} == {reduce}
+    assert {s.dtype for kind in ("reduce-scatter", "all-reduce")
+            for _, s in compiled.large(kind)} == {reduce}
 
 
-def test_each_runs_over_the_axis_it_should(compiled):
-    assert {c.axes(compiled.mesh) for kind in ("all-gather", "reduce-scatter") for c, _ in compiled.large(kind)} == {("data",)}
+def test_each_collective_runs_over_its_axis(compiled):
+    assert {c.axes(compiled.mesh) for kind in ("all-gather", "reduce-scatter")
+            for c, _ in compiled.large(kind)} == {("data",)}
     over = {c.axes(compiled.mesh) for c, _ in compiled.large("all-reduce")}
     assert over == ({("replica",)} if compiled.spec.replicas > 1 else set())
 
 
 def test_nothing_but_parameters_is_moved(compiled):
-    """Activations and tokens would be of other sizes; a resharded batch would be integers, or an all-to-all."""
+    """Activations would have other sizes; a resharded batch would be integers, or an all-to-all."""
     sizes = {n for x in jax.tree.leaves(compiled.params) for n in (x.size, x.size // x.shape[0])}
     moved = [pair for kind in ("all-gather", "reduce-scatter") for pair in compiled.large(kind)]
     assert [(c.kind, s.dims) for c, s in moved if s.elements not in sizes] == []
-    assert [c.name for c in compiled.collectives if c.kind in ("all-to-all", "collective-permute")] == []
-    assert [c.name for c in compiled.collectives for s in c.shapes if s.dtype in ("s32", "u32") and s.dims] == []
+    resharding = ("all-to-all", "collective-permute")
+    assert [c.name for c in compiled.collectives if c.kind in resharding] == []
+    integers = ("s32", "u32")
+    assert [c.name for c in compiled.collectives for s in c.shapes
+            if s.dtype in integers and s.dims] == []
 
 
 def test_arguments_are_a_shard_of_the_state(compiled):
@@ -94,20 +104,23 @@ def test_arguments_are_a_shard_of_the_state(compiled):
     devices = compiled.mesh["data"] * compiled.spec.replicas
     state = compiled.memory.argument_size_in_bytes - compiled.batch_bytes / devices - 12 * whole
     assert state == pytest.approx(12 * sharded / compiled.mesh["data"], rel=0.02, abs=LARGE)
-    assert compiled.memory.alias_size_in_bytes >= 0.98 * 12 * sharded / compiled.mesh["data"]  # donated
+    donated = compiled.memory.alias_size_in_bytes
+    assert donated >= 0.98 * 12 * sharded / compiled.mesh["data"]
 
 
 @pytest.mark.parametrize("way", BOTH)
 def test_stage_0_reduces_whole_gradients(way):
-    """Once a step where each device differentiates its own part; with one loss at most once a microbatch, as XLA sees fit."""
+    """Per device, once per step; with one loss, XLA chooses, at most once per microbatch."""
     compiled = program(Spec("scanned", 0, way, 4))
     size = sum(x.size for x in jax.tree.leaves(compiled.params))
-    least, most = (theory.wire(0, 4, per_device=p).bytes(size, 8) for p in (True, way == "per_device"))
+    least, most = (theory.wire(0, 4, per_device=per_device).bytes(size, 8)
+                   for per_device in (True, way == "per_device"))
     assert 0.98 * least <= compiled.wire("all-reduce") <= 1.02 * most
     assert compiled.large("all-gather") == compiled.large("reduce-scatter") == []
 
 
-def test_with_copies_and_one_loss_a_weight_that_a_loop_reads_is_reduced_after_it():
-    """Whole, over everything: XLA would else reduce its shards in every turn."""
+def test_with_replicas_and_one_loss_a_weight_that_a_loop_reads_is_reduced_after_the_loop():
+    """It is reduced whole, over all devices: XLA would reduce shards in every iteration."""
     found = program(Spec("rnn", 3, "global", replicas=2, topology="h200:2x8")).collectives
-    assert {c.trips for c in found if c.kind in ("reduce-scatter", "all-reduce") and c.bytes > 2**16} == {1}
+    reductions = [c for c in found if c.kind in ("reduce-scatter", "all-reduce")]
+    assert {c.trips for c in reductions if c.bytes > 2**16} == {1}

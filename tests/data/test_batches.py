@@ -1,4 +1,4 @@
-"""Batches and sums that jit would misread: each is refused or reported, with the path of its leaf."""
+"""Batches and losses that a step would misread: errors and warnings that name the leaf."""
 
 import warnings
 
@@ -23,7 +23,7 @@ def _weights():
 
 
 class Tensor:
-    """As another library's."""
+    """A tensor of another library."""
 
     shape, dtype = (16, 8), "torch.float32"
 
@@ -32,13 +32,18 @@ READ = {
     "a foreign tensor": (lambda: {"x": X, "y": [Tensor()]},
                          r"batch(\[0\])?\['y'\]\[0\] is a \w+.Tensor; give numpy or jax arrays"),
     "text": (lambda: {"x": X, "text": np.array(["a"] * 16)},
-             r"batch(\[0\])?\['text'\] is of dtype <U1, which no device computes with"),
-    "text as it is": (lambda: {"x": X, "text": "abc"}, r"batch(\[0\])?\['text'\] is a builtins.str"),
-    "objects": (lambda: {"x": X, "o": np.array([None] * 16)}, r"batch(\[0\])?\['o'\] is of dtype object"),
+             r"batch(\[0\])?\['text'\] has dtype <U1, which no device computes with"),
+    "text as it is": (lambda: {"x": X, "text": "abc"},
+                      r"batch(\[0\])?\['text'\] is a builtins.str"),
+    "objects": (lambda: {"x": X, "o": np.array([None] * 16)},
+                r"batch(\[0\])?\['o'\] has dtype object"),
     "ids that wrap": (lambda: {"x": X, "ids": np.full((16,), 2**31)},
-                      r"batch(\[0\])?\['ids'\] is of dtype int64 and has 2147483648, .* int32, which ends at 2147483647"),
-    "negative ids that wrap": (lambda: {"x": X, "ids": np.full((16,), -2**31 - 1)}, "has -2147483649"),
-    "unsigned ids that wrap": (lambda: {"x": X, "ids": np.full((16,), 2**32, np.uint64)}, "jax makes that uint32"),
+                      r"batch(\[0\])?\['ids'\] has dtype int64 and the value 2147483648, "
+                      ".* int32, which holds -2147483648 to 2147483647, so the value would wrap"),
+    "negative ids that wrap": (lambda: {"x": X, "ids": np.full((16,), -2**31 - 1)},
+                               "the value -2147483649"),
+    "unsigned ids that wrap": (lambda: {"x": X, "ids": np.full((16,), 2**32, np.uint64)},
+                               "jax converts it to uint32"),
 }
 
 
@@ -46,60 +51,83 @@ READ = {
 @pytest.mark.parametrize("name", READ)
 def test_batches_that_would_be_misread(name, where):
     make, text = READ[name]
-    zero, loss = _zero(), lambda p, batch: (batch["x"] @ p["w"]).mean()
+    zero = _zero()
     state = zero.init(_weights, TX)
-    calls = {"train_step": lambda: zero.train_step(loss, TX)(state, make()),
-             "eval_step": lambda: zero.eval_step(loss)(state, make()),
-             "jit": lambda: zero.jit(lambda state, batch: batch["x"], donate=False)(state, make()),
-             "feed": lambda: next(zj.feed([make()], zero))}
+
+    def loss(params, batch):
+        return (batch["x"] @ params["w"]).mean()
+
+    calls = {
+        "train_step": lambda: zero.train_step(loss, TX)(state, make()),
+        "eval_step": lambda: zero.eval_step(loss)(state, make()),
+        "jit": lambda: zero.jit(lambda state, batch: batch["x"], donate=False)(state, make()),
+        "feed": lambda: next(zj.feed([make()], zero)),
+    }
     with pytest.raises(zj.BatchError, match=text):
         calls[where]()
 
 
 def test_64_bit_ids_that_fit_are_taken():
-    zero, loss = _zero(), lambda p, b: (b["x"] @ p["w"]).mean() + b["ids"].sum()
-    _, metrics = zero.train_step(loss, TX)(zero.init(_weights, TX), {"x": X, "ids": np.arange(16)})
-    np.testing.assert_allclose(metrics["loss"], (X @ np.full((8, 16), 0.5)).mean() + 120, rtol=1e-6)
+    zero = _zero()
+
+    def loss(params, batch):
+        return (batch["x"] @ params["w"]).mean() + batch["ids"].sum()
+
+    batch = {"x": X, "ids": np.arange(16)}
+    _, metrics = zero.train_step(loss, TX)(zero.init(_weights, TX), batch)
+    wanted = (X @ np.full((8, 16), 0.5)).mean() + 120
+    np.testing.assert_allclose(metrics["loss"], wanted, rtol=1e-6)
 
 
-@pytest.mark.parametrize("batch", [{"x": X}, X, (X, X), "data"], ids=["dict", "array", "tuple", "text"])
-def test_a_feed_of_one_batch_is_told(batch):
-    with pytest.raises(zj.BatchError, match=r"feed was given one batch \(a \w+\); give an iterable of batches: zj.feed\(\[batch\]"):
-        zj.feed(batch, _zero())
+ONE = {"dict": {"x": X}, "array": X, "tuple": (X, X), "text": "data"}
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_one_batch_is_no_source_of_a_feed(name):
+    text = (r"feed was given one batch \(a \w+\); give an iterable of batches: "
+            r"zj.feed\(\[batch\], zero\)")
+    with pytest.raises(zj.BatchError, match=text):
+        zj.feed(ONE[name], _zero())
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_a_feed_begins_anew_if_its_source_can(prefetch):
+def test_a_feed_starts_again_if_its_source_can(prefetch):
     feed = zj.feed([X, 2 * X], _zero(), prefetch=prefetch)
     assert [float(b[0, 0] / X[0, 0]) for _ in range(3) for b in feed] == [1, 2] * 3
     once = zj.feed(iter([X]), _zero(), prefetch=prefetch)
     assert len(list(once)) == 1
-    with pytest.raises(zj.BatchError, match="this feed has ended, and its source, a list_iterator, gives its batches once"):
+    text = ("this feed has ended, and its source, a list_iterator, can be iterated over only once; "
+            "make a new feed for each epoch")
+    with pytest.raises(zj.BatchError, match=text):
         list(once)
 
 
 MEANS = {
     "mean, rows": (lambda y: zj.Loss(jnp.square(y).mean(), 16), True),
     "mean, size": (lambda y: zj.Loss(jnp.mean(jnp.square(y)), y.size), True),
-    "masked mean, mask": (lambda y: zj.Loss((y * (y > 0)).sum() / (y > 0).sum(), (y > 0).sum()), True),
-    "in float32": (lambda y: zj.Loss(jnp.square(y).mean().astype(jnp.float32), jnp.float32(y.shape[0])), True),
+    "masked mean, mask": (lambda y: zj.Loss((y * (y > 0)).sum() / (y > 0).sum(), (y > 0).sum()),
+                          True),
+    "in float32": (lambda y: zj.Loss(jnp.square(y).mean().astype(jnp.float32),
+                                     jnp.float32(y.shape[0])), True),
     "optax": (lambda y: zj.Loss(optax.squared_error(y).mean(), y.shape[0]), True),
     "sum": (lambda y: zj.Loss(jnp.square(y).sum(), 16), False),
     "sum of means": (lambda y: zj.Loss(jnp.square(y).mean(1).sum(), 16), False),
     "sum, scaled": (lambda y: zj.Loss(jnp.square(y).sum() / 16, 16), False),
     "mean, one": (lambda y: zj.Loss(jnp.square(y).mean(), 1), False),
     "mean times rows": (lambda y: zj.Loss(jnp.square(y).mean() * 16, 16), False),
-    "sum over a constant that is the size": (lambda y: zj.Loss(jnp.square(y)[:, 0].sum() / 16, 16), False),
+    "sum over a constant that is the size": (lambda y: zj.Loss(jnp.square(y)[:, 0].sum() / 16, 16),
+                                             False),
     "bare mean": (lambda y: jnp.square(y).mean(), False),
 }
 
 
 @pytest.mark.parametrize("name", MEANS)
 def test_a_mean_in_place_of_a_sum_is_told(name):
-    make, told = MEANS[name]
+    make, warns = MEANS[name]
     zero = _zero()
-    step, state = zero.train_step(lambda p, x: make(x @ p["w"]), TX), zero.init(_weights, TX)
+    step = zero.train_step(lambda p, x: make(x @ p["w"]), TX)
+    state = zero.init(_weights, TX)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         step.lower(state, X)
-    assert any("Loss.total is a mean" in str(w.message) for w in caught) == told
+    assert any("Loss.total is a mean" in str(w.message) for w in caught) == warns

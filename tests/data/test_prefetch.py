@@ -1,6 +1,8 @@
-"""Reading ahead: how far, on which thread, and that the thread ends."""
+"""Prefetching: how far ahead, on which thread, and when the thread ends."""
 
+import atexit
 import gc
+import importlib.util
 import subprocess
 import sys
 import threading
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 
 import zerojax as zj
-from zerojax.data.prefetch import Reader
+from zerojax.data import prefetch
+from zerojax.data.prefetch import Prefetcher
 
 X = np.ones((8, 4), np.float32)
 
@@ -21,10 +24,12 @@ def zero():
 
 
 class Counted:
-    """Says which item was begun last, and on which thread."""
+    """A function that returns 1, 2, ..., and records its calls and their threads."""
 
     def __init__(self):
-        self.begun, self.threads, self.changed = 0, [], threading.Condition()
+        self.begun = 0
+        self.threads = []
+        self.changed = threading.Condition()
 
     def __call__(self):
         with self.changed:
@@ -34,48 +39,72 @@ class Counted:
             return self.begun
 
     def reaches(self, n, seconds=30.0):
+        """Whether call `n` begins within some seconds."""
         with self.changed:
             return self.changed.wait_for(lambda: self.begun >= n, seconds)
 
 
-def test_so_many_are_made_before_they_are_taken():
+def test_results_are_made_ahead_up_to_the_number():
     made = Counted()
-    reader = Reader(made, ahead=2)
-    assert not made.reaches(1, 0.2), "none before the first is asked for"
-    assert reader.take() == 1
+    prefetcher = Prefetcher(made, ahead=2)
+    assert not made.reaches(1, 0.2), "no call before the first take"
+    assert prefetcher.take() == 1
     assert made.reaches(3) and not made.reaches(4, 0.2)
-    assert [reader.take(), reader.take()] == [2, 3]
+    assert [prefetcher.take(), prefetcher.take()] == [2, 3]
     assert made.reaches(5) and not made.reaches(6, 0.2)
-    reader.close()
+    prefetcher.close()
     assert threading.current_thread() not in made.threads and not made.threads[0].is_alive()
 
 
-def test_none_are_made_ahead_without_a_thread():
+def test_with_0_ahead_there_is_no_thread():
     made = Counted()
-    reader = Reader(made, ahead=0)
-    assert made.begun == 0 and reader.take() == 1 and made.threads == [threading.current_thread()]
+    prefetcher = Prefetcher(made, ahead=0)
+    assert made.begun == 0
+    assert prefetcher.take() == 1 and made.threads == [threading.current_thread()]
 
 
-def test_the_thread_ends_with_its_reader():
+def test_the_thread_ends_with_its_prefetcher():
     made = Counted()
-    reader = Reader(made, ahead=1)
-    assert reader.take() == 1 and made.reaches(2)
-    gone = weakref.ref(reader)
-    del reader
+    prefetcher = Prefetcher(made, ahead=1)
+    assert prefetcher.take() == 1 and made.reaches(2)
+    gone = weakref.ref(prefetcher)
+    del prefetcher
     gc.collect()
     made.threads[0].join(30)
     assert gone() is None and not made.threads[0].is_alive()
 
 
-def test_an_error_comes_in_its_turn_and_stays():
-    reader = Reader(iter([1, 2]).__next__, ahead=5)
-    assert [reader.take(), reader.take()] == [1, 2]
+def test_an_error_is_raised_in_its_turn_and_again():
+    prefetcher = Prefetcher(iter([1, 2]).__next__, ahead=5)
+    assert [prefetcher.take(), prefetcher.take()] == [1, 2]
     for _ in range(2):
         with pytest.raises(StopIteration):
-            reader.take()
+            prefetcher.take()
 
 
-def test_a_feed_reads_ahead_and_stays_ended():
+def test_importing_registers_nothing_at_exit(monkeypatch):
+    """The first thread does, and only the first."""
+    registered, register = [], atexit.register
+
+    def record(function, *arguments):
+        if function.__module__ == prefetch.__name__:
+            registered.append(function)
+        else:
+            register(function, *arguments)
+
+    monkeypatch.setattr(atexit, "register", record)
+    spec = importlib.util.find_spec(prefetch.__name__)
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    assert registered == []
+    prefetchers = [fresh.Prefetcher(Counted(), ahead=1) for _ in range(2)]
+    assert [prefetcher.take() for prefetcher in prefetchers] == [1, 1]
+    stop_all, = registered
+    stop_all()
+    assert not any(worker.thread.is_alive() for worker in fresh._workers)
+
+
+def test_a_feed_stays_ended_after_its_last_batch_or_an_error():
     fed = zj.feed([X, X], zero())
     assert len(list(fed)) == 2
     for _ in range(2):
@@ -89,8 +118,11 @@ def test_a_feed_reads_ahead_and_stays_ended():
 
 
 def test_the_thread_ends_with_the_batches():
-    """Also after an error, whose traceback holds on to what raised it."""
-    ours = lambda: {t for t in threading.enumerate() if t.name == "zerojax feed"}
+    """It also ends after an error, whose traceback refers to the feed."""
+
+    def ours():
+        return {thread for thread in threading.enumerate() if thread.name == "zerojax feed"}
+
     before = ours()
     for batches in ([X, X], [X, X[:3]]):
         fed = zj.feed(batches, zero())
@@ -109,9 +141,17 @@ def test_the_thread_has_the_callers_64_bits():
 
 
 def test_a_source_that_is_stuck_does_not_keep_the_process():
-    code = ("import threading, jax, numpy as np, zerojax as zj\n"
-            "def stuck():\n    yield np.ones((8, 4), np.float32)\n    threading.Event().wait()\n"
-            "fed = zj.feed(stuck(), zj.Zero(zj.make_mesh()))\nprint(next(fed).shape)")
+    code = """
+import threading
+import numpy as np
+import zerojax as zj
+
+def stuck():
+    yield np.ones((8, 4), np.float32)
+    threading.Event().wait()
+
+print(next(zj.feed(stuck(), zj.Zero(zj.make_mesh()))).shape)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout == "(8, 4)\n", done.stderr
 
@@ -119,10 +159,11 @@ def test_a_source_that_is_stuck_does_not_keep_the_process():
 def test_padding_keeps_the_position_and_the_weight():
     source = zj.Indexed(lambda i: X[:(8, 8, 5)[i]] * i, stop=3)
     fed = zj.feed(source, zero(), pad=True)
-    sums = [(float((x[:, 0] * w).sum()), float(w.sum()), fed.get_state()["next"]) for x, w in fed]
-    assert sums == [(0, 8, 1), (8, 8, 2), (10, 5, 3)]
+    found = [(float((x[:, 0] * weight).sum()), float(weight.sum()), fed.get_state()["next"])
+             for x, weight in fed]
+    assert found == [(0, 8, 1), (8, 8, 2), (10, 5, 3)]
     fed.set_state({"next": 1})
-    assert [float(w.sum()) for _, w in fed] == [8, 5]
+    assert [float(weight.sum()) for _, weight in fed] == [8, 5]
 
 
 def test_padding_to_a_number_does_not_need_the_first_batch():
@@ -130,5 +171,5 @@ def test_padding_to_a_number_does_not_need_the_first_batch():
     fed.set_state({"next": 2})
     (batch, weight), = fed
     assert batch.shape == (8, 4) and float(weight.sum()) == 5
-    with pytest.raises(zj.BatchError, match="8 examples can't be filled up to 4"):
+    with pytest.raises(zj.BatchError, match="8 examples cannot be padded to 4, as pad=4 asks"):
         next(zj.feed([X], zj.Zero(zj.make_mesh(devices=jax.devices()[:4])), pad=4))

@@ -1,4 +1,4 @@
-"""Small states to save, and how to tell two of them apart."""
+"""Small states to save, and their bits to compare."""
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,19 @@ tx = optax.adamw(1e-2)
 
 
 def init(key):
-    """One leaf that eight devices divide, one that they do not, one of 16 bit, one of no size."""
-    return {"w": jax.random.normal(key, (64, 32)), "odd": jnp.ones((3, 5)), "half": jnp.full(24, 1.5, jnp.bfloat16),
-            "none": jnp.zeros((0, 3))}
+    """Parameters that eight devices divide, that they do not divide, of 16 bits, and of size 0."""
+    return {"w": jax.random.normal(key, (64, 32)), "odd": jnp.ones((3, 5)),
+            "half": jnp.full(24, 1.5, jnp.bfloat16), "none": jnp.zeros((0, 3))}
 
 
 def loss_fn(params, x):
-    return ((x @ params["w"]) ** 2).mean() + sum((params[k].astype(jnp.float32) ** 2).sum() for k in ("odd", "half"))
+    small = sum((params[k].astype(jnp.float32) ** 2).sum() for k in ("odd", "half"))
+    return ((x @ params["w"]) ** 2).mean() + small
 
 
 def zero(devices=8, stage=3, replica=1, **options):
-    return zj.Zero(zj.make_mesh(devices=jax.devices()[:devices], replica=replica), stage, min_shard=1, **options)
+    mesh = zj.make_mesh(devices=jax.devices()[:devices], replica=replica)
+    return zj.Zero(mesh, stage, min_shard=1, **options)
 
 
 def state(policy=None, seed=0, step=0, tx=tx):
@@ -38,12 +40,13 @@ def data_of(x):
 
 
 def bits(tree):
+    """Returns the dtype, shape and bytes of each leaf by path."""
     return {jax.tree_util.keystr(path): (str(x.dtype), x.shape, np.asarray(data_of(x)).tobytes())
             for path, x in jax.tree.leaves_with_path(tree)}
 
 
 def saved(directory, steps=(1,), **options):
-    """A directory with a state for each step, of another seed each; returns their bits by step."""
+    """Saves a state for each step, each of another seed; returns their bits by step."""
     made = {}
     with zj.Checkpointer(directory, keep=None, **options) as checkpoints:
         for step in steps:

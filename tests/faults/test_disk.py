@@ -1,4 +1,4 @@
-"""Disks that are full, and directories that can't be written (faults 6 and 7)."""
+"""Disks that are full, and directories that are not writable."""
 
 import os
 import shutil
@@ -13,23 +13,23 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import zerojax as zj
-from zerojax.checkpoint import safetensors
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 8 MB; where mounting is not permitted, limits on this process's files can't stand in for it."""
+    """A file system of 8 MB; skips the test where mounting is not permitted."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True, text=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk],
+                          capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"a tmpfs can't be mounted here: {done.stderr.strip()}")
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
 
 
 def large(step):
-    """3 MB that can't be compressed."""
+    """Returns a state of 3 MB that cannot be compressed."""
     x = np.random.default_rng(step).integers(0, 2**32, (768, 1024), np.uint32)
     return {"step": step, "w": jax.device_put(x, NamedSharding(states.zero().mesh, P("data")))}
 
@@ -40,22 +40,27 @@ def test_a_full_disk_is_an_error_by_the_next_step(small_disk):
         checkpoints.save(large(step))
         checkpoints.wait()
     checkpoints.save(large(30))
-    with pytest.raises(zj.CheckpointError, match=r"save into .* failed: (.|\n)*No space left") as error:
-        for step in range(31, 40):  # none that is saved: each call tells of the failure
+    with pytest.raises(zj.CheckpointError,
+                       match=r"save into .* failed: (.|\n)*No space left") as error:
+        for step in range(31, 40):  # none of them is due, but each call raises an earlier failure
             time.sleep(0.5)
             checkpoints.save(None, step=step)
-    assert "Steps [10, 20] are whole, what the failed save left is removed; make room for it" in str(error.value)
+    assert ("Steps [10, 20] are intact; the remains of the failed save were removed. Make room and "
+            "save again.") in str(error.value)
     assert sorted(p.name for p in (small_disk / "c").iterdir()) == ["10", "20"]
     for step in (10, 20):
-        assert states.bits(checkpoints.restore(step, large(0)).state["w"]) == states.bits(large(step)["w"])
+        restored = checkpoints.restore(step, large(0)).state
+        assert states.bits(restored["w"]) == states.bits(large(step)["w"])
     shutil.rmtree(small_disk / "c/10")
-    assert checkpoints.save(large(40))  # there is room now, and the same checkpointer goes on
+    assert checkpoints.save(large(40))  # now there is room, and the same checkpointer continues
     checkpoints.close()
-    assert states.bits(zj.Checkpointer(small_disk / "c").restore_latest(large(0)).state["w"]) == states.bits(large(40)["w"])
+    restored = zj.Checkpointer(small_disk / "c").restore_latest(large(0)).state
+    assert states.bits(restored["w"]) == states.bits(large(40)["w"])
 
 
-def test_leaving_the_block_tells_too(small_disk):
-    with pytest.raises(zj.CheckpointError, match="No space left"), zj.Checkpointer(small_disk / "c") as checkpoints:
+def test_leaving_the_context_raises_the_failure_too(small_disk):
+    with (pytest.raises(zj.CheckpointError, match="No space left"),
+          zj.Checkpointer(small_disk / "c") as checkpoints):
         for step in (1, 2, 3):
             checkpoints.save(large(step))
 
@@ -64,17 +69,17 @@ def test_an_export_to_a_full_disk_leaves_nothing(small_disk, tmp_path):
     with zj.Checkpointer(tmp_path / "c") as checkpoints:
         checkpoints.save(large(1) | {"v": large(2)["w"], "u": large(3)["w"]})
     with pytest.raises(zj.CheckpointError, match="No space left"):
-        safetensors.export_safetensors(tmp_path / "c", small_disk / "m.safetensors", only="[uvw]")
+        zj.export_safetensors(tmp_path / "c", small_disk / "m.safetensors", only="[uvw]")
     assert list(small_disk.iterdir()) == []
 
 
-def test_the_first_save_removes_what_others_left(tmp_path):
-    """Not before: another process that restores may not end the save of the one that trains."""
+def test_the_first_save_removes_the_remains_of_others(tmp_path):
+    """Not earlier, because a process that restores must not end the save of one that trains."""
     states.saved(tmp_path, [1])
     for name in ("2.orbax-checkpoint-tmp", "3.orbax-checkpoint-tmp-1700000000"):
         (tmp_path / name / "state").mkdir(parents=True)
         (tmp_path / name / "state/d").write_bytes(b"x" * 100)
-    (tmp_path / "notes").mkdir()  # not ours
+    (tmp_path / "notes").mkdir()  # the user's
     with zj.Checkpointer(tmp_path) as checkpoints:
         checkpoints.restore_latest(states.target())
         assert len(list(tmp_path.iterdir())) == 4 and checkpoints.steps() == [1]
@@ -84,10 +89,15 @@ def test_the_first_save_removes_what_others_left(tmp_path):
 
 @pytest.mark.parametrize("why", ["below a file", "a file itself", "read only"])
 def test_a_directory_that_cannot_be_written(tmp_path, why):
-    """Before the first step. (Permissions do not stop root; a file system that is read only does.)"""
+    """Raises before the first step.
+
+    Permissions do not stop root, so the last case is a file system that is read only.
+    """
     (tmp_path / "file").write_text("")
-    where = {"below a file": tmp_path / "file/c", "a file itself": tmp_path / "file", "read only": "/sys/zerojax"}[why]
-    with pytest.raises(zj.CheckpointError, match=rf"{where} can't be written: .*; give a directory that can"):
+    where = {"below a file": tmp_path / "file/c", "a file itself": tmp_path / "file",
+             "read only": "/sys/zerojax"}[why]
+    with pytest.raises(zj.CheckpointError,
+                       match=rf"{where} is not writable: .*\. Give a directory that is"):
         zj.Checkpointer(where)
 
 
@@ -100,4 +110,5 @@ def test_a_file_system_turned_read_only(small_disk):
         checkpoints.save(large(2))
         checkpoints.wait()
     assert os.listdir(small_disk / "c") == ["1"]
-    assert states.bits(checkpoints.restore(1, large(0)).state["w"]) == states.bits(large(1)["w"])
+    restored = checkpoints.restore(1, large(0)).state
+    assert states.bits(restored["w"]) == states.bits(large(1)["w"])

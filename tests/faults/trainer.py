@@ -1,6 +1,6 @@
-"""A run to be killed: saves at every step, says so, and goes on from what is there.
+"""A run to be killed: it saves and reports every step, and continues from the newest one.
 
-    python trainer.py DIRECTORY STEPS [slow]
+    python trainer.py DIRECTORY STEPS [PAUSE]
 """
 
 import sys
@@ -22,17 +22,28 @@ def loss_fn(params, x):
     return states.loss_fn(params, x) + jnp.square(params["large"]).mean()
 
 
+def batch(i):
+    return np.random.default_rng(i).standard_normal((8, 64)).astype(np.float32)
+
+
+def begun(zero, batches, checkpoints):
+    """Returns the state to continue from, with the batches at its position."""
+    target = zero.abstract(init, states.tx, jax.random.key(0))
+    found = checkpoints.restore_latest(target, if_none="none")
+    if found is None:
+        return zero.init(init, states.tx, jax.random.key(0))
+    batches.set_state(found.data_state)
+    return found.state
+
+
 def main(directory, steps, pause=0.0):
     jax.config.update("jax_num_cpu_devices", 8)
     zero = states.zero()
-    batches = zj.feed(zj.Indexed(lambda i: np.random.default_rng(i).standard_normal((8, 64)).astype(np.float32), steps), zero)
+    batches = zj.feed(zj.Indexed(batch, steps), zero)
     step = zero.train_step(loss_fn, states.tx)
-    with zj.Preemption() as preemption, zj.Checkpointer(directory, keep=2, zero=zero) as checkpoints:
-        target = zero.abstract(init, states.tx, jax.random.key(0))
-        found = checkpoints.restore_latest(target, if_none="none")
-        if found:
-            batches.set_state(found.data_state)
-        state = found.state if found else zero.init(init, states.tx, jax.random.key(0))
+    with (zj.Preemption() as preemption,
+          zj.Checkpointer(directory, keep=2, zero=zero) as checkpoints):
+        state = begun(zero, batches, checkpoints)
         print("from", int(state.step), flush=True)
         for number, x in enumerate(preemption.until(batches), int(state.step) + 1):
             state, _ = step(state, x)
@@ -40,7 +51,8 @@ def main(directory, steps, pause=0.0):
             checkpoints.save(state, step=number, data_state=batches)
             time.sleep(pause)
             print("whole", *checkpoints.steps(), flush=True)
-        for _ in preemption.until(range(1000 if preemption.requested or pause else 1)):  # an evaluation
+        is_slow = preemption.requested or pause
+        for _ in preemption.until(range(1000 if is_slow else 1)):  # stands for an evaluation
             print("evaluating", flush=True)
             time.sleep(pause)
         checkpoints.save(state, data_state=batches, force=True)

@@ -1,4 +1,4 @@
-"""HLO text to collectives, on text in every spelling seen from jax 0.10 to 0.12."""
+"""Instructions and collectives of HLO text, in the spellings of jax 0.10 to 0.12."""
 
 import pytest
 
@@ -53,7 +53,7 @@ StackFrames
 
 %body (p: (s32[], bf16[64,8])) -> (s32[], bf16[64,8]) {
   %x = bf16[16,8]{1,0} get-tuple-element(%p), index=1
-  %ag = ((bf16[16,8]{1,0}), bf16[64,8]{1,0}) all-gather-start(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}, METADATA
+  %ag = ((bf16[16,8]{1,0}), bf16[64,8]{1,0}) all-gather-start(%x), channel_id=1, GATHERED
   ROOT %agd = bf16[64,8]{1,0} all-gather-done(%ag)
 }
 
@@ -62,19 +62,27 @@ StackFrames
 }
 
 ENTRY %main (w: bf16[16,8]) -> f32[2,8] {
-  %loop = (s32[], bf16[64,8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
-  %rs = f32[16,8]{1,0} reduce-scatter(%g), channel_id=2, replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%sum
-  ROOT %ar = f32[2,8]{1,0} all-reduce(%rs), channel_id=3, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%sum
+  %loop = (s32[], bf16[64,8]) while(%t), condition=%cond, body=%body, TRIPS
+  %rs = f32[16,8]{1,0} reduce-scatter(%g), channel_id=2, SCATTERED, to_apply=%sum
+  ROOT %ar = f32[2,8]{1,0} all-reduce(%rs), channel_id=3, REDUCED, to_apply=%sum
 }
 """
-PROGRAM = PROGRAM.replace("METADATA", 'metadata={op_name="jit(step)/layer/gather" stack_frame_id=2}')
+METADATA = 'metadata={op_name="jit(step)/layer/gather" stack_frame_id=2}'
+TRIPS = 'backend_config={"known_trip_count":{"n":"5"}}'
+for short, attributes in {
+        "GATHERED": f"replica_groups=[2,4]<=[8], dimensions={{0}}, {METADATA}",
+        "SCATTERED": "replica_groups=[2,4]<=[8], dimensions={0}",
+        "REDUCED": "replica_groups={{0,4},{1,5},{2,6},{3,7}}",
+        "TRIPS": TRIPS}.items():
+    PROGRAM = PROGRAM.replace(short, attributes)
 
 
 def test_collectives_of_a_program():
     gather, scatter, reduce = collectives.of(parse(PROGRAM), provenance.is_users)
-    assert (gather.kind, gather.trips, gather.asynchronous, gather.axes(MESH)) == ("all-gather", 5, True, ("data",))
-    assert gather.shapes == (Shape("bf16", (64, 8)),)
-    assert (gather.op_name, provenance.source(gather.frames)) == ("jit(step)/layer/gather", "/home/me/m.py:7")
+    assert (gather.kind, gather.trips, gather.asynchronous) == ("all-gather", 5, True)
+    assert gather.axes(MESH) == ("data",) and gather.shapes == (Shape("bf16", (64, 8)),)
+    assert gather.op_name == "jit(step)/layer/gather"
+    assert provenance.source(gather.frames) == "/home/me/m.py:7"
     assert (scatter.kind, scatter.trips, scatter.shapes[0].dims) == ("reduce-scatter", 1, (64, 8))
     assert (reduce.axes(MESH), reduce.size) == (("replica",), 2)
 
@@ -86,30 +94,31 @@ def test_wire_bytes_are_the_ring_algorithms():
     assert reduce.wire_bytes == 2 * 2 * 8 * 4 / 2
 
 
-def test_groups_that_are_no_axes_have_none():
+def test_groups_that_no_mesh_axes_have():
     odd = PROGRAM.replace("{{0,4},{1,5},{2,6},{3,7}}", "{{0,5},{1,4},{2,6},{3,7}}")
     assert collectives.of(parse(odd))[-1].axes(MESH) is None
 
 
 def test_a_loop_inside_a_loop_multiplies():
-    outer = PROGRAM.replace("ENTRY %main", """%outer (p: s32[]) -> s32[] {
-  ROOT %w = (s32[]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+    inner = """%outer (p: s32[]) -> s32[] {
+  ROOT %w = (s32[]) while(%t), condition=%cond, body=%body, TRIPS
 }
 
-ENTRY %main""").replace("condition=%cond, body=%body, backend_config={\"known_trip_count\":{\"n\":\"5\"}}",
-                        "condition=%cond, body=%outer, backend_config={\"known_trip_count\":{\"n\":\"5\"}}")
-    assert collectives.of(parse(outer))[0].trips == 15
+ENTRY %main""".replace("TRIPS", TRIPS.replace("5", "3"))
+    text = PROGRAM.replace(f"body=%body, {TRIPS}", f"body=%outer, {TRIPS}")
+    assert collectives.of(parse(text.replace("ENTRY %main", inner)))[0].trips == 15
 
 
-def test_zerojaxs_own_files_are_where_findings_look_for_them():
+def test_findings_know_where_zerojaxs_own_files_are():
     from zerojax.gather import pair
     from zerojax.plan import compiler
 
-    assert provenance.PAIR.samefile(pair.__file__) and provenance.ENTRY.samefile(compiler.__file__)
+    assert provenance.PAIR.samefile(pair.__file__)
+    assert provenance.ENTRY.samefile(compiler.__file__)
     assert not provenance.is_users(Frame(__file__.replace("tests", "zerojax"), 1, "f"))
     assert provenance.is_users(Frame(__file__, 1, "f"))
 
 
-def test_a_line_outside_of_the_planned_function_is_not_its_source():
-    inner, entry, outer = (Frame(f, 1, "f") for f in (str(provenance.PAIR), str(provenance.ENTRY), "/home/me/script.py"))
-    assert provenance.source([inner, entry, outer]) == ""
+def test_a_line_outside_the_planned_function_is_not_its_source():
+    files = (str(provenance.PAIR), str(provenance.ENTRY), "/home/me/script.py")
+    assert provenance.source([Frame(file, 1, "f") for file in files]) == ""

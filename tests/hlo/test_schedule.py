@@ -1,4 +1,6 @@
-"""Costs, the simulated schedule and the buffers that are alive, on small programs of which one knows the answer."""
+"""Costs, the simulated schedule and live buffers, on small programs with a known answer."""
+
+import dataclasses
 
 import pytest
 
@@ -23,24 +25,24 @@ HloModule jit_step, is_scheduled=true, num_partitions=8
 %product (p0: bf16[32,64], p1: bf16[64,8]) -> bf16[32,8] {
   %p0.1 = bf16[32,64]{1,0} parameter(0)
   %p1.1 = bf16[64,8]{1,0} parameter(1)
-  ROOT %dot = bf16[32,8]{1,0} dot(%p0.1, %p1.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="OP"}
+  ROOT %dot = bf16[32,8]{1,0} dot(%p0.1, %p1.1), CONTRACTED, metadata={op_name="OP"}
 }
 
-%body (p: (s32[], bf16[5,64,8], bf16[32,64], bf16[8,8])) -> (s32[], bf16[5,64,8], bf16[32,64], bf16[8,8]) {
-  %p = (s32[], bf16[5,64,8]{2,1,0}, bf16[32,64]{1,0}, bf16[8,8]{1,0}) parameter(0)
+%body (p: SHAPES) -> SHAPES {
+  %p = CARRY parameter(0)
   %i = s32[] get-tuple-element(%p), index=0
   %stack = bf16[5,64,8]{2,1,0} get-tuple-element(%p), index=1
   %x = bf16[32,64]{1,0} get-tuple-element(%p), index=2
   %shard = bf16[8,8]{1,0} get-tuple-element(%p), index=3
-  %ag = (bf16[8,8]{1,0}, bf16[64,8]{1,0}) all-gather-start(%shard), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+  %ag = (bf16[8,8]{1,0}, bf16[64,8]{1,0}) all-gather-start(%shard), channel_id=1, GROUPS
   %busy = bf16[32,64]{1,0} negate(%x)
   %agd = bf16[64,8]{1,0} all-gather-done(%ag)
   %mm = bf16[32,8]{1,0} fusion(%busy, %agd), kind=kCustom, calls=%product
   %stacked = bf16[5,64,8]{2,1,0} fusion(%stack, %agd, %i), kind=kLoop, calls=%stacking
-  ROOT %out = (s32[], bf16[5,64,8]{2,1,0}, bf16[32,64]{1,0}, bf16[8,8]{1,0}) tuple(%i, %stacked, %x, %shard)
+  ROOT %out = CARRY tuple(%i, %stacked, %x, %shard)
 }
 
-%cond (p: (s32[], bf16[5,64,8], bf16[32,64], bf16[8,8])) -> pred[] {
+%cond (p: SHAPES) -> pred[] {
   ROOT %lt = pred[] constant(true)
 }
 
@@ -49,16 +51,27 @@ ENTRY %main (w: bf16[8,8], x0: bf16[32,64]) -> f32[8,8] {
   %x0 = bf16[32,64]{1,0} parameter(1)
   %zero = s32[] constant(0)
   %zeros = bf16[5,64,8]{2,1,0} broadcast(%zero), dimensions={}
-  %t = (s32[], bf16[5,64,8]{2,1,0}, bf16[32,64]{1,0}, bf16[8,8]{1,0}) tuple(%zero, %zeros, %x0, %w)
-  %loop = (s32[], bf16[5,64,8], bf16[32,64], bf16[8,8]) while(%t), condition=%cond, body=%body, TRIPS
+  %t = CARRY tuple(%zero, %zeros, %x0, %w)
+  %loop = SHAPES while(%t), condition=%cond, body=%body, TRIPS
   %saved = bf16[5,64,8]{2,1,0} get-tuple-element(%loop), index=1
   %grad = f32[64,8]{1,0} fusion(%saved), kind=kLoop, calls=%sum
-  %rs = f32[8,8]{1,0} reduce-scatter(%grad), channel_id=2, replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%sum
+  %rs = f32[8,8]{1,0} reduce-scatter(%grad), channel_id=2, GROUPS, to_apply=%sum
   ROOT %r = f32[8,8]{1,0} negate(%rs)
 }
 """
-PROGRAM = PROGRAM.replace("TRIPS", 'backend_config={"known_trip_count":{"n":"5"}}')
+for short, text in {
+        "SHAPES": "(s32[], bf16[5,64,8], bf16[32,64], bf16[8,8])",
+        "CARRY": "(s32[], bf16[5,64,8]{2,1,0}, bf16[32,64]{1,0}, bf16[8,8]{1,0})",
+        "CONTRACTED": "lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+        "GROUPS": "replica_groups=[1,8]<=[8], dimensions={0}",
+        "TRIPS": 'backend_config={"known_trip_count":{"n":"5"}}'}.items():
+    PROGRAM = PROGRAM.replace(short, text)
 SPEED = schedule.Speed(flops=lambda dtype: 1e6, bandwidth=1e9, link=1e6, network=1e5, per_host=8)
+CONVOLUTION = ("%c = (bf16[2,32,32,256], u8[0]) custom-call(%a, %k), window={size=3x3}, "
+               "dim_labels=b01f_o01i->b01f, custom_call_target=\"__cudnn$convForward\"")
+PRODUCT = ("%c = bf16[16,32] custom-call(%m, %n), custom_call_target=\"__cublas$gemm\", "
+           'backend_config={"gemm_backend_config":{"dot_dimension_numbers":'
+           '{"lhs_contracting_dimensions":["1"]}}}')
 
 
 @pytest.fixture
@@ -66,17 +79,15 @@ def program():
     return parse(PROGRAM)
 
 
-def test_a_product_is_two_operations_a_multiply_add_in_every_turn(program):
+def test_a_multiply_add_is_two_operations_in_every_iteration(program):
     assert schedule.total_flops(program) == {("bf16", False): 5 * 2 * 32 * 8 * 64}
     again = parse(PROGRAM.replace("OP", "jvp/rematted_computation/dot"))
     assert set(schedule.total_flops(again)) == {("bf16", True)}
 
 
 @pytest.mark.parametrize("line, flops", [
-    ("%c = (bf16[2,32,32,256], u8[0]) custom-call(%a, %k), window={size=3x3}, dim_labels=b01f_o01i->b01f, "
-     'custom_call_target="__cudnn$convForward"', 2 * 2 * 32 * 32 * 256 * 64 * 9),
-    ("%c = bf16[16,32] custom-call(%m, %n), custom_call_target=\"__cublas$gemm\", backend_config={\"gemm_backend_config\":"
-     '{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}', 2 * 16 * 32 * 8),
+    (CONVOLUTION, 2 * 2 * 32 * 32 * 256 * 64 * 9),
+    (PRODUCT, 2 * 16 * 32 * 8),
 ])
 def test_calls_of_libraries_are_counted(line, flops):
     text = f"""HloModule m
@@ -94,10 +105,11 @@ ENTRY %main (a: f32[]) -> f32[] {{
 
 def test_a_fusion_is_charged_for_what_it_writes_in_place(program):
     stacked = program.names["body"]["stacked"]
-    assert cost.touched(program, stacked, "body") == 64 * 8 * 2 * 2 + 4  # reads one, writes one, and the index
+    layer, index = 64 * 8 * 2, 4
+    assert cost.touched(program, stacked, "body") == 2 * layer + index  # a layer read, and written
 
 
-def test_what_runs_beside_a_gather_hides_so_much_of_it(program):
+def test_a_gather_is_exposed_except_where_others_run_beside_it(program):
     found = collectives.of(program)
     gather = next(c for c in found if c.kind == "all-gather")
     run = schedule.simulate(program, SPEED, found)["body"]
@@ -111,26 +123,26 @@ def test_loops_multiply_and_synchronous_collectives_wait(program):
     found = collectives.of(program)
     runs = schedule.simulate(program, SPEED, found)
     assert runs["main"].seconds > 5 * runs["body"].seconds
-    assert runs["main"].exposed["rs"] == pytest.approx(64 * 8 * 4 * 7 / 8 / (1e6 * schedule.LINKS) + schedule.LATENCY)
+    sent = 64 * 8 * 4 * 7 / 8
+    seconds = sent / (1e6 * schedule.LINKS) + schedule.LATENCY
+    assert runs["main"].exposed["rs"] == pytest.approx(seconds)
 
 
-def test_between_hosts_a_group_is_as_fast_as_its_members_networks(program):
+def test_between_hosts_a_group_has_the_networks_of_its_members_in_a_host(program):
     gather = next(c for c in collectives.of(program) if c.kind == "all-gather")
-    import dataclasses
-
     split = dataclasses.replace(SPEED, per_host=2)
-    within, between = schedule.transfer(SPEED, gather), schedule.transfer(split, gather)
-    assert (between - schedule.LATENCY) / (within - schedule.LATENCY) == pytest.approx(1e6 / (2 * 1e5))
+    within, between = (schedule.transfer(s, gather) - schedule.LATENCY for s in (SPEED, split))
+    assert between / within == pytest.approx(1e6 / (2 * 1e5))
 
 
-def test_a_stack_of_gathered_weights_is_gathered_and_what_is_reduced_are_gradients(program):
+def test_a_stack_of_gathered_weights_is_gathered(program):
     alive = liveness.peak(program)
-    assert alive["gathered"] == (5 + 1) * 64 * 8 * 2  # the stack, around the loop, and one in it
+    assert alive["gathered"] == (5 + 1) * 64 * 8 * 2  # the stack outside the loop, a layer in it
     no_gather = liveness.peak(parse(PROGRAM.replace("calls=%stacking", "calls=%sum")))
     assert no_gather["gathered"] == 64 * 8 * 2
 
 
-def test_arguments_and_results_have_places_of_their_own():
+def test_arguments_and_results_have_their_own_memory():
     text = """HloModule m
 
 ENTRY %main (a: f32[1024]) -> f32[8192] {

@@ -1,6 +1,8 @@
-"""What the processes of test_training run: cases, each with this process's part of every batch; process 0 writes what came out.
+"""The cases of test_training, which each process trains with its own part of every batch.
 
     python contract.py OUTPUT.npz CASE_AS_JSON...
+
+Process 0 writes losses and parameters into OUTPUT.npz.
 """
 
 import json
@@ -17,7 +19,10 @@ STEPS = 3
 
 
 def batch(case, seed):
-    """The whole batch. Its halves weigh unequally: tokens that are multiples of 5 nothing, labels 1 + label % 3."""
+    """Returns the whole batch, whose halves have different weights.
+
+    A token that is a multiple of 5 has weight 0, and an example of an MLP 1 + label % 3.
+    """
     n = 2 * case["parts"] * case["accumulate"]
     made = zoo.MODELS[case["model"]]().batch(n, seed)
     if case["model"] == "scanned":
@@ -33,11 +38,13 @@ def own_part(whole):
 
 
 def trained(case):
-    """(losses, final parameters, whole on this process)."""
+    """Returns (losses, final parameters, whole on this process)."""
     model, tx = zoo.MODELS[case["model"]](), zoo.OPTIMIZERS[case["tx"]]()
-    zero = zj.Zero(zj.make_mesh(replica=case["replica"]), case["stage"], min_shard=1, gradients=case["way"])
+    mesh = zj.make_mesh(replica=case["replica"])
+    zero = zj.Zero(mesh, case["stage"], min_shard=1, gradients=case["way"])
     state = zero.init(model.init, tx)
-    step = zero.train_step(model.loss, tx, accumulate=case["accumulate"], clip_norm=case["clip"], compiler_options=oracle.QUICK)
+    step = zero.train_step(model.loss, tx, accumulate=case["accumulate"], clip_norm=case["clip"],
+                           compiler_options=oracle.QUICK)
     losses = []
     for x in zj.feed((own_part(batch(case, seed)) for seed in range(STEPS)), zero):
         assert len(jax.tree.leaves(x)[0]) == 2 * case["parts"] * case["accumulate"]
@@ -45,8 +52,9 @@ def trained(case):
         losses.append(float(metrics["loss"]))
     if zero.stage:
         assert not all(x.is_fully_replicated for x in jax.tree.leaves(state.params))
-    whole = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(zero.mesh, jax.P()))(state.params)
-    return losses, jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), whole)
+    whole = jax.NamedSharding(zero.mesh, jax.P())
+    params = jax.jit(lambda x: x, out_shardings=whole)(state.params)
+    return losses, jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), params)
 
 
 def main(output, *cases):
@@ -54,7 +62,9 @@ def main(output, *cases):
     found = {}
     for i, case in enumerate(map(json.loads, cases)):
         losses, params = trained(case)
-        found |= {f"{i}/losses": losses} | {f"{i}/{jax.tree_util.keystr(p)}": x for p, x in jax.tree.leaves_with_path(params)}
+        found[f"{i}/losses"] = losses
+        for path, x in jax.tree.leaves_with_path(params):
+            found[f"{i}/{jax.tree_util.keystr(path)}"] = x
         print("done", i, flush=True)
     if jax.process_index() == 0:
         np.savez(output, **found)

@@ -1,7 +1,6 @@
-"""Two processes that are about to run different programs, one thing after the other; each prints the error, and goes on."""
+"""Two processes that are about to run different programs, case by case; each prints the error."""
 
 import functools
-import sys
 
 import jax
 import numpy as np
@@ -9,8 +8,9 @@ import optax
 
 import zerojax as zj
 
+SGD = optax.sgd(0.1)
 rows = np.ones((8, 4), np.float32)
-compiled = []
+compiled = []  # of the case that runs
 
 
 def init(key, width=16):
@@ -25,7 +25,8 @@ def other_loss(params, x):
     return zj.Loss((x @ params["w"]).sum() * 2, x.shape[0])
 
 
-def of_model(scale):
+def scaled_loss(scale):
+    """Returns a loss whose code is the same for every scale."""
     return lambda params, x: zj.Loss(jax.numpy.tanh(x @ params["w"]).sum() * scale, x.shape[0])
 
 
@@ -33,61 +34,73 @@ def fed(zero):
     return next(iter(zj.feed([rows], zero)))
 
 
-def step(zero, loss=loss, tx=None, **options):
-    tx, made = tx or optax.sgd(0.1), zero.init(init, optax.sgd(0.1), jax.random.key(0))
+def born(zero, init=init, tx=SGD, seed=0):
+    return zero.init(init, tx, jax.random.key(seed))
+
+
+def step(zero, loss=loss, tx=SGD, **options):
+    state = born(zero)
     compiled.clear()
-    return zero.train_step(loss, tx, **options)(made, fed(zero))
+    return zero.train_step(loss, tx, **options)(state, fed(zero))
 
 
 def looped(zero, fn):
-    made = zero.init(init, optax.sgd(0.1), jax.random.key(0))
+    state = born(zero)
     compiled.clear()
-    return zero.jit(fn, donate=False)(made, fed(zero))
+    return zero.jit(fn, donate=False)(state, fed(zero))
 
 
-def cases(second, mesh):
-    """What differs on the second process, by name."""
-    zero = functools.partial(zj.Zero, mesh, min_shard=1)
-    yield "stage", lambda: zero(1 if second else 3).init(init, optax.sgd(0.1), jax.random.key(0))
-    yield "seed", lambda: zero().init(init, optax.sgd(0.1), jax.random.key(1 if second else 0))
-    yield "model", lambda: zero().init(functools.partial(init, width=32 if second else 16), optax.sgd(0.1), jax.random.key(0))
-    yield "precision", lambda: zero(precision=zj.Precision(compute="bfloat16" if second else None)).init(
-        init, optax.sgd(0.1), jax.random.key(0))
+def cases(second):
+    """Yields (name, call) of each case; on the second process, something differs."""
+    zero = functools.partial(zj.Zero, zj.make_mesh(), min_shard=1)
+    other = zj.Precision(compute="bfloat16" if second else None)
     other_mesh = zj.make_mesh(replica=2 if second else 1)
-    yield "mesh", lambda: zj.Zero(other_mesh, min_shard=1).init(init, optax.sgd(0.1), jax.random.key(0))
-    yield "optimizer", lambda: zero().init(init, optax.adam(0.1) if second else optax.sgd(0.1), jax.random.key(0))
+    devices = jax.devices()[::-1] if second else jax.devices()
+    reordered = zj.make_mesh(devices=devices)
+    wider = functools.partial(init, width=32 if second else 16)
+    yield "stage", lambda: born(zero(1 if second else 3))
+    yield "seed", lambda: born(zero(), seed=1 if second else 0)
+    yield "model", lambda: born(zero(), wider)
+    yield "precision", lambda: born(zero(precision=other))
+    yield "mesh", lambda: born(zj.Zero(other_mesh, min_shard=1))
+    yield "optimizer", lambda: born(zero(), tx=optax.adam(0.1) if second else SGD)
     yield "accumulate", lambda: step(zero(), accumulate=2 if second else 1)
     yield "loss", lambda: step(zero(), other_loss if second else loss)
-    yield "code", lambda: step(zero(), of_model(2.0 if second else 1.0))
+    yield "code", lambda: step(zero(), scaled_loss(2.0 if second else 1.0))
     yield "rate", lambda: step(zero(), tx=optax.sgd(0.2 if second else 0.1))
     yield "loop", lambda: looped(zero(), lambda state, x: x * (2 if second else 1))
-    devices = jax.devices()[::-1] if second else jax.devices()
-    yield "devices", lambda: zj.Zero(zj.make_mesh(devices=devices), min_shard=1).init(init, optax.sgd(0.1), jax.random.key(0))
-    yield "init fails", lambda: zero().init((lambda: {}["wide"]) if second else (lambda: init(jax.random.key(0))), optax.sgd(0.1))
+    yield "devices", lambda: born(zj.Zero(reordered, min_shard=1))
+    yield "init fails", lambda: born(zero(), (lambda key: {}["wide"]) if second else init)
     yield "loss fails", lambda: step(zero(), (lambda params, x: params["v"]) if second else loss)
-    made, batch = zero().init(init, optax.sgd(0.1), jax.random.key(0)), fed(zero())
-    yield "evaluation", lambda: zero().eval_step(other_loss if second else loss)(made, batch)
-    yield "call", lambda: (zero().train_step(loss, optax.sgd(0.1))(made, batch) if second
-                           else zero().init(init, optax.sgd(0.1), jax.random.key(0)))
+    state, batch = born(zero()), fed(zero())
+    yield "evaluation", lambda: zero().eval_step(other_loss if second else loss)(state, batch)
+    yield "call", lambda: (zero().train_step(loss, SGD)(state, batch) if second
+                           else born(zero()))
+
+
+def count(event, duration, **of):
+    if event.endswith("backend_compile_duration"):
+        compiled.append(of["fun_name"])
+
+
+def run(name, call):
+    compiled.clear()
+    try:
+        call()
+        print(f"{name}: no error", flush=True)
+    except (zj.ClusterError, KeyError) as error:
+        text = " ".join(f"{'KeyError: ' * isinstance(error, KeyError)}{error}".split())
+        ours = [fun for fun in compiled if "words_to_all" not in fun]
+        print(f"{name}: compiled {ours}: {text}", flush=True)
 
 
 def main():
     zj.initialize()
-    second, mesh = jax.process_index() == 1, zj.make_mesh()
-    step(zj.Zero(mesh, min_shard=1))  # compiles what carries words between processes
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, duration, **of: compiled.append(of) if event.endswith("jaxpr_to_mlir_module_duration") else None)
-    for name, run in cases(second, mesh):
-        compiled.clear()
-        try:
-            run()
-            print(f"{name}: no error", flush=True)
-        except (zj.ClusterError, KeyError) as error:
-            text = " ".join(f"{'KeyError: ' * isinstance(error, KeyError)}{error}".split())
-            ours = [of["fun_name"] for of in compiled if "words_to_all" not in of["fun_name"]]
-            print(f"{name}: compiled {ours}: {text}", flush=True)
-    print("end", flush=True)
+    step(zj.Zero(zj.make_mesh(), min_shard=1))  # compiles the program that carries words
+    jax.monitoring.register_event_duration_secs_listener(count)
+    for name, call in cases(second=jax.process_index() == 1):
+        run(name, call)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

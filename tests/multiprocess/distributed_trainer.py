@@ -1,8 +1,9 @@
-"""A run of several processes to be disturbed: saves at every step, says so, and goes on from what is there.
+"""A run of several processes for faults: saves at every step, and continues from a checkpoint.
 
     python distributed_trainer.py DIRECTORY STEPS [PAUSE]
 
-$FAULT is "kind process step": what that process does to itself before that step, if it has not yet (DIRECTORY/done says so).
+PAUSE is in seconds, after each step. $FAULT is "kind process step": the fault of that process
+before that step. It occurs once; DIRECTORY/done marks it.
 """
 
 import os
@@ -19,6 +20,7 @@ import states
 import zerojax as zj
 
 HEARTBEAT = 8
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
 
 
 def init(key):
@@ -42,8 +44,19 @@ def fault(directory, number):
         return
     done.touch()
     if kind == "raise":
-        raise ValueError(f"process {process} has had enough")
-    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[kind])
+        raise ValueError(f"process {process} fails")
+    os.kill(os.getpid(), SIGNALS[kind])
+
+
+def restored(zero, checkpoints, batches):
+    """Returns the state of the last checkpoint, or a new one."""
+    key = jax.random.key(0)
+    target = zero.abstract(init, states.tx, key)
+    found = checkpoints.restore_latest(target, if_none="none")
+    if found is None:
+        return zero.init(init, states.tx, key)
+    batches.set_state(found.data_state)
+    return found.state
 
 
 def main(directory, steps, pause=0.0):
@@ -51,23 +64,20 @@ def main(directory, steps, pause=0.0):
     zero = zj.Zero(zj.make_mesh(), min_shard=1)
     batches = zj.feed(zj.Indexed(own_part, steps), zero)
     step = zero.train_step(loss_fn, states.tx)
-    with zj.Preemption() as preemption, zj.Checkpointer(directory, keep=2, zero=zero) as checkpoints:
-        found = checkpoints.restore_latest(zero.abstract(init, states.tx, jax.random.key(0)), if_none="none")
-        if found:
-            batches.set_state(found.data_state)
-        state = found.state if found else zero.init(init, states.tx, jax.random.key(0))
+    with zj.Preemption() as preemption, zj.Checkpointer(directory, keep=2, zero=zero) as saves:
+        state = restored(zero, saves, batches)
         print("from", int(state.step), flush=True)
         for number, x in enumerate(preemption.until(batches), int(state.step) + 1):
             print("step", number, flush=True)
             fault(directory, number)
             state, _ = step(state, x)
-            checkpoints.save(state, step=number, data_state=batches)
+            saves.save(state, step=number, data_state=batches)
             time.sleep(pause)
         for _ in preemption.until(range(1000 if pause else 1)):  # an evaluation
             print("evaluating", flush=True)
             time.sleep(pause)
-        checkpoints.save(state, data_state=batches, force=True)
-        checkpoints.wait()
+        saves.save(state, data_state=batches, force=True)
+        saves.wait()
         if preemption.requested:
             print("stopped at", int(state.step), flush=True)
             preemption.exit()

@@ -1,37 +1,43 @@
-"""Joins, or says why not, and how long that took.
+"""Calls `initialize`, once or twice; prints whether the process has joined, or the error.
 
-    python meets.py KEYWORDS_AS_JSON
+    python meets.py ARGUMENTS_AS_JSON
 """
 
 import json
+import logging
 import sys
-import time
 
 import jax
 
 import zerojax as zj
-from zerojax.processes import fingerprint
+
+
+def repeat(arguments):
+    """Calls `initialize` without arguments, with the same and with others."""
+    job = zj.initialize()
+    same = ["same" if zj.initialize(**more) is job else "another" for more in ({}, arguments)]
+    print("again:", ", ".join(same), flush=True)
+    try:
+        zj.initialize(heartbeat_timeout=5)
+    except zj.ClusterError as error:
+        print("again:", error, flush=True)
+
+
+def main(arguments, late=False, again=False):
+    logging.basicConfig(level=logging.INFO)
+    if late:
+        jax.devices()
+    try:
+        zj.initialize(**arguments)
+    except zj.ClusterError as error:
+        print("error:", error, flush=True)
+        sys.exit(3)
+    print("joined", jax.process_index(), jax.process_count(), flush=True)
+    if again:
+        repeat(arguments)
+
 
 if __name__ == "__main__":
-    keywords = json.loads(sys.argv[1])
-    if "versions" in keywords:
-        told = fingerprint.versions() | keywords.pop("versions")
-        fingerprint.versions = lambda: told
-    if keywords.pop("late", False):
-        jax.devices()
-    again = keywords.pop("again", False)
-    print("meeting", flush=True)
-    started = time.perf_counter()
-    try:
-        zj.initialize(**keywords)
-        print("joined", jax.process_index(), jax.process_count(), jax.device_count(), flush=True)
-        if again:
-            same = ["same" if zj.initialize(**more) is zj.initialize() else "another" for more in ({}, keywords)]
-            print("again:", ", ".join(same), flush=True)
-            try:
-                zj.initialize(heartbeat_timeout=5)
-            except zj.ClusterError as error:
-                print("again:", error, flush=True)
-    except zj.ClusterError as error:
-        print(f"{time.perf_counter() - started:.1f} s: {error}", flush=True)
-        sys.exit(3)
+    options = json.loads(sys.argv[1])
+    flags = {name: options.pop(name) for name in ("late", "again") if name in options}
+    main(options, **flags)

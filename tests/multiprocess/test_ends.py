@@ -1,4 +1,7 @@
-"""Processes that die, stop, raise or are told to end (faults 2, 14, 15, 17, 21), and runs that go on after them."""
+"""Processes that die, stop, raise or get a signal, and runs that continue after them.
+
+These are the faults 2, 14, 15, 17 and 21.
+"""
 
 import json
 import pathlib
@@ -13,25 +16,32 @@ import pytest
 from distributed_trainer import HEARTBEAT
 from processes import HERE, Job, environment, launch
 
-import zerojax as zj
+from zerojax.checkpoint import directory as folder
 from zerojax.checkpoint import reading
 
 TRAINER = HERE / "distributed_trainer.py"
 SOON = HEARTBEAT + 5  # seconds
+SLOW = pytest.mark.slow
 
 
-def notes(directory):
-    """What each step there says of itself, after its arrays were compared with their digests."""
-    return {step: reading.verify(reading.step_path(directory, step)) for step in reading.steps(directory)}
+def manifests(directory):
+    """Returns the manifest of each step, after its arrays were compared with their digests."""
+    return {step: reading.verify(folder.step_path(directory, step))
+            for step in folder.steps(directory)}
 
 
 def digests(directory, step):
-    return {path: entry.digest for path, entry in notes(directory)[step].leaves.items()}
+    return {path: entry.digest for path, entry in manifests(directory)[step].leaves.items()}
+
+
+def arrays(directory, step):
+    manifest = manifests(directory)[step]
+    return dict(reading.arrays(folder.step_path(directory, step), manifest, list(manifest.leaves)))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The directory of a run of two processes that nobody disturbs: 12 steps."""
+    """The directory of an undisturbed run of two processes, with 12 steps."""
     tmp_path = tmp_path_factory.mktemp("undisturbed")
     with Job(tmp_path, [TRAINER, tmp_path / "run", 12], 2) as job:
         assert job.wait(120) == [0, 0], [p.err[-2000:] for p in job]
@@ -39,52 +49,59 @@ def undisturbed(tmp_path_factory):
     return tmp_path / "run"
 
 
+@pytest.fixture
+def run(tmp_path):
+    """The directory of a run, which exists before the run starts."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    return directory
+
+
 @pytest.mark.parametrize("kind, process", [
-    ("stop", 1), ("kill", 0),
-    pytest.param("kill", 1, marks=pytest.mark.slow), pytest.param("stop", 0, marks=pytest.mark.slow)])
-def test_a_process_that_dies_or_stops_ends_all(tmp_path, kind, process):
-    """No half step is there then, though the one before was being saved."""
-    run = tmp_path / "run"
-    run.mkdir()
-    with Job(tmp_path, [TRAINER, run, 12], 2, env=lambda _: {"FAULT": f"{kind} {process} 5"}) as job:
+    ("stop", 1), ("kill", 0), pytest.param("kill", 1, marks=SLOW),
+    pytest.param("stop", 0, marks=SLOW)])
+def test_a_process_that_dies_or_stops_ends_all(tmp_path, run, kind, process):
+    """There is no partial step, although a save was under way."""
+    fault = {"FAULT": f"{kind} {process} 5"}
+    with Job(tmp_path, [TRAINER, run, 12], 2, env=lambda _: fault) as job:
         job[process].wait_for("step 5")
         (status,) = job.wait(SOON, but=[process])
         assert status not in (0, 75)
-    whole = notes(run)
-    assert max(whole) in (3, 4)  # that it had begun to save 4 may have been in vain
+    assert max(manifests(run)) in (3, 4)  # the save of step 4 may not have been completed
 
 
-def test_a_run_goes_on_after_a_kill(tmp_path, undisturbed):
-    """By itself, from the last checkpoint: bit for bit on the same mesh."""
-    run = tmp_path / "run"
-    run.mkdir()
-    done = launch("-n", 2, "--devices", 4, "--restarts", 2, TRAINER, run, 12, env={"FAULT": "kill 1 7"})
+def test_a_run_continues_after_a_kill(run, undisturbed):
+    """It restarts from the last checkpoint by itself; on the same mesh, the result is bit-equal."""
+    done = launch("-n", 2, "--devices", 4, "--restarts", 2, TRAINER, run, 12,
+                  env={"FAULT": "kill 1 7"})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "process 1 of 2 was ended by SIGKILL" in done.stderr and done.stderr.count("starts again") == 1
+    assert "process 1 of 2 was ended by SIGKILL" in done.stderr
+    assert done.stderr.count("starts again") == 1
     first, second = re.findall(r"\[0\] from (\d+)", done.stdout)
-    assert (first, int(second) in (5, 6)) == ("0", True)
+    assert first == "0" and int(second) in (5, 6)
     assert digests(run, 12) == digests(undisturbed, 12)
 
 
-def test_a_run_goes_on_with_fewer_processes(tmp_path, undisturbed):
-    run = tmp_path / "run"
-    run.mkdir()
-    done = launch("-n", "2,1", "--devices", 4, "--restarts", 1, TRAINER, run, 12, env={"FAULT": "kill 0 7"})
+def test_a_run_continues_with_fewer_processes(run, undisturbed):
+    done = launch("-n", "2,1", "--devices", 4, "--restarts", 1, TRAINER, run, 12,
+                  env={"FAULT": "kill 0 7"})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert notes(run)[12].mesh == {"data": 4} and notes(undisturbed)[12].mesh == {"data": 8}
-    with zj.Checkpointer(run) as ours, zj.Checkpointer(undisturbed) as theirs:
-        wanted = notes(run)[12].leaves
-        assert wanted.keys() == notes(undisturbed)[12].leaves.keys()
-        a, b = (dict(reading.arrays(c.directory / "12", notes(c.directory)[12], list(wanted))) for c in (ours, theirs))
-    for path in wanted:
-        np.testing.assert_allclose(np.float64(a[path]), np.float64(b[path]), rtol=1e-4, atol=1e-6, err_msg=path)
+    assert manifests(run)[12].mesh == {"data": 4}
+    assert manifests(undisturbed)[12].mesh == {"data": 8}
+    ours, theirs = arrays(run, 12), arrays(undisturbed, 12)
+    assert ours.keys() == theirs.keys()
+    for path in ours:
+        np.testing.assert_allclose(np.float64(ours[path]), np.float64(theirs[path]), rtol=1e-4,
+                                   atol=1e-6, err_msg=path)
 
 
 @pytest.mark.parametrize("process, when", [(1, "step 4"), (0, "evaluating"), (1, "from")])
-def test_one_that_is_told_to_stop_stops_all_after_the_same_step(tmp_path, process, when):
-    """In training, in an evaluation, and while the step compiles."""
-    slow = {"SLOW_TO_TRACE": "2"} if when == "from" else {}
-    with Job(tmp_path, [TRAINER, tmp_path / "run", 4 if when == "evaluating" else 1000, 0.05], 2, env=lambda _: slow) as job:
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, process, when):
+    """During training, an evaluation, and the compilation of the step."""
+    variables = {"SLOW_TO_TRACE": "2"} if when == "from" else {}
+    steps = 4 if when == "evaluating" else 1000
+    run = tmp_path / "run"
+    with Job(tmp_path, [TRAINER, run, steps, 0.05], 2, env=lambda _: variables) as job:
         job[process].wait_for(when)
         job[process].signal(signal.SIGTERM)
         assert job.wait(60) == [75, 75], [p.err[-2000:] for p in job]
@@ -92,68 +109,81 @@ def test_one_that_is_told_to_stop_stops_all_after_the_same_step(tmp_path, proces
         assert stopped == other and stopped.startswith("stopped at")
         assert "SIGTERM: stops after this step" in job[process].err
     step = int(stopped.split()[-1])
-    assert max(notes(tmp_path / "run")) == step
+    assert max(manifests(run)) == step
     if when == "step 4":
         assert 4 <= step <= 8
 
 
-def test_one_that_raises_ends_all_with_its_traceback(tmp_path):
-    (tmp_path / "run").mkdir()
+def test_an_exception_of_one_process_ends_all_with_its_traceback(run):
     started = time.monotonic()
-    done = launch("-n", 2, "--devices", 4, TRAINER, tmp_path / "run", 10**6, env={"FAULT": "raise 1 3"}, limit=60)
+    done = launch("-n", 2, "--devices", 4, TRAINER, run, 10**6, env={"FAULT": "raise 1 3"},
+                  limit=60)
     assert done.returncode == 1 and time.monotonic() - started < 60
     report = done.stderr.split("zerojax launch: ")[-1].splitlines()
-    assert report[0] == "process 1 of 2 ended with status 1, the first to fail; the others were ended."
-    assert report[1] == "[1] Traceback (most recent call last):" and report[-1] == "[1] ValueError: process 1 has had enough"
+    assert report[0] == ("process 1 of 2 ended with status 1, the first to fail; "
+                         "the others were ended.")
+    assert report[1] == "[1] Traceback (most recent call last):"
+    assert report[-1] == "[1] ValueError: process 1 fails"
 
 
-def test_one_that_raises_does_not_wait_for_the_others(tmp_path):
-    """Without a launcher that would end it; jax would keep it until the shutdown's time-out."""
-    (tmp_path / "run").mkdir()
-    with Job(tmp_path, [TRAINER, tmp_path / "run", 1000], 2, env=lambda _: {"FAULT": "raise 1 3"}) as job:
+def test_a_process_that_raises_does_not_wait_for_the_others(tmp_path, run):
+    """Without a launcher that would end it; jax would wait for `shutdown_timeout`, 25 s."""
+    with Job(tmp_path, [TRAINER, run, 1000], 2, env=lambda _: {"FAULT": "raise 1 3"}) as job:
         job[1].wait_for("step 3")
-        assert job.wait(12, but=[0]) == [1]  # jax would wait for 25 s
-        assert job[1].err.splitlines()[-1] == "ValueError: process 1 has had enough"
+        assert job.wait(12, but=[0]) == [1]
+        assert job[1].err.splitlines()[-1] == "ValueError: process 1 fails"
         assert job.wait(SOON, but=[1])[0] not in (0, 75)
 
 
-@pytest.mark.parametrize("processes", [4, pytest.param(1, marks=pytest.mark.slow)])
-def test_more_and_fewer_processes_restore_what_two_saved(tmp_path, undisturbed, processes):
+@pytest.mark.parametrize("processes", [4, pytest.param(1, marks=SLOW)])
+def test_another_number_of_processes_restores(tmp_path, undisturbed, processes):
     """At another stage, bit for bit."""
     with Job(tmp_path, [HERE / "restores.py", undisturbed], processes, 8 // processes) as job:
         assert job.wait(120) == [0] * processes, [p.err[-2000:] for p in job]
-        assert [json.loads(p.out.splitlines()[-1]) for p in job] == [digests(undisturbed, 12)] * processes
+        restored = [json.loads(p.out.splitlines()[-1]) for p in job]
+    assert restored == [digests(undisturbed, 12)] * processes
 
 
 @pytest.mark.parametrize("number, status", [
-    (signal.SIGTERM, 75), (signal.SIGINT, 75), pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow)])
-def test_the_launcher_ends_its_processes_when_it_is_ended(tmp_path, number, status):
-    """They may answer SIGTERM and Ctrl-C by saving; of SIGKILL it can't tell them."""
-    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
-        silent = number == signal.SIGKILL  # one that prints would end by its broken pipe
-        arguments = ["launch", "-n", 2, "--devices", 1, TRAINER, tmp_path / "run", 1000, 300 if silent else 0.05]
-        command = [sys.executable, "-m", "zerojax", *map(str, arguments)]
-        launcher = subprocess.Popen(command, env=environment(), stdout=out, stderr=err)
-    end = time.monotonic() + 90
+    (signal.SIGTERM, 75), (signal.SIGINT, 75),
+    pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=SLOW)])
+def test_the_processes_of_a_launcher_that_ends_end_too(tmp_path, number, status):
+    """They save on SIGTERM and Ctrl-C; the launcher cannot pass SIGKILL on."""
+    killed = number == signal.SIGKILL
+    pause = 300 if killed else 0.05  # a process that prints would end by its broken pipe
+    out, err = tmp_path / "out", tmp_path / "err"
+    arguments = ["-n", 2, "--devices", 1, TRAINER, tmp_path / "run", 1000, pause]
+    command = [sys.executable, "-m", "zerojax", "launch", *map(str, arguments)]
+    with out.open("w") as stdout, err.open("w") as stderr:
+        launcher = subprocess.Popen(command, env=environment(), stdout=stdout, stderr=stderr)
     try:
-        while f"[1] step {1 if silent else 3}" not in (tmp_path / "out").read_text() and time.monotonic() < end:
-            time.sleep(0.05)
-        pids = [int(p) for p in pathlib.Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
-        assert len(pids) == 2
+        wait_until(lambda: f"[1] step {1 if killed else 3}" in out.read_text())
+        children = children_of(launcher.pid)
+        assert len(children) == 2
         launcher.send_signal(number)
         assert launcher.wait(30) == status
-        while any(_alive(pid) for pid in pids):
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        wait_until(lambda: not any(is_running(child) for child in children))
     finally:
         launcher.kill()
-    if status == 75:
-        assert max(notes(tmp_path / "run")) >= 3
-        assert (tmp_path / "err").read_text().splitlines()[-1] == "zerojax launch: the processes were told to stop: status 75"
+    if not killed:
+        assert max(manifests(tmp_path / "run")) >= 3
+        last = err.read_text().splitlines()[-1]
+        assert last == "zerojax launch: the processes stopped on a signal: status 75"
 
 
-def _alive(pid):
-    """A process that has ended and that nobody has waited for does not count."""
+def wait_until(condition, limit=90):
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def children_of(pid):
+    return pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def is_running(pid):
+    """Whether a process runs; one that has ended and was not waited for does not."""
     stat = pathlib.Path(f"/proc/{pid}/stat")
     try:
         return stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"

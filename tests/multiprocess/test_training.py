@@ -1,4 +1,4 @@
-"""Right: processes that each bring a part of every batch come to what one device would, at every stage."""
+"""Several processes, each with its own part of every batch, train like one device at all stages."""
 
 import json
 
@@ -12,30 +12,46 @@ from processes import HERE, Job
 
 
 def case(stage, accumulate=1, clip=None, **more):
-    return {"stage": stage, "accumulate": accumulate, "clip": clip, "replica": 1, "model": "mlp", "tx": "adamw", "way": None,
-            "parts": 8} | more
+    defaults = {"replica": 1, "model": "mlp", "tx": "adamw", "way": None, "parts": 8}
+    return defaults | {"stage": stage, "accumulate": accumulate, "clip": clip} | more
 
 
-CASES = {
-    "2 x 4": (2, [case(0, 2, 0.3), case(1, 2, 0.3), case(2, 2, 0.3), case(3, 2, 0.3), case(3, way="global")]),
-    "4 x 2": (4, [case(1, 2, 0.3), case(3, 2, 0.3), case(2, replica=2, tx="adafactor", model="matrices")]),
-    "2 x 4, a transformer": (2, [case(stage, 2, 0.3, model="scanned") for stage in range(4)]),
-    "4 x 2, all": (4, [case(0, 2, 0.3), case(2, 2, 0.3), case(3, way="global"), case(1, replica=2)]),
+def stages(*wanted, **more):
+    return [case(stage, 2, 0.3, **more) for stage in wanted]
+
+
+GLOBAL = case(3, way="global")
+MATRICES = case(2, replica=2, tx="adafactor", model="matrices")
+JOBS = {  # the number of processes, with 8 devices in all, and their cases
+    "2 x 4": (2, [*stages(0, 1, 2, 3), GLOBAL]),
+    "4 x 2": (4, [*stages(1, 3), MATRICES]),
+    "2 x 4, a transformer": (2, stages(0, 1, 2, 3, model="scanned")),
+    "4 x 2, all": (4, [*stages(0, 2), GLOBAL, case(1, replica=2)]),
 }
-SLOW = list(CASES)[2:]
+SLOW = ("2 x 4, a transformer", "4 x 2, all")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
+def expected(one):
+    """Returns (initial parameters, final parameters, losses) of one device."""
+    model, tx = zoo.MODELS[one["model"]](), zoo.OPTIMIZERS[one["tx"]]()
+    batches = [batch(one, seed) for seed in range(STEPS)]
+    params, _, losses = oracle.train(model, tx, batches, accumulate=one["accumulate"],
+                                     clip_norm=one["clip"])
+    born, _ = model.split(model.init())
+    return born, params, losses
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in JOBS])
 def test_equals_one_device(tmp_path, name):
-    processes, cases = CASES[name]
-    with Job(tmp_path, [HERE / "contract.py", tmp_path / "found.npz", *map(json.dumps, cases)], processes, 8 // processes) as job:
+    processes, cases = JOBS[name]
+    command = [HERE / "contract.py", tmp_path / "found.npz", *map(json.dumps, cases)]
+    with Job(tmp_path, command, processes, 8 // processes) as job:
         assert job.wait(240) == [0] * processes, [p.err[-2000:] for p in job]
     found = np.load(tmp_path / "found.npz")
     for i, one in enumerate(cases):
-        model, batches = zoo.MODELS[one["model"]](), [batch(one, seed) for seed in range(STEPS)]
-        tx = zoo.OPTIMIZERS[one["tx"]]()
-        theirs, _, losses = oracle.train(model, tx, batches, accumulate=one["accumulate"], clip_norm=one["clip"])
+        born, theirs, losses = expected(one)
         np.testing.assert_allclose(found[f"{i}/losses"], losses, rtol=1e-5, err_msg=str(one))
-        born, _ = model.split(model.init())
-        ours = jax.tree.map_with_path(lambda path, _, i=i: found[f"{i}/{jax.tree_util.keystr(path)}"], theirs)
+        ours = jax.tree.map_with_path(
+            lambda path, _, i=i: found[f"{i}/{jax.tree_util.keystr(path)}"], theirs)
         oracle.assert_close(ours, theirs, born, "float32")

@@ -1,8 +1,9 @@
-"""Restores the newest state of a directory, several times; each process sees it in a state of its own.
+"""Restores the newest state of a directory, several times; each process sees it in another state.
 
-    python views.py POSITIONS CASES_AS_JSON    # [[directory of each process], [steps that the second one lists] or null], ...
+    python views.py POSITIONS CASES_AS_JSON
 
-Then saves a state into POSITIONS, where each process is at a place of its own in its data, and restores that.
+A case is [directory of each process, steps that the second one lists, or null]. Then saves a state
+into POSITIONS, with a position in its data for each process, and restores it.
 """
 
 import json
@@ -12,25 +13,50 @@ import jax
 import states
 
 import zerojax as zj
-from zerojax.checkpoint import reading
+from zerojax.checkpoint import directory as folder
+
+
+def report(*words):
+    print("view:", *words, flush=True)
+
+
+def view(zero, directories, listed):
+    """Restores from directories that should be the same one."""
+    steps = folder.steps
+    if listed is not None and jax.process_index() == 1:
+        folder.steps = lambda _: listed
+    with zj.Checkpointer(directories[0]) as checkpoints:
+        checkpoints.directory = folder.located(directories[jax.process_index()])
+        try:
+            found = checkpoints.restore_latest(states.target(zero))
+            report("restored", found.step, found.data_state)
+        except zj.ZeroError as error:
+            report(type(error).__name__, str(error).splitlines()[0])
+    folder.steps = steps
+
+
+def not_shared(directory):
+    try:
+        zj.Checkpointer(f"{directory}-{jax.process_index()}")
+    except zj.CheckpointError as error:
+        report(error)
+
+
+def positions(zero, directory):
+    own = {"next": 10 + jax.process_index(), "bytes": b"\x00"}
+    with zj.Checkpointer(directory) as checkpoints:
+        checkpoints.save(states.state(zero), data_state=own)
+        report(checkpoints.restore_latest(states.target(zero)).data_state)
+
+
+def main(directory, cases):
+    zj.initialize()
+    zero = zj.Zero(zj.make_mesh(), min_shard=1)
+    for directories, listed in json.loads(cases):
+        view(zero, directories, listed)
+    not_shared(directory)
+    positions(zero, directory)
+
 
 if __name__ == "__main__":
-    zj.initialize()
-    zero, listed = zj.Zero(zj.make_mesh(), min_shard=1), reading.steps
-    for directories, seen in json.loads(sys.argv[2]):
-        reading.steps = listed if seen is None or jax.process_index() == 0 else lambda _, seen=seen: seen
-        with zj.Checkpointer(directories[0]) as checkpoints:
-            checkpoints.directory = reading.located(directories[jax.process_index()])  # as this host sees it
-            try:
-                found = checkpoints.restore_latest(states.target(zero))
-                print("view: restored", found.step, found.data_state, flush=True)
-            except zj.ZeroError as error:
-                print("view:", type(error).__name__, str(error).splitlines()[0], flush=True)
-    reading.steps = listed
-    try:
-        zj.Checkpointer(f"{sys.argv[1]}-{jax.process_index()}")
-    except zj.CheckpointError as error:
-        print("view:", error, flush=True)
-    with zj.Checkpointer(sys.argv[1]) as checkpoints:
-        checkpoints.save(states.state(zero), data_state={"next": 10 + jax.process_index(), "bytes": b"\x00"})
-        print("view:", checkpoints.restore_latest(states.target(zero)).data_state, flush=True)
+    main(*sys.argv[1:])

@@ -1,4 +1,5 @@
-"""What goes wrong in the process that compiles, or before it, is an error here that says what to do."""
+"""What goes wrong in the process that compiles, or before it, is an error here that says what to
+do."""
 
 import stat
 import sys
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import zerojax as zj
 from zerojax.layout import topology
-from zerojax.plan import compiler
+from zerojax.plan import cache, compiler
 
 
 @pytest.fixture
@@ -55,10 +56,10 @@ def _as_compiler(monkeypatch, tmp_path, script):
 
 def test_out_of_memory_is_said_to_be_that(zero, monkeypatch, tmp_path):
     _as_compiler(monkeypatch, tmp_path, "echo assigning buffers; kill -9 $$")
-    with pytest.raises(zj.CompileError, match=r"signal SIGKILL. Out of memory, by the look of it(.|\n)*assigning buffers"):
+    with pytest.raises(zj.CompileError, match=r"signal SIGKILL. It probably ran out of memory(.|\n)*assigning buffers"):
         _plan(zero)
     _as_compiler(monkeypatch, tmp_path, "echo 'terminate called: std::bad_alloc'; kill -ABRT $$")
-    with pytest.raises(zj.CompileError, match=r"signal SIGABRT. Out of memory"):
+    with pytest.raises(zj.CompileError, match=r"signal SIGABRT. It probably ran out of memory"):
         _plan(zero)
 
 
@@ -78,7 +79,7 @@ def test_an_interrupted_plan_leaves_no_process(zero, monkeypatch, tmp_path):
 
 
 def test_a_torn_cache_entry_is_made_anew(zero, monkeypatch, tmp_path):
-    monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     first = _plan(zero, cache=True)
     entry, = (tmp_path / "programs").iterdir()
     entry.write_bytes(entry.read_bytes()[:100])
@@ -89,7 +90,7 @@ def test_a_torn_cache_entry_is_made_anew(zero, monkeypatch, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_no_error(zero, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path / "file"))
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file"))
     assert not _plan(zero, cache=True).cached
 
 

@@ -1,4 +1,4 @@
-"""What a process says of the program that it is about to run: as every other that runs the same, and unlike any that does not."""
+"""Fingerprints of programs, functions and values: equal for the same program, else different."""
 
 import functools
 import os
@@ -13,20 +13,29 @@ import pytest
 
 from zerojax.processes import fingerprint
 
+X = np.ones((4, 4), np.float32)
+
 
 def of_program(fn, *args):
     return fingerprint.of_program(jax.jit(fn), *args)
 
 
-X = np.ones((4, 4), np.float32)
-
-
-def _both(x):
+def both(x):
     return x + 1, x * 2
 
 
-def _lies(axis):
-    return jax.NamedSharding(jax.make_mesh((2,), ("a",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2]), jax.P(axis))
+def sharded(axis):
+    mesh = jax.make_mesh((2,), ("a",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    sharding = jax.NamedSharding(mesh, jax.P(axis))
+    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+def looped(factor):
+    return lambda x: jax.lax.fori_loop(0, 3, lambda i, y: y * factor, x)
+
+
+def scanned(length):
+    return lambda x: jax.lax.scan(lambda y, _: (y * 2, None), x, length=length)[0]
 
 
 PROGRAMS = {
@@ -34,16 +43,15 @@ PROGRAMS = {
     "an operation": (lambda x: x + x, lambda x: x * x),
     "a setting": (lambda x: x.sum(0), lambda x: x.sum(1)),
     "an operand": (lambda x: (x + 1) - x, lambda x: x - (x + 1)),
-    "an array": (lambda x: x + jnp.arange(4.0)[None], lambda x: x + jnp.array([0.0, 1.0, 2.0, 4.0])[None]),
+    "an array": (lambda x: x + jnp.arange(4.0)[None],
+                 lambda x: x + jnp.array([0.0, 1.0, 2.0, 4.0])[None]),
     "a dtype": (lambda x: x.astype("bfloat16"), lambda x: x.astype("float16")),
-    "what is returned": (lambda x: _both(x), lambda x: _both(x)[::-1]),
-    "a constant within": (lambda x: x + jax.jit(lambda: jnp.asarray(X))(), lambda x: x + jax.jit(lambda: jnp.asarray(2 * X))()),
-    "a sharding": (lambda x: jax.lax.with_sharding_constraint(x, _lies("a")),
-                   lambda x: jax.lax.with_sharding_constraint(x, _lies(None))),
-    "within a loop": (lambda x: jax.lax.fori_loop(0, 3, lambda i, y: y * 2.0, x),
-                      lambda x: jax.lax.fori_loop(0, 3, lambda i, y: y * 4.0, x)),
-    "how often": (lambda x: jax.lax.scan(lambda y, _: (y * 2, None), x, length=3)[0],
-                  lambda x: jax.lax.scan(lambda y, _: (y * 2, None), x, length=4)[0]),
+    "the order of results": (lambda x: both(x), lambda x: both(x)[::-1]),
+    "a constant of an inner program": (lambda x: x + jax.jit(lambda: jnp.asarray(X))(),
+                                       lambda x: x + jax.jit(lambda: jnp.asarray(2 * X))()),
+    "a sharding": (sharded("a"), sharded(None)),
+    "the body of a loop": (looped(2.0), looped(4.0)),
+    "the length of a scan": (scanned(3), scanned(4)),
 }
 
 
@@ -55,15 +63,19 @@ def test_programs_that_differ(name):
 
 
 def test_functions_by_their_code():
+    def make(scale):
+        return lambda x: x * scale
+
     of = fingerprint.of_function
-    make = lambda scale: lambda x: x * scale
-    assert of(make(1)) == of(make(2)), "what they close over shows in the program"
+    assert of(make(1)) == of(make(2)), "the values that they close over show in the program"
     first, second = (eval(f"lambda x: x * {n}") for n in (1, 2))
     assert of(first) != of(second)
     assert of(functools.partial(first)) == of(first)
     nested = [eval(f"lambda x: [y * {n} for y in (lambda: x)()]") for n in (1, 2)]
     assert of(nested[0]) != of(nested[1])
 
+
+def test_functions_of_objects():
     class Loss:
         def __call__(self, x):
             return x
@@ -71,36 +83,46 @@ def test_functions_by_their_code():
         def method(self, x):
             return x
 
-    assert of(Loss()) == of(Loss()) and "Loss.__call__" in of(Loss()) and "Loss.method" in of(Loss().method)
+    of = fingerprint.of_function
+    assert of(Loss()) == of(Loss())
+    assert "Loss.__call__" in of(Loss()) and "Loss.method" in of(Loss().method)
 
 
 def test_values_of_arrays_and_keys():
-    values = lambda x: fingerprint.values({"x": x})["x"]
-    assert values(jax.random.key(0)) != values(jax.random.key(1)) and values(X) != values(X * 2)
-    large = np.zeros(2**17, np.float32)  # of which a part is looked at
-    assert values(large) != values(large + 1) and values(large) == values(large.copy())
-    assert fingerprint.shapes({"x": X}) == fingerprint.shapes({"x": X * 2}) == {"x": "float32[4, 4]"}
+    def value(x):
+        return fingerprint.values({"x": x})["x"]
+
+    assert value(jax.random.key(0)) != value(jax.random.key(1))
+    assert value(X) != value(X * 2)
+    large = np.zeros(2**17, np.float32)  # a sample of it is hashed
+    assert value(large) != value(large + 1) and value(large) == value(large.copy())
+    expected = {"x": "float32[4, 4]"}
+    assert fingerprint.shapes({"x": X}) == fingerprint.shapes({"x": X * 2}) == expected
 
 
 CODE = """
 import jax; jax.config.update("jax_num_cpu_devices", 8)
 import zoo, optax, zerojax as zj
 from zerojax.processes import fingerprint
+tx = optax.adam(0.1)
 for name in ("scanned_remat", "nnx", "mlp", "resnet"):
     model, zero = zoo.MODELS[name](), zj.Zero(zj.make_mesh(), min_shard=1)
-    state, step = zero.abstract(model.init, optax.adam(0.1)), zero.train_step(model.loss, optax.adam(0.1), accumulate=2)
-    print(name, fingerprint.of_program(step._jitted, state, model.batch(16, 0)), fingerprint.of_function(model.loss))
+    state, step = zero.abstract(model.init, tx), zero.train_step(model.loss, tx, accumulate=2)
+    program = fingerprint.of_program(step._jitted, state, model.batch(16, 0))
+    print(name, program, fingerprint.of_function(model.loss))
 """
 
 
-def test_another_process_says_the_same(tmp_path):
-    """With other addresses and another order of sets, from another directory."""
-    path = os.pathsep.join([str(pathlib.Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    said = []
+def test_another_process_has_the_same_fingerprints(tmp_path):
+    """It runs in another directory, with other addresses and another order of sets."""
+    tests = str(pathlib.Path(__file__).parent.parent)
+    path = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
+    outputs = []
     for seed in ("1", "2"):
         (tmp_path / seed).mkdir()
-        done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=200, cwd=tmp_path / seed,
-                              env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": path})
+        environ = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": path}
+        done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True,
+                              timeout=200, cwd=tmp_path / seed, env=environ)
         assert done.returncode == 0, done.stderr[-2000:]
-        said.append(done.stdout)
-    assert said[0] == said[1] and len(said[0].splitlines()) == 4
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == 4

@@ -1,4 +1,4 @@
-"""One loss or per device: what a loss is differentiated as, why, and that either is right."""
+"""The choice between one loss and per device: which is chosen, why, and that it is right."""
 
 import flax.linen as nn
 import jax
@@ -13,10 +13,19 @@ import zerojax as zj
 
 SGD = optax.sgd(1.0)
 KEY = jax.random.key(0)
+X = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+
+
+def _mesh():
+    return zj.make_mesh(devices=jax.devices()[:8])
 
 
 def _zero(**settings):
-    return zj.Zero(zj.make_mesh(devices=jax.devices()[:8]), **{"min_shard": 1, **settings})
+    return zj.Zero(_mesh(), **{"min_shard": 1, **settings})
+
+
+def _close(ours, theirs):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
 class Net(nn.Module):
@@ -33,21 +42,32 @@ def _images(rows):
     return {"x": jax.random.normal(KEY, (rows, 8, 8, 3)), "y": np.arange(rows) % 10}
 
 
-CONVOLUTIONS = [(4, 4, 8, 1), (4, 4, 16, 2), (3, 1, 8, 1), (3, 1, 16, 1), (1, 1, 8, 1), (1, 1, 64, 1)]
+CONVOLUTIONS = [(4, 4, 8, 1), (4, 4, 16, 2), (3, 1, 8, 1), (3, 1, 16, 1), (1, 1, 8, 1),
+                (1, 1, 64, 1)]
 
 
 @pytest.mark.parametrize("kernel, stride, rows, accumulate", CONVOLUTIONS)
 def test_gradients_of_convolutions(kernel, stride, rows, accumulate):
-    """XLA partitions the gradient of a vmapped convolution wrongly: by 90 %, for a 1x1 kernel at any size."""
-    model, batch = Net(kernel, stride), _images(rows)
-    total = lambda v, b: optax.softmax_cross_entropy_with_integer_labels(model.apply(v, b["x"]), b["y"]).sum()
+    """XLA partitions the gradient of a vmapped convolution wrongly.
+
+    It is off by 90 % for a 1x1 kernel at any size.
+    """
+    model, batch, zero = Net(kernel, stride), _images(rows), _zero()
+
+    def losses(variables, batch):
+        logits = model.apply(variables, batch["x"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+
+    def total(variables, batch):
+        values = losses(variables, batch)
+        return zj.Loss(values.sum(), values.size)
+
     params = model.init(KEY, batch["x"])["params"]
-    want = jax.jit(jax.grad(lambda p: total({"params": p}, batch) / rows))(params)
-    step = _zero().train_step(lambda v, b: zj.Loss(total(v, b), len(b["y"])), SGD, accumulate=accumulate)
-    state, _ = step(_zero().init(model.init, SGD, KEY, batch["x"]), batch)
-    got = jax.tree.map(lambda a, b: a - np.asarray(b), params, state.params)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+    expected = jax.jit(jax.grad(lambda p: losses({"params": p}, batch).mean()))(params)
+    step = zero.train_step(total, SGD, accumulate=accumulate)
+    state, _ = step(zero.init(model.init, SGD, KEY, batch["x"]), batch)
+    grads = jax.tree.map(lambda old, new: old - np.asarray(new), params, state.params)
+    jax.tree.map(_close, grads, expected)
 
 
 def _weights():
@@ -58,129 +78,202 @@ def _sum(y):
     return zj.Loss(jnp.square(y).sum(), y.shape[0])
 
 
+def _linear(p, x):
+    return _sum(x @ p["w"])
+
+
+def _mean(p, x):
+    return jnp.square(x @ p["w"]).mean()
+
+
+def _pass_on(x):
+    return jax.lax.ppermute(x, "data", [(i, (i + 1) % 8) for i in range(8)])
+
+
 def _ring(p, x):
-    """As a kernel that passes blocks on does it: a shard_map over the data axis."""
-    mesh = zj.make_mesh(devices=jax.devices()[:8])
-    turn = jax.shard_map(lambda x: jax.lax.ppermute(x, "data", [(i, (i + 1) % 8) for i in range(8)]), mesh=mesh, in_specs=P("data"),
-                         out_specs=P("data"))
+    """A shard_map over the data axis, as in a kernel that passes blocks on."""
+    turn = jax.shard_map(_pass_on, mesh=_mesh(), in_specs=P("data"), out_specs=P("data"))
     return _sum(turn(x @ p["w"]) + x)
 
 
-def _ring_vjp(p, x):
-    @jax.custom_vjp
-    def ring(p, x):
-        return _ring(p, x).total
+def _ring_total(p, x):
+    return _ring(p, x).total
 
-    ring.defvjp(lambda p, x: (_ring(p, x).total, (p, x)), lambda kept, ct: jax.tree.map(
-        lambda g: ct * g, jax.grad(lambda p, x: _ring(p, x).total, (0, 1))(*kept)))
+
+def _ring_forward(p, x):
+    return _ring_total(p, x), (p, x)
+
+
+def _ring_backward(saved, ct):
+    return jax.tree.map(lambda g: ct * g, jax.grad(_ring_total, (0, 1))(*saved))
+
+
+def _ring_vjp(p, x):
+    ring = jax.custom_vjp(_ring_total)
+    ring.defvjp(_ring_forward, _ring_backward)
     return zj.Loss(ring(p, x), x.shape[0])
 
 
-def _pinned(p, x):
-    spread = NamedSharding(zj.make_mesh(devices=jax.devices()[:8]), P("data"))
-    return _sum(jax.lax.with_sharding_constraint(x @ p["w"], spread))
+def _constrained(p, x):
+    return _sum(jax.lax.with_sharding_constraint(x @ p["w"], NamedSharding(_mesh(), P("data"))))
 
 
-def _fixed(p, x):
-    """Knows the size of its batch."""
+def _fixed_size(p, x):
+    """Works only for the size of the whole batch."""
     return _sum((x @ p["w"]).reshape(16, 4, 2))
 
 
-def _scaled_by_callback(p, x):
-    scale = jax.pure_callback(lambda x: np.float32(np.abs(x).max()), jax.ShapeDtypeStruct((), jnp.float32), x)
+def _same(y):
+    return y
+
+
+def _double(y):
+    return 2 * y
+
+
+def _cond(p, x):
+    return _sum(jax.lax.cond(x.sum() > 0, _same, _double, x @ p["w"]))
+
+
+def _switch(p, x, rng):
+    return _sum(jax.lax.switch(jax.random.randint(rng, (), 0, 2), [_same, _double], x @ p["w"]))
+
+
+def _largest(x):
+    return np.float32(np.abs(x).max())
+
+
+def _callback(p, x):
+    scale = jax.pure_callback(_largest, jax.ShapeDtypeStruct((), jnp.float32), x)
     return _sum(x @ p["w"] * scale)
 
 
-def _looped(p, x):
+def _while_loop(p, x):
     h = x @ p["w"]
-    small = jax.lax.while_loop(lambda c: jnp.abs(c).max() > 0.1, lambda c: 0.7 * c, jax.lax.stop_gradient(h))
+    small = jax.lax.while_loop(lambda c: jnp.abs(c).max() > 0.1, lambda c: 0.7 * c,
+                               jax.lax.stop_gradient(h))
     return zj.Loss((h * small).sum(), len(x))
 
 
-def _taught(p, x):
-    teacher = lambda t, x: x @ t["w"]
-    return _sum(x @ p["w"] - _zero().gathered(teacher)(jax.tree.map(lambda w: 2 * w, _weights()), x))
+def _distilled(p, x):
+    """The teacher's parameters are gathered inside the loss."""
+    teacher = jax.tree.map(_double, _weights())
+    return _sum(x @ p["w"] - _zero().gathered(lambda t, x: x @ t["w"])(teacher, x))
 
 
 OBSTACLES = {
     "shard_map": (_ring, "has a shard_map over ['data']"),
     "shard_map in a custom_vjp": (_ring_vjp, "has a shard_map over ['data']"),
-    "cond on data": (lambda p, x: _sum(jax.lax.cond(x.sum() > 0, lambda y: y, lambda y: 2 * y, x @ p["w"])), "lax.cond or switch"),
-    "switch on a key": (lambda p, x, rng: _sum(jax.lax.switch(jax.random.randint(rng, (), 0, 2), [lambda y: y, lambda y: 2 * y],
-                                                              x @ p["w"])), "lax.cond or switch"),
-    "pure_callback": (_scaled_by_callback, "calls the host (pure_callback)"),
-    "while_loop on data": (_looped, "has a loop of unknown length"),
-    "zero.gathered inside": (_taught, "gathers other parameters itself (zero.gathered)"),
-    "constraint": (_pinned, "constrains activations over ['data']"),
-    "size of its batch": (_fixed, "cannot be split over the batch: TypeError"),
-    "mean": (lambda p, x: jnp.square(x @ p["w"]).mean(), "returns a bare mean"),
+    "cond on data": (_cond, "branches by lax.cond or switch"),
+    "switch on a key": (_switch, "branches by lax.cond or switch"),
+    "pure_callback": (_callback, "calls the host (pure_callback)"),
+    "while_loop on data": (_while_loop, "has a loop of unknown length (while_loop)"),
+    "zero.gathered inside": (_distilled, "gathers other parameters itself (zero.gathered)"),
+    "constraint": (_constrained, "constrains activations over ['data']"),
+    "size of its batch": (_fixed_size, "cannot be split over the batch: TypeError"),
 }
-X = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+GLOBAL = {**OBSTACLES, "mean": (_mean, "returns a bare mean")}
 
 
 def _one_device(loss, rng):
+    """Returns (mean loss, gradient), by jax alone."""
     def mean(p):
-        result = loss(p, X, rng) if loss.__code__.co_argcount == 3 else loss(p, X)
+        result = loss(p, X, rng) if loss is _switch else loss(p, X)
         return result.total / result.weight if isinstance(result, zj.Loss) else result
 
     return jax.jit(jax.value_and_grad(mean))(_weights())
 
 
-@pytest.mark.parametrize("name", OBSTACLES)
+@pytest.mark.parametrize("name", GLOBAL)
 def test_one_loss_where_a_device_cannot_differentiate_its_part(name):
-    loss, why = OBSTACLES[name]
+    loss, why = GLOBAL[name]
     zero = _zero()
     step, state = zero.train_step(loss, SGD), zero.init(_weights, SGD)
-    demand = step._demand(state, X)
-    assert demand.per_device is False and why in demand.why
+    per_device, reason, *_ = step._way(state, X)
+    assert per_device is False
+    assert why in reason
     value, grads = _one_device(loss, jax.random.fold_in(state.rng, 0))
     state, metrics = step(state, X)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
-    np.testing.assert_allclose(_weights()["w"] - np.asarray(state.params["w"]), grads["w"], rtol=0,
-                               atol=1e-5 * np.abs(grads["w"]).max())
+    _close(_weights()["w"] - np.asarray(state.params["w"]), grads["w"])
 
 
-INSISTED = {"convolution": (lambda v, b: zj.Loss(Net(3, 1).apply(v, b["x"]).sum(), 8), "has a convolution"),
-            **{name: OBSTACLES[name] for name in OBSTACLES if name != "mean"}}
+def _convolution(variables, batch):
+    return zj.Loss(Net(3, 1).apply(variables, batch["x"]).sum(), 8)
 
 
-@pytest.mark.parametrize("name", INSISTED)
-def test_who_insists_is_told_why_not(name):
-    loss, why = INSISTED[name]
-    zero, batch = _zero(gradients="per_device"), _images(8) if name == "convolution" else X
-    init = (lambda: Net(3, 1).init(KEY, batch["x"])) if name == "convolution" else _weights
+def _convolution_weights():
+    return Net(3, 1).init(KEY, _images(8)["x"])
+
+
+PER_DEVICE = {name: (*case, _weights, X) for name, case in OBSTACLES.items()}
+PER_DEVICE["convolution"] = (_convolution, "has a convolution", _convolution_weights, _images(8))
+
+
+@pytest.mark.parametrize("name", PER_DEVICE)
+def test_per_device_is_refused_with_the_reason(name):
+    loss, why, init, batch = PER_DEVICE[name]
+    zero = _zero(gradients="per_device")
     with pytest.raises(zj.PolicyError) as caught:
         zero.train_step(loss, SGD)(zero.init(init, SGD), batch)
-    assert why in str(caught.value) and 'gradients="global"' in str(caught.value)
+    assert f'gradients="per_device": the loss {why}' in str(caught.value)
+    assert 'gradients="global"' in str(caught.value)
 
 
-def test_axis_names_of_pmap_are_explained():
+def test_axis_names_of_pmap_are_refused():
     zero = _zero()
-    with pytest.raises(zj.ModelError, match=r"mapped axis, as under pmap.*unbound axis name: batch.*leave out psum"):
-        zero.train_step(lambda p, x: jax.lax.pmean((x @ p["w"]).mean(), "batch"), SGD)(zero.init(_weights, SGD), X)
+
+    def loss(p, x):
+        return jax.lax.pmean(_mean(p, x), "batch")
+
+    text = r"mapped axis, such as that of pmap.*unbound axis name: batch.*leave out psum"
+    with pytest.raises(zj.ModelError, match=text):
+        zero.train_step(loss, SGD)(zero.init(_weights, SGD), X)
 
 
-def test_what_a_platform_decides_is_no_choice():
+def test_a_branch_by_platform_is_no_obstacle():
     """jax.lax.platform_dependent is a cond on the platform."""
-    loss = lambda p, x: _sum(jax.lax.platform_dependent(x @ p["w"], cpu=lambda y: y, default=lambda y: y))
     zero = _zero()
-    assert zero.train_step(loss, SGD)._demand(zero.init(_weights, SGD), X).per_device
+
+    def loss(p, x):
+        return _sum(jax.lax.platform_dependent(x @ p["w"], cpu=_same, default=_same))
+
+    per_device, *_ = zero.train_step(loss, SGD)._way(zero.init(_weights, SGD), X)
+    assert per_device
 
 
-def test_the_plan_says_which_way_and_why():
-    zero = zj.Zero(zj.make_mesh(topology="h200:1x8"))
+HEADINGS = {
+    "mean": (_mean, None, "one loss (the loss returns a bare mean)"),
+    "sum": (_linear, None, "per device (the loss is a sum over examples)"),
+    "sum, global": (_linear, "global",
+                    'one loss (the loss is differentiated with gradients="global")'),
+    "mean, per device": (_mean, "per_device", 'per device (gradients="per_device")'),
+}
+
+
+@pytest.mark.parametrize("name", HEADINGS)
+def test_the_plans_heading_names_the_way_and_the_reason(name):
+    loss, gradients, text = HEADINGS[name]
+    zero = zj.Zero(zj.make_mesh(topology="h200:1x8"), gradients=gradients)
     x = jax.ShapeDtypeStruct((16, 8), "float32")
-    title = lambda loss: zero.train_step(loss, SGD).plan(zero.abstract(_weights, SGD), x).title
-    assert "one loss (the loss returns a bare mean)" in title(OBSTACLES["mean"][0])
-    assert "per device (the loss is a sum over examples)" in title(lambda p, x: _sum(x @ p["w"]))
+    assert text in zero.train_step(loss, SGD).plan(zero.abstract(_weights, SGD), x).title
 
 
-AUX = {"rows": lambda p, x: (_sum(x @ p["w"]), x @ p["w"]), "a scalar": lambda p, x: (_sum(x @ p["w"]), (x @ p["w"]).max())}
+def _rows(p, x):
+    return _linear(p, x), x @ p["w"]
 
 
-@pytest.mark.parametrize("name", AUX)
-def test_aux_that_parts_cannot_make_chooses_one_loss(name):
+def _scalar(p, x):
+    return _linear(p, x), (x @ p["w"]).max()
+
+
+@pytest.mark.parametrize("loss", [_rows, _scalar])
+def test_aux_is_right_whether_or_not_parts_can_be_joined(loss):
     zero = _zero()
-    run = zero.jit(lambda s, x: zero.value_and_grad(AUX[name], has_aux=True)(s["params"], x), donate=False)
+
+    @zero.jit(donate=False)
+    def run(state, x):
+        return zero.value_and_grad(loss, has_aux=True)(state["params"], x)
+
     (_, aux), _ = run({"params": _weights()}, X)
-    np.testing.assert_allclose(aux, AUX[name](_weights(), X)[1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(aux, loss(_weights(), X)[1], rtol=1e-5, atol=1e-6)

@@ -1,1 +1,4 @@
-"""Keeping a state: arrays by Orbax, a manifest beside them with a digest of each, and safetensors for others."""
+"""Checkpoints: Orbax writes and reads the arrays, and a manifest beside them has their digests.
+
+The only wing that keeps states on disk; it also exports and loads safetensors files.
+"""

@@ -1,36 +1,39 @@
-"""Checkpoints for any mesh and any stage: Orbax writes and reads, a digest of each leaf says whether it read what it wrote.
+"""Checkpoints for any mesh and any stage, written and read by Orbax and checked by digests.
 
-On disk are logical arrays, one for each leaf of the state by its path, and a `Manifest`. Orbax is called here and in `store`.
+On disk are a step's logical arrays, one per leaf of the state, and its `Manifest`. Orbax is called
+here and in `reading`.
 """
 
 import contextlib
 import os
 import re
-import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import NamedSharding
 
-from zerojax.checkpoint import digest, manifest, reading
+from zerojax.checkpoint import directory as folder
+from zerojax.checkpoint import entries, reading, writing
 from zerojax.checkpoint.manifest import Manifest
 from zerojax.checkpoint.target import MODEL, Target
 from zerojax.errors import CheckpointError, CorruptCheckpointError
-from zerojax.layout import padded
 from zerojax.policy import Policy
-from zerojax.processes import agreement, exchange
-from zerojax.train import donation
+from zerojax.processes import exchange
 
 _KINDS = (CorruptCheckpointError, CheckpointError)
 
 
 class Restored(NamedTuple):
-    """What `restore` returns: the state on its devices, and what was saved beside it."""
+    """The result of `Checkpointer.restore`.
+
+    Attributes:
+      state: the state, on its devices.
+      step: its step.
+      data_state: the data state that this process saved with it.
+      metrics: the metrics that were saved with it.
+    """
 
     state: Any
     step: int
@@ -39,101 +42,118 @@ class Restored(NamedTuple):
 
 
 class Checkpointer:
-    """Saves and restores training states, of zerojax or your own, in one directory.
+    """Saves and restores training states, zerojax's or the user's own, in one directory.
 
-    The first save removes what interrupted saves left there: one process at a time may save into a directory, and while it does
-    others may restore from it. The processes of one job make it and call its methods alike; all of them see the directory.
+    Only one job at a time may save into a directory, because its first save removes the remains of
+    interrupted saves. Others may restore from it meanwhile. All processes of a job must make the
+    checkpointer and call its methods alike, and must see the same directory.
 
     Args:
-      directory: made if it is not there.
-      keep: so many of the newest stay; None keeps all. An old one goes when the new one is whole.
+      directory: created if it is missing.
+      keep: the number of newest steps to keep; None keeps all. An old step is removed after the new
+        one is complete.
       every: `save` does nothing for steps that this does not divide.
-      asynchronous: `save` returns when the arrays are copied, and files are written in the background.
-      zero: its stage and precision go into the manifest.
+      asynchronous: whether `save` returns as soon as the arrays are copied; files are then written
+        in the background.
+      zero: the `Zero` whose stage and precision the manifest records.
 
     Raises:
-      CheckpointError: the directory can't be written.
+      CheckpointError: the directory is not writable.
 
-    >>> import tempfile, jax.numpy as jnp, optax, zerojax as zj
+    >>> import tempfile, jax, jax.numpy as jnp, optax, zerojax as zj
     >>> zero, tx = zj.Zero(zj.make_mesh(devices=jax.devices()[:2])), optax.sgd(0.1)
-    >>> state = zero.init(lambda: {"w": jnp.ones((4, 2))}, tx)
+    >>> def init():
+    ...     return {"w": jnp.ones((4, 2))}
     >>> with zj.Checkpointer(tempfile.mkdtemp(), every=10) as checkpoints:
-    ...     checkpoints.save(state, data_state={"next": 0}, metrics={"loss": 1.5})
-    ...     checkpoints.restore_latest(zero.abstract(lambda: {"w": jnp.ones((4, 2))}, tx)).data_state
+    ...     checkpoints.save(zero.init(init, tx), data_state={"next": 0}, metrics={"loss": 1.5})
+    ...     checkpoints.restore_latest(zero.abstract(init, tx)).data_state
     True
     {'next': 0}
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int | None = 3, every: int = 1, asynchronous: bool = True,
-                 zero: Policy | None = None):
+    def __init__(self, directory: str | os.PathLike, *, keep: int | None = 3, every: int = 1,
+                 asynchronous: bool = True, zero: Policy | None = None):
         for name, n in (("keep", keep), ("every", every)):
             if n is not None and (type(n) is not int or n < 1):
-                raise CheckpointError(f"Checkpointer({name}={n!r}): write a whole number, 1 or more.")
-        self.directory, self.every, self.zero = reading.located(directory), every, zero
-        self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=asynchronous,
-                                                     cleanup_tmp_directories=True)
-        self._manager, self._begun, self._passed_over = None, None, set()
-        self._devices = exchange.everyone()
-        agreement.everywhere(self._devices, lambda: _check_writable(self.directory), _KINDS)
-        if self._devices:
-            self._check_shared()
+                raise CheckpointError(f"Checkpointer({name}={n!r}): write a whole number, 1 or "
+                                      "more.")
+        self.directory, self.every, self.zero = folder.located(directory), every, zero
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=asynchronous, cleanup_tmp_directories=True)
+        self._manager: ocp.CheckpointManager | None = None
+        self._begun: int | None = None  # the step that is being written
+        self._skipped: set[int] = set()  # steps that did not load
+        self._group = exchange.everyone()
+        folder.check_shared(self.directory, self._group)
 
-    def save(self, state: Any, *, step: int | None = None, data_state: Any = None, metrics: Any = None,
-             force: bool = False) -> bool:
-        """Saves, if the step is one to be saved. To be called after each step: it also tells of an earlier save that failed.
+    def save(self, state: Any, *, step: int | None = None, data_state: Any = None,
+             metrics: Any = None, force: bool = False) -> bool:
+        """Saves a state, if `every` divides its step. Call it after each step.
+
+        It also raises the error of an earlier save that failed in the background.
 
         Args:
-          state: arrays, of any sharding. They may be donated to the next step at once.
-          step: the state's; reading it off the state would wait for the device at every call.
-          data_state: JSON values or bytes, or an iterator with `get_state`, as `zj.feed` of a source that has it.
+          state: arrays of any sharding. The next step may reuse their memory at once.
+          step: the state's step. By default it is read from the state, which waits for the device.
+          data_state: JSON values or bytes, or an iterator with `get_state`, such as `zj.feed` of a
+            source that has it.
           metrics: JSON values or scalars.
-          force: also where `every` does not divide the step.
+          force: whether to save even if `every` does not divide the step.
 
         Returns:
-          Whether a save was begun. A step that is there already is not saved again.
+          Whether a save was begun. A step that the directory already has is not saved again.
 
         Raises:
-          CheckpointError: this save, or one before it, failed; the directory has later steps; `step` is not the state's.
+          CheckpointError: this save or an earlier one failed, the directory has later steps, or
+            `step` is not the state's.
         """
-        idle = self._manager and not self._manager.is_saving_in_progress()  # of its last thread, Orbax's check_for_errors is silent
-        if idle and not self._devices:  # of several processes, all have to tell of it, or none
-            self._wait()
-        if step is not None and not self._due(step, force):
+        self._raise_earlier_failure()
+        if step is not None and not self._is_due(step, force):
             return False
-        step = agreement.everywhere(self._devices, lambda: self._ready(state, step, data_state, metrics), _KINDS)
-        if not self._due(step, force):
+        step = self._group.everywhere(lambda: self._ready(state, step, data_state, metrics), _KINDS)
+        if not self._is_due(step, force):
             return False
-        self._set_aside(step)
-        there = self._first_says([*self.steps(), *([] if self._begun is None else [self._begun])])
-        if step in there:
+        self._set_aside_from(step)
+        if not self._is_new(step):
             return False
-        if there and max(there) > step:
-            raise CheckpointError(f"{self.directory} has step {max(there)}, and is to get step {step}: the newest would be of the "
-                                  "run that was left. Move the later steps away to go on here, or give another directory.")
         self._write(step, state, data_state, metrics)
         return True
 
-    def _ready(self, state, step, data_state, metrics) -> int:
-        """The step; raises what stands in the way of saving it."""
-        if self._devices:
+    def _raise_earlier_failure(self):
+        """Raises the error of a save that ended; several processes do so together in `_ready`."""
+        # Orbax's own check_for_errors omits the errors of its last thread
+        has_ended = self._manager and not self._manager.is_saving_in_progress()
+        if has_ended and self._group.size == 1:
             self._wait()
-        donation.check_alive("save", state)
-        step = _step_of(state, step)
-        _check_arrays(manifest.flat(state))
-        manifest.plain("data_state", _position_of(data_state))
-        manifest.plain("metrics", jax.device_get(metrics))
-        return step
 
-    def _due(self, step, force) -> bool:
+    def _ready(self, state: Any, step: int | None, data_state: Any, metrics: Any) -> int:
+        if self._group.size > 1:
+            self._wait()
+        return writing.checked_step(state, step, data_state, metrics)
+
+    def _is_due(self, step: int, force: bool) -> bool:
         return force or step % self.every == 0
 
-    def _write(self, step, state, data_state, metrics):
-        leaves = manifest.flat(state)
-        note = _note(step, state, leaves, self.zero, data_state, metrics).to_json()
-        arrays = {path: _stored(x) for path, x in leaves.items() if np.size(x)}  # Orbax refuses arrays of no size
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), manifest=ocp.args.JsonSave(note))
+    def _is_new(self, step: int) -> bool:
+        """Whether the directory does not have a step; raises if it has later ones."""
+        begun = [] if self._begun is None else [self._begun]
+        existing = self._group.of_first([*self.steps(), *begun])
+        if step in existing:
+            return False
+        if existing and max(existing) > step:
+            raise CheckpointError(f"{self.directory} has step {max(existing)}, so step {step} "
+                                  "cannot be saved: the newest step would belong to the abandoned "
+                                  "run. Move the later steps away to continue here, or give "
+                                  "another directory.")
+        return True
+
+    def _write(self, step: int, state: Any, data_state: Any, metrics: Any):
+        leaves = entries.by_path(state)
+        manifest = writing.manifest_of(step, state, leaves, self.zero, data_state, metrics)
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(writing.arrays(leaves)),
+                                  manifest=ocp.args.JsonSave(manifest.to_json()))
         self._wait()
-        self._raise_failed(lambda: self._opened().save(step, args=args, force=True))
+        self._attempt(lambda: self._opened().save(step, args=args, force=True))
         self._begun = step
         if not self._options.enable_async_checkpointing:
             self.wait()
@@ -141,154 +161,161 @@ class Checkpointer:
     def _opened(self) -> ocp.CheckpointManager:
         if self._manager is None:
             self._manager = ocp.CheckpointManager(self.directory, options=self._options)
-        self._manager.reload()  # steps may have been moved away
+        self._manager.reload()  # the user may have moved steps away
         return self._manager
 
-    def _first_says(self, value: Any) -> Any:
-        """JSON values of process 0, on every process: hosts may see a directory in different states."""
-        return exchange.shared(self._devices, value)[0] if self._devices else value
+    def _set_aside_from(self, step: int):
+        """Renames skipped steps that a run from before them is about to reach, if still damaged."""
+        for damaged in sorted(s for s in self._skipped if s >= step):
+            self._skipped.remove(damaged)
+            self._group.everywhere(lambda s=damaged: self._set_aside_if_damaged(s), _KINDS)
 
-    def _check_shared(self):
-        """All processes have to see one directory: a save waits for what the others write into it."""
-        mark = self.directory / self._first_says(f".zerojax-{uuid.uuid4().hex}")
-        agreement.everywhere(self._devices, lambda: jax.process_index() or mark.write_text(""), _KINDS)
-        try:
-            agreement.everywhere(self._devices, lambda: _check_there(mark), _KINDS)
-        finally:
-            if jax.process_index() == 0:
-                mark.unlink()
-
-    def _set_aside(self, step):
-        """Steps that did not load, do not still, and that a run from before them is about to reach: renamed, not removed."""
-        for bad in sorted(s for s in self._passed_over if s >= step):
-            self._passed_over.remove(bad)
-            agreement.everywhere(self._devices, lambda bad=bad: self._rename_if_bad(bad), _KINDS)
-
-    def _rename_if_bad(self, step):
-        if jax.process_index():
+    def _set_aside_if_damaged(self, step: int):
+        if not self._group.first:
             return
         try:
             reading.verify(self._path(step))
         except CorruptCheckpointError:
-            (self.directory / str(step)).rename(self.directory / f"{step}.unreadable-{uuid.uuid4().hex[:8]}")
+            folder.set_aside(self.directory, step)
 
-    def _raise_failed(self, act):
+    def _attempt(self, act: Callable[[], Any]):
+        """Calls a function that saves; if it fails, removes what it wrote, and raises."""
         try:
             act()
         except Exception as error:
             self._begun = None
             self._end_failed()
-            full = "; make room for it, and save again" if re.search("No space left|quota", str(error)) else ""
-            raise CheckpointError(f"a save into {self.directory} failed: {reading.brief(error)}. Steps {self.steps()} are whole, "
-                                  f"what the failed save left is removed{full}.") from error
+            is_full = re.search("No space left|quota", str(error))
+            advice = " Make room and save again." if is_full else ""
+            raise CheckpointError(f"a save into {self.directory} failed: {reading.brief(error)}. "
+                                  f"Steps {self.steps()} are intact; the remains of the failed "
+                                  f"save were removed.{advice}") from error
 
     def _end_failed(self):
-        """Removes what a failed save of this process left; the manager cleans up after others when it is opened."""
+        """Removes the remains of this process's failed save.
+
+        Those of other processes are removed when the manager is opened.
+        """
         if self._manager:
-            with contextlib.suppress(Exception):  # threads of it may still write
+            with contextlib.suppress(Exception):  # its threads may still be writing
                 self._manager.wait_until_finished()
-        for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
-            with contextlib.suppress(OSError):
-                path.rmtree()
+        folder.remove_unfinished(self.directory)
         if self._manager:
             self._manager.reload()
 
     def wait(self) -> None:
-        """Until the save under way is on disk.
+        """Waits until the save in progress is on disk.
 
         Raises:
-          CheckpointError: it failed.
+          CheckpointError: the save failed.
         """
-        agreement.everywhere(self._devices, self._wait, _KINDS)
+        self._group.everywhere(self._wait, _KINDS)
 
     def _wait(self):
         if self._manager:
-            self._raise_failed(self._manager.wait_until_finished)
+            self._attempt(self._manager.wait_until_finished)
         self._begun = None
 
     def steps(self) -> list[int]:
-        """The steps on disk, as this process sees them, lowest first; that of a save under way is not among them."""
-        return reading.steps(self.directory)
+        """Returns the steps on disk, as this process sees them, lowest first.
+
+        The step of a save in progress is not among them.
+        """
+        return folder.steps(self.directory)
 
     def restore(self, step: int, target: Any, *, only: str | None = None, params_only: bool = False,
                 cast: bool = False) -> Restored:
-        """A state of one step, where the target's shardings say; the mesh, stage and number of devices that saved it may differ.
+        """Returns the state of a step, with the target's shardings.
+
+        It may have been saved with another mesh, stage and number of devices.
 
         Args:
           step: one of `steps()`.
           target: `zero.abstract(init_fn, tx, ...)` or a state; its shapes must be those saved.
-          only: regex for whole paths, as "params/.*": other leaves are the target's own, and the checkpoint may have more.
-          params_only: parameters and model state, as with another optimizer. The target is a state, not shapes.
-          cast: floating leaves may be of another dtype.
+          only: a regex for whole paths, such as "params/.*". Other leaves are the target's own, and
+            the checkpoint may have more leaves. The target must then be a state, not shapes.
+          params_only: whether to restore only parameters and model state, for example because the
+            optimizer is another one. The target must then be a state, not shapes.
+          cast: whether floating leaves may have another dtype.
 
         Raises:
-          CheckpointError: no such step, or one that does not fit the target; each leaf is named.
-          CorruptCheckpointError: a leaf that can't be read, or is not what was saved.
+          CheckpointError: there is no such step, or it does not fit the target; leaves that differ
+            are named.
+          CorruptCheckpointError: the manifest is damaged, or a leaf is unreadable or not what was
+            saved.
         """
         self.wait()
         return self._restore(step, target, only, params_only, cast)
 
-    def restore_latest(self, target: Any, *, if_none: Literal["raise", "none"] = "raise", only: str | None = None,
-                       params_only: bool = False, cast: bool = False) -> Restored | None:
-        """The newest state that loads, by step. Each newer one that is damaged is passed over with a warning.
+    def restore_latest(self, target: Any, *, if_none: Literal["raise", "none"] = "raise",
+                       only: str | None = None, params_only: bool = False,
+                       cast: bool = False) -> Restored | None:
+        """Returns the newest state that loads; skips newer steps that are damaged, with warnings.
 
-        Of several processes, the first decides which steps there are; what does not load on one is passed over on all.
+        If there are several processes, the first decides which steps exist, and a step that does
+        not load on one process is skipped on all.
 
         Args:
-          target, only, params_only, cast: as for `restore`.
-          if_none: "none" returns None from a directory that holds no checkpoint, for you to start afresh.
+          target, only, params_only, cast: see `restore`.
+          if_none: "none" returns None if the directory has no step, so that a first run can start.
 
         Raises:
-          CheckpointError: there is none, or it does not fit the target.
-          CorruptCheckpointError: there are some, and none loads.
+          CheckpointError: the directory has no step, or the newest does not fit the target.
+          CorruptCheckpointError: every step is damaged.
         """
         if if_none not in ("raise", "none"):
             raise CheckpointError(f'restore_latest(if_none={if_none!r}): write "raise" or "none".')
         self.wait()
-        failed = []
-        for step in reversed(self._first_says(self.steps())):
+        damaged = []
+        for step in reversed(self._group.of_first(self.steps())):
             try:
                 return self._restore(step, target, only, params_only, cast)
             except CorruptCheckpointError as error:
-                failed.append(step)
-                self._passed_over.add(step)
-                warnings.warn(f"passed over step {step}: {error}", RuntimeWarning, stacklevel=2)
-        if failed:
-            raise CorruptCheckpointError(f"{self.directory} has steps {sorted(failed)}, and none of them loads (see the warnings); "
-                                         "to start afresh, move them away or give another directory.")
+                damaged.append(step)
+                self._skipped.add(step)
+                warnings.warn(f"skipped step {step}: {error}", RuntimeWarning, stacklevel=2)
+        if damaged:
+            raise CorruptCheckpointError(f"{self.directory} has steps {sorted(damaged)}, and none "
+                                         "of them loads (see the warnings). To start afresh, move "
+                                         "them away or give another directory.")
         if if_none == "raise":
-            raise CheckpointError(f'{self.directory} holds no checkpoint; in a first run write if_none="none": it returns None.')
+            raise CheckpointError(f"{self.directory} has no checkpoint. If this may be the first "
+                                  'run, write if_none="none", which returns None.')
         return None
 
     def verify(self, step: int) -> Manifest:
-        """Reads every leaf and compares its digest; returns what the step says of itself. Needs the memory of its largest leaves.
+        """Reads every leaf and compares its digest; returns the step's manifest.
+
+        The host needs memory for the largest leaf.
 
         Raises:
-          CorruptCheckpointError: naming the leaves that are not what was saved.
+          CorruptCheckpointError: the manifest or a leaf is damaged; damaged leaves are named.
         """
         self.wait()
         return reading.verify(self._path(step))
 
-    def _restore(self, step, target, only, params_only, cast) -> Restored:
-        prepared = lambda: _prepared(self._path(step), target, MODEL if params_only else only, cast)
-        note, aim = agreement.everywhere(self._devices, prepared, _KINDS)
-        arrays = reading.checked(self._path(step), note, aim.sources(note))
-        whole = aim.only is None or len(note.data_states) == 1
-        position = note.data_of(jax.process_index(), jax.process_count()) if whole else None
-        return Restored(aim.filled(arrays), note.step, position, note.metrics)
+    def _restore(self, step: int, target: Any, only: str | None, params_only: bool,
+                 cast: bool) -> Restored:
+        group, only = self._group, MODEL if params_only else only
+        manifest, aim = group.everywhere(lambda: _prepared(self._path(step), target, only, cast),
+                                         _KINDS)
+        arrays = reading.checked(self._path(step), manifest, aim.sources(manifest))
+        has_position = only is None or len(manifest.data_states) == 1
+        position = manifest.data_of(group.process, group.size) if has_position else None
+        return Restored(aim.filled(arrays), manifest.step, position, manifest.metrics)
 
     def _path(self, step: int) -> epath.Path:
-        return reading.step_path(self.directory, step)
+        return folder.step_path(self.directory, step)
 
     def close(self) -> None:
-        """Waits for the save under way.
+        """Waits for the save in progress.
 
         Raises:
-          CheckpointError: it failed.
+          CheckpointError: the save failed.
         """
         self._close(self.wait)
 
-    def _close(self, wait):
+    def _close(self, wait: Callable[[], None]):
         try:
             wait()
         finally:
@@ -300,82 +327,13 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind, error, trace):
-        self._close(self._wait if error else self.wait)  # an error may be of this process alone
+        # an error may be this process's alone; the others would not wait with it
+        self._close(self._wait if error else self.wait)
 
 
-def _check_writable(directory: epath.Path):
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".zerojax-{uuid.uuid4().hex}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise CheckpointError(f"{directory} can't be written: {error}; give a directory that can.") from error
-
-
-def _check_there(mark: epath.Path):
-    if not mark.exists():
-        raise CheckpointError(f"{mark.parent} of process {jax.process_index()} is not that of process 0, whose {mark.name} is not "
-                              "there; give a directory that all hosts share.")
-
-
-def _step_of(state, step) -> int:
-    own: Any = state.get("step") if isinstance(state, Mapping) else getattr(state, "step", None)
-    if step is None and own is None:
-        raise CheckpointError(f"save was given a state ({type(state).__name__}) without a `step`; write save(state, step=...).")
-    if isinstance(own, jax.ShapeDtypeStruct):
-        raise CheckpointError("save was given shapes, not arrays; give the state that a step returned.")
-    step = int(own) if step is None else step
-    if type(step) is not int or step < 0:
-        raise CheckpointError(f"save was given step={step!r}; write a whole number, 0 or more.")
-    if own is not None and int(own) != step:
-        raise CheckpointError(f"save was given step={step} and a state of step {int(own)}; give the state's own.")
-    return step
-
-
-def _check_arrays(leaves):
-    if not leaves:
-        raise CheckpointError("save was given a state that holds no array.")
-    odd = [p for p, x in leaves.items() if not isinstance(x, jax.Array | padded.Padded) and np.asarray(x).dtype.kind in "OUSMm"]
-    if odd:
-        raise CheckpointError(f"save was given a state whose leaves {odd[:manifest.MOST]} are neither arrays nor numbers; keep "
-                              "functions and text out of it, as eqx.filter(model, eqx.is_array) does.")
-
-
-def _stored(x):
-    """As it is on disk: of typed keys, their data; of padded arrays, all of it, for devices can't write shards of the rest."""
-    x = x.kept if padded.is_padded(x) else x
-    if isinstance(x, jax.Array):
-        return jax.random.key_data(x) if manifest.key_of(x) else x
-    x = x if hasattr(x, "dtype") else manifest.number(x)
-    return np.asarray(x, x.dtype.newbyteorder("="))
-
-
-def _note(step, state, leaves, zero, data_state, metrics) -> Manifest:
-    digests = digest.of([x if hasattr(x, "dtype") else manifest.number(x) for x in leaves.values()])
-    entries = {path: manifest.entry_of(x, d) for (path, x), d in zip(leaves.items(), digests, strict=True)}
-    meshes = [x.sharding.mesh for x in leaves.values() if isinstance(getattr(x, "sharding", None), NamedSharding)]
-    precision = None if zero is None else zero.precision.as_dict()
-    return Manifest(step, entries, manifest.optimizer_of(state), dict(meshes[0].shape) if meshes else {},
-                    zero.stage if zero else None, precision, _positions(data_state), jax.device_get(metrics))
-
-
-def _position_of(data_state):
-    return data_state.get_state() if hasattr(data_state, "get_state") else data_state
-
-
-def _positions(data_state) -> tuple[Any, ...]:
-    """In their data, of every process; one if they are the same."""
-    data_state = _position_of(data_state)
-    if not (devices := exchange.everyone()):
-        return (data_state,)
-    all_of_them = [said for _, said in sorted(exchange.shared(devices, manifest.plain("data_state", data_state)).items())]
-    alike = all(said == all_of_them[0] for said in all_of_them)
-    return (data_state,) if alike else tuple(map(manifest.restored, all_of_them))
-
-
-def _prepared(path: epath.Path, target: Any, only: str | None, cast: bool) -> tuple[Manifest, Target]:
-    """What a step says of itself, and the target that it fits."""
-    note, aim = reading.read_manifest(path), Target(target, only)
-    aim.check(note, f"step {note.step} in {path.parent}", cast)
-    return note, aim
+def _prepared(path: epath.Path, target: Any, only: str | None,
+              cast: bool) -> tuple[Manifest, Target]:
+    """Returns a step's manifest and the target, after checking that the step fits."""
+    manifest, aim = reading.read_manifest(path), Target(target, only)
+    aim.check(manifest, f"step {manifest.step} in {path.parent}", cast)
+    return manifest, aim

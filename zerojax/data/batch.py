@@ -1,4 +1,4 @@
-"""Batches: to devices, and into microbatches."""
+"""Batches: checks of their arrays, their sharding over the devices, and their microbatches."""
 
 import math
 from typing import Any
@@ -9,162 +9,225 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from zerojax import trees
 from zerojax.errors import BatchError, PolicyError
 from zerojax.policy import Policy, has_64_bits
 
+_NUMBERS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, int, float)
+
 
 def sharding(policy: Policy) -> NamedSharding:
-    """Of a batch: the first dimension over replicas and shards."""
+    """Returns the sharding of a batch: its first dimension is split over replicas and shards."""
     return NamedSharding(policy.mesh, P(policy.batch_axes))
 
 
 def parts_of(policy: Policy) -> dict[int, tuple[int, ...]]:
-    """Which of the parts of a batch each process's devices hold. Along other axes than the batch's, processes hold the same."""
+    """Returns which parts of a batch the devices of each process hold.
+
+    Processes that differ only along mesh axes that do not split the batch hold the same parts.
+    """
     held: dict[int, set[int]] = {}
-    for device, (rows,) in sharding(policy).devices_indices_map((policy.parts,)).items():
+    indices = sharding(policy).devices_indices_map((policy.parts,))
+    for device, (rows,) in indices.items():
         held.setdefault(device.process_index, set()).add(rows.start or 0)
     return {process: tuple(sorted(parts)) for process, parts in sorted(held.items())}
 
 
 def local_parts(policy: Policy) -> int:
-    """How many of them this process's devices hold.
+    """Returns how many parts of a batch the devices of this process hold.
 
     Raises:
-      BatchError: none: the mesh has no device of this process.
+      BatchError: the mesh has no device of this process.
     """
-    held = parts_of(policy).get(jax.process_index())
-    if held is None:
-        raise BatchError(f"the mesh has no device of process {jax.process_index()}, which has no part of a batch then; its devices "
-                         f"are of processes {list(parts_of(policy))}.")
-    return len(held)
+    held, process = parts_of(policy), jax.process_index()
+    if process not in held:
+        raise BatchError(f"the mesh has no device of process {process}, so this process has no "
+                         f"share of a batch; the mesh's devices belong to processes {list(held)}. "
+                         "Call feed only there, or make the mesh of the devices of all processes.")
+    return len(held[process])
 
 
 def share(policy: Policy) -> tuple[int, int]:
-    """(which, of how many): see `Zero.share`."""
-    distinct = list(dict.fromkeys(parts_of(policy).values()))
-    local_parts(policy)
-    return distinct.index(parts_of(policy)[jax.process_index()]), len(distinct)
+    """Returns the index of this process's share of a batch, and the number of shares.
+
+    See `Zero.share`.
+    """
+    local_parts(policy)  # raises if there are none
+    held = parts_of(policy)
+    distinct = list(dict.fromkeys(held.values()))
+    return distinct.index(held[jax.process_index()]), len(distinct)
 
 
 def check(policy: Policy, batch: Any, accumulate: int = 1) -> None:
-    """Raises `BatchError` for a leaf whose first dimension does not divide by devices x accumulate."""
-    _check(batch, policy.parts * accumulate, f"{policy.parts} devices x {accumulate} microbatches = {policy.parts * accumulate}")
+    """Raises `BatchError` unless all arrays divide evenly over devices x microbatches."""
+    n = policy.parts * accumulate
+    _check_divides(batch, n, f"{policy.parts} devices x {accumulate} microbatches = {n}")
 
 
-def check_part(policy: Policy, part: Any) -> None:
-    """Raises `BatchError` for a process's part of a batch that does not divide over its devices."""
-    check_arrays(part)
+def check_share(policy: Policy, arrays: Any) -> None:
+    """Raises `BatchError` unless a process's share of a batch divides evenly over its devices."""
+    check_arrays(arrays)
     n = local_parts(policy)
-    alone = n == policy.parts
-    _check(part, n, f"{n} devices" if alone else f"the {n} devices of process {jax.process_index()}, which brings its own part")
+    over = f"{n} devices"
+    if n < policy.parts:
+        over = f"the {over} of process {jax.process_index()}, which brings its own share"
+    _check_divides(arrays, n, over)
+
+
+def _check_divides(batch: Any, n: int, over: str) -> None:
+    leaves = jax.tree.leaves_with_path(batch)
+    if not leaves:
+        raise BatchError(f"the batch {batch!r} holds no array; give arrays whose first dimension "
+                         "is that of the examples.")
+    for path, x in leaves:
+        _check_examples(_name(path), getattr(x, "shape", ()), n, over)
+    sizes = {_name(path): x.shape[0] for path, x in leaves}
+    if len(set(sizes.values())) > 1:
+        raise BatchError(f"the arrays of a batch differ in their number of examples: {sizes}; "
+                         "the first dimension of each must be that of the examples.")
+
+
+def _check_examples(name: str, shape: tuple[int, ...], n: int, over: str) -> None:
+    if not shape:
+        raise BatchError(f"{name} has no dimension; give arrays whose first dimension is that of "
+                         "the examples.")
+    if shape[0] % n or not shape[0]:
+        near = max(n, shape[0] // n * n)
+        raise BatchError(f"{name} has {shape[0]} examples (shape {tuple(shape)}), which do not "
+                         f"divide evenly over {over}; give batches of {near}, and drop a shorter "
+                         "last batch or pad it: zj.feed(..., pad=True).")
 
 
 def check_arrays(batch: Any) -> None:
-    """Raises `BatchError` for leaves that are no arrays of numbers, and for 64-bit integers that would wrap in 32 bits."""
+    """Raises `BatchError` for leaves that are not numbers or arrays of numbers.
+
+    Also raises it for 64-bit integers if 32 bits cannot hold their values.
+    """
     for path, x in jax.tree.leaves_with_path(batch):
-        where, kind = f"batch{jax.tree_util.keystr(path)}", f"{type(x).__module__.partition('.')[0]}.{type(x).__name__}"
-        if not isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, int, float)):
-            raise BatchError(f"{where} is a {kind}; give numpy or jax arrays, as np.asarray(x) makes.")
+        if not isinstance(x, _NUMBERS):
+            kind = f"{type(x).__module__.partition('.')[0]}.{type(x).__name__}"
+            raise BatchError(f"{_name(path)} is a {kind}; give numpy or jax arrays, such as "
+                             "np.asarray(x) returns.")
         if isinstance(x, (np.ndarray, np.generic)):
-            _check_numbers(where, np.asarray(x))
+            _check_numbers(_name(path), np.asarray(x))
 
 
-def _check_numbers(where: str, x: np.ndarray):
+def _check_numbers(name: str, x: np.ndarray) -> None:
     if x.dtype.kind in "OUSMm":
-        raise BatchError(f"{where} is of dtype {x.dtype}, which no device computes with; give numbers, as a tokenizer's.")
+        raise BatchError(f"{name} has dtype {x.dtype}, which no device computes with; give "
+                         "numbers, such as the ids that a tokenizer returns.")
     if x.dtype not in (np.int64, np.uint64) or not x.size or has_64_bits():
         return
     limits = np.iinfo(jax.dtypes.canonicalize_dtype(x.dtype))
     for value in (int(x.min()), int(x.max())):
         if not limits.min <= value <= limits.max:
-            raise BatchError(f"{where} is of dtype {x.dtype} and has {value}, but jax makes that {limits.dtype}, which ends at "
-                             f"{limits.max}: it would wrap. Map such ids to smaller ones, or turn jax_enable_x64 on.")
-
-
-def _check(batch, n, what):
-    sizes = {}
-    if not jax.tree.leaves(batch):
-        raise BatchError(f"the batch {batch!r} holds no array; give arrays whose first dimension is that of the examples.")
-    for path, x in jax.tree.leaves_with_path(batch):
-        where = f"batch{jax.tree_util.keystr(path)}"
-        if not getattr(x, "shape", ()):
-            raise BatchError(f"{where} has no dimension; every array of a batch starts with the dimension of its examples.")
-        if x.shape[0] % n or x.shape[0] == 0:
-            near = max(n, x.shape[0] // n * n)
-            raise BatchError(f"{where} has {x.shape[0]} examples (shape {tuple(x.shape)}), which do not divide by {what}; write "
-                             f"batches of {near}, drop the last one, or fill it up: zj.feed(..., pad=True).")
-        sizes[where] = x.shape[0]
-    if len(set(sizes.values())) > 1:
-        raise BatchError(f"the arrays of a batch differ in their number of examples: {sizes}.")
+            raise BatchError(f"{name} has dtype {x.dtype} and the value {value}, but jax converts "
+                             f"it to {limits.dtype}, which holds {limits.min} to {limits.max}, so "
+                             "the value would wrap. Map such ids to smaller ones, or turn on "
+                             "jax_enable_x64.")
 
 
 def check_given(policy: Policy, batch: Any) -> None:
-    """Raises `BatchError` for what a jitted function would misread: see `check_arrays`; and arrays of this process alone where
-    several train, each of which would take its own for the whole batch."""
+    """Raises `BatchError` for a batch that a jitted function would misread.
+
+    `check_arrays` finds one kind. With several processes, the other kind is an array of this
+    process alone, because each process would take its own array for the whole batch.
+    """
     check_arrays(batch)
-    if len(policy.processes) > 1:
-        for path, x in jax.tree.leaves_with_path(batch):
-            own = isinstance(x, np.ndarray) or (isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_fully_addressable)
-            if own and x.shape:
-                raise BatchError(f"batch{jax.tree_util.keystr(path)} is an array of process {jax.process_index()} alone, but "
-                                 f"{len(policy.processes)} processes train together; give each's part to zj.feed(batches, zero).")
+    if len(policy.processes) < 2:
+        return
+    for path, x in jax.tree.leaves_with_path(batch):
+        if _is_local(x) and x.shape:
+            raise BatchError(f"{_name(path)} is an array of process {jax.process_index()} alone, "
+                             f"but {len(policy.processes)} processes train together; give the "
+                             "share of each process to zj.feed(batches, zero).")
 
 
-def joined(policy: Policy, part: Any) -> Any:
-    """The batch of all processes, out of each one's part."""
-    if sharding(policy).is_fully_addressable:
-        return jax.device_put(part, sharding(policy))
-    mine = local_parts(policy)  # device_put would compare the processes' arrays, by a program of its own
-    whole = lambda x: (x.shape[0] // mine * policy.parts, *x.shape[1:])
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding(policy), np.asarray(x), whole(x)), part)
+def _is_local(x: Any) -> bool:
+    """Whether `x` is an array that this process holds alone; traced arrays are not."""
+    if isinstance(x, jax.Array):
+        return not isinstance(x, Tracer) and x.is_fully_addressable
+    return isinstance(x, np.ndarray)
 
 
-def placed(policy: Policy, tree: Any) -> Any:
-    """Arrays as shapes with shardings: those without one are split over the devices where they divide, else whole on each."""
-    def place(x):
-        if not hasattr(x, "shape") or isinstance(getattr(x, "sharding", None), NamedSharding):
-            return x
-        x = jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True))
-        divides = x.shape and x.shape[0] % policy.parts == 0
-        return x.update(sharding=sharding(policy) if divides else NamedSharding(policy.mesh, P()))
-
-    return jax.tree.map(place, tree)
+def _name(path: tuple[Any, ...]) -> str:
+    return f"batch{jax.tree_util.keystr(path)}"
 
 
 def check_mesh(policy: Policy, tree: Any) -> None:
-    """Raises `PolicyError` for arrays or shapes that lie over another mesh than the policy's."""
+    """Raises `PolicyError` for arrays or shapes on another mesh than the policy's."""
     for path, x in jax.tree.leaves_with_path(tree):
-        there = getattr(getattr(x, "sharding", None), "mesh", policy.mesh)
-        if there != policy.mesh:
-            raise PolicyError(f"plan was given arrays (at {jax.tree_util.keystr(path)}) over {there}, but the policy is over "
-                              f"{policy.mesh}; make them with the same Zero: zero.abstract(init_fn, tx, ...).")
+        mesh = getattr(getattr(x, "sharding", None), "mesh", policy.mesh)
+        if mesh != policy.mesh:
+            raise PolicyError(f"plan was given an array (at {jax.tree_util.keystr(path)}) on the "
+                              f"mesh {mesh}, but the policy's mesh is {policy.mesh}; make the "
+                              "arrays with the same Zero: zero.abstract(init_fn, tx, ...).")
+
+
+def joined(policy: Policy, arrays: Any) -> Any:
+    """Returns the batch of all processes; `arrays` are this process's share of it."""
+    if sharding(policy).is_fully_addressable:
+        return jax.device_put(arrays, sharding(policy))
+    mine = local_parts(policy)
+
+    def join(x):  # device_put would run a program that compares the arrays of the processes
+        shape = (x.shape[0] // mine * policy.parts, *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding(policy), np.asarray(x), shape)
+
+    return jax.tree.map(join, arrays)
+
+
+def placed(policy: Policy, tree: Any) -> Any:
+    """Returns shapes with shardings in place of the arrays that have no sharding on a mesh.
+
+    They are split over the devices if their first dimension divides evenly, else whole on each.
+    """
+    return jax.tree.map(lambda x: _placed(policy, x), tree)
+
+
+def _placed(policy: Policy, x: Any) -> Any:
+    if not hasattr(x, "shape") or isinstance(getattr(x, "sharding", None), NamedSharding):
+        return x
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
+    divides = x.shape and x.shape[0] % policy.parts == 0
+    at = sharding(policy) if divides else NamedSharding(policy.mesh, P())
+    return jax.ShapeDtypeStruct(x.shape, dtype, sharding=at)
 
 
 def local_bytes(tree: Any) -> int:
-    """Bytes on one device, of arrays or shapes with shardings."""
-    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * (x.dtype.itemsize if hasattr(x.dtype, "itemsize") else 8)
-    return sum(size(x) for x in jax.tree.leaves(tree) if hasattr(x, "sharding"))
+    """Returns the bytes on one device of arrays, or of shapes with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * trees.itemsize(x.dtype)
+               for x in jax.tree.leaves(tree) if hasattr(x, "sharding"))
 
 
 def spread(policy: Policy, tree: Any) -> Any:
-    """`tree` with its arrays split over the devices; scalars (and keys) are left as they are.
+    """Returns `tree` with its arrays split over the devices, and scalars and keys unchanged.
 
     Raises:
-      BatchError: an array does not divide.
+      BatchError: an array does not divide evenly.
     """
     arrays = [x for x in jax.tree.leaves(tree) if getattr(x, "shape", ())]
     if arrays:
         check(policy, arrays)
-    put = lambda x: jax.lax.with_sharding_constraint(x, sharding(policy)) if getattr(x, "shape", ()) else x
+
+    def put(x):
+        if not getattr(x, "shape", ()):
+            return x
+        return jax.lax.with_sharding_constraint(x, sharding(policy))
+
     return jax.tree.map(put, tree)
 
 
 def microbatches(policy: Policy, batch: Any, accumulate: int) -> Any:
-    """`[B, ...]` to `[accumulate, B / accumulate, ...]` without moving an example between devices.
+    """Returns arrays `[B, ...]` as `[accumulate, B / accumulate, ...]`; moves no example.
 
-    Microbatch `a` holds examples a, a + accumulate, a + 2 accumulate, ...: splitting off contiguous ones instead would
-    send each device's examples to others (an all-to-all).
+    Microbatch `a` holds the examples a, a + accumulate, a + 2 accumulate, ... Microbatches of
+    consecutive examples would send the examples of each device to others, with an all-to-all.
     """
     spec = NamedSharding(policy.mesh, P(None, policy.batch_axes))
-    split = lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(split(x), spec), batch)
+
+    def split(x):
+        x = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x, spec)
+
+    return jax.tree.map(split, batch)

@@ -1,4 +1,4 @@
-"""Where batches come from: sources that know their position, so that a resumed run reads what the other would have read."""
+"""Feeds: sharded batches from a source, with a position from which a resumed run continues."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -7,19 +7,23 @@ import jax
 import numpy as np
 
 from zerojax.data.batch import parts_of
-from zerojax.data.parts import Part, Parts, Status
-from zerojax.data.prefetch import Reader
+from zerojax.data.loading import Loaded, Loader, Status
+from zerojax.data.prefetch import Prefetcher
 from zerojax.errors import BatchError, ClusterError
 from zerojax.policy import Policy
 from zerojax.processes import agreement, exchange
+from zerojax.processes.exchange import Sent
+
+Reports = Mapping[int, np.ndarray]  # the words of `Loaded`, by process
 
 
 class Indexed(Iterator):
-    """Batches that are a function of their number: `make(0)`, `make(1)`, ...; its position is that number.
+    """A source of the batches `make(0)`, `make(1)`, ...; its position is the next of these numbers.
 
     Args:
-      make: the batch of a number; draw from `numpy.random.default_rng((seed, number))`, say.
-      stop: how many there are; None is endless.
+      make: returns the batch of a number, for example with random numbers from
+        `numpy.random.default_rng((seed, number))`.
+      stop: the number of batches; None means that they do not end.
 
     >>> source = Indexed(lambda i: i * i, stop=4)
     >>> next(source), next(source), source.get_state()
@@ -30,7 +34,9 @@ class Indexed(Iterator):
     """
 
     def __init__(self, make: Callable[[int], Any], stop: int | None = None):
-        self.make, self.stop, self.next = make, stop, 0
+        self.make = make
+        self.stop = stop
+        self.next = 0
 
     def __next__(self):
         if self.stop is not None and self.next >= self.stop:
@@ -47,155 +53,188 @@ class Indexed(Iterator):
 
 
 class Feed(Iterator):
-    """What `feed` returns: an iterator of sharded batches, with the source's position if the source has one.
+    """The iterator that `feed` returns: sharded batches, and a position if the source has one.
 
-    With several processes, each tells the others what it has one batch ahead, so that nobody waits for the news.
+    Each of several processes reports on its batches to the others one batch ahead, so that no
+    process waits for a report.
     """
 
     def __init__(self, batches: Iterable, policy: Policy, prefetch: int, pad: bool | int):
         _check_batches(batches)
         self.batches: Any = batches
         self.source: Any = iter(batches)
-        self.policy, self.prefetch, self.pad = policy, prefetch, pad
-        self.known = hasattr(self.source, "get_state")
-        self._devices, self._held = exchange.devices_of(policy.mesh), parts_of(policy)
+        self.policy = policy
+        self.prefetch = prefetch
+        self.pad = pad
+        self._group = exchange.of_mesh(policy.mesh)
+        self._held = parts_of(policy)
         self._restart()
 
-    def _restart(self):
-        parts = Parts(self.source, self.policy, self.pad)
-        self.position, self.number, self._next, self._over = parts.position(), 0, None, None
-        self._reader = Reader(parts, self.prefetch)
+    def _restart(self) -> None:
+        loader = Loader(self.source, self.policy, self.pad)
+        self.position = loader.position()
+        self.number = 0
+        self._prefetcher = Prefetcher(loader, self.prefetch)
+        self._next: tuple[Loaded, Sent] | None = None
+        self._ended = False
+        self._error: Exception | None = None
 
     def __iter__(self) -> "Feed":
-        """Itself; from the start, once it has ended, if `batches` can be read again.
+        """Returns itself; after its end, it starts again, if `batches` can be read again.
 
         Raises:
-          BatchError: it has ended, and they can't.
+          BatchError: it has ended, and `batches` can be read only once.
         """
-        if self._over is not True:
+        if not self._ended:
             return self
         if self.source is self.batches:
-            raise BatchError(f"this feed has ended, and its source, a {type(self.source).__name__}, gives its batches once: make a "
-                             "new feed for each epoch, or give a list or loader that can be iterated over again.")
+            raise BatchError(f"this feed has ended, and its source, a {type(self.source).__name__},"
+                             " can be iterated over only once; make a new feed for each epoch, or "
+                             "give a list or a loader that can be iterated over again.")
         self.source = iter(self.batches)
         self._restart()
         return self
 
     def __next__(self):
-        if self._over is not None:
-            raise self._over if isinstance(self._over, Exception) else StopIteration
-        part, told = self._next or self._told(self._reader.take())
-        self._next = self._told(self._reader.take()) if self._devices and self.prefetch else None
-        self._check(part, told)
-        self.position, self.number = part.position, self.number + 1
-        return part.batch
+        if self._error is not None:
+            raise self._error
+        if self._ended:
+            raise StopIteration
+        loaded, sent = self._next or self._reported()
+        report_ahead = self._group.size > 1 and self.prefetch
+        self._next = self._reported() if report_ahead else None
+        self._check(loaded, self._group.received(sent))
+        self.position = loaded.position
+        self.number += 1
+        return loaded.batch
 
-    def _told(self, part: Part):
-        """A part, and what is under way to the other processes of it."""
-        return part, exchange.send(self._devices, part.words()) if self._devices else None
+    def _reported(self) -> tuple[Loaded, Sent]:
+        """Returns the next batch, and the report on it, which is under way to all processes."""
+        loaded = self._prefetcher.take()
+        return loaded, self._group.send(loaded.words())
 
-    def _check(self, part: Part, told):
-        """Raises what ends the batches, on all processes alike."""
-        said = exchange.received(self._devices, told) if self._devices else {jax.process_index(): part.words()}
+    def _check(self, loaded: Loaded, reports: Reports) -> None:
+        """Raises StopIteration or an error after the last batch, on all processes alike."""
         try:
-            self._check_failed(part, said)
-            self._check_ended(said)
-            self._check_alike(part, said)
+            self._check_failed(loaded, reports)
+            self._check_ended(reports)
+            self._check_shapes(loaded, reports)
+            self._check_contents(reports)
         except Exception as error:
-            self._over = True if isinstance(error, StopIteration) else error
+            self._ended = isinstance(error, StopIteration)
+            self._error = None if self._ended else error
             self._next = None
-            self._reader.stop()
+            self._prefetcher.stop()
             raise
 
-    def _check_failed(self, part, said):
-        if part.error is not None:
-            raise part.error
-        failed = [process for process, (status, *_) in said.items() if status == Status.FAILED]
+    def _check_failed(self, loaded: Loaded, reports: Reports) -> None:
+        if loaded.error is not None:
+            raise loaded.error
+        failed = _with_status(reports, Status.FAILED)
         if failed:
-            raise ClusterError(f"batch {self.number} could not be made on process {agreement.ranges(failed)}, whose log says why; "
-                               "all processes end.")
+            raise ClusterError(f"batch {self.number} could not be made on {exchange.named(failed)},"
+                               " whose log has the reason; all processes end.")
 
-    def _check_ended(self, said):
-        ended = [process for process, (status, *_) in said.items() if status != Status.READY]
-        empty = [process for process, (status, *_) in said.items() if status == Status.EMPTY]
-        if len(ended) == len(said) or (ended and not self.pad):
+    def _check_ended(self, reports: Reports) -> None:
+        ready = _with_status(reports, Status.READY)
+        if not ready or (len(ready) < len(reports) and not self.pad):
             raise StopIteration
+        empty = _with_status(reports, Status.EMPTY)
         if empty:
-            raise BatchError(f"process {agreement.ranges(empty)} has no batch at all, of which pad=True could make others of "
-                             "weight 0; give every process one example or more.")
+            raise BatchError(f"{exchange.named(empty)} brought no batch at all, so pad=True has no "
+                             "example to pad with; give every process at least one example.")
 
-    def _check_alike(self, part, said):
-        if len({shapes for _, shapes, _ in said.values()}) > 1:
-            shapes = exchange.shared(self._devices, part.shapes)
-            raise BatchError(f"batch {self.number}: {agreement.difference(shapes)}\nEvery process brings as many examples, of the "
-                             "same shapes; for a last batch that is shorter write zj.feed(..., pad=True), or drop it.")
-        for process, (_, _, contents) in said.items():
-            first = next(p for p in said if self._held[p] == self._held[process])
-            if contents != said[first][2]:
-                raise BatchError(f"batch {self.number}: the devices of processes {first} and {process} hold the same examples, but "
-                                 "they brought different ones; zero.share() says which share of a batch a process brings.")
+    def _check_shapes(self, loaded: Loaded, reports: Reports) -> None:
+        if len({mark for _, mark, _ in reports.values()}) > 1:
+            shapes = self._group.shared(loaded.shapes)
+            raise BatchError(f"batch {self.number}: {agreement.difference(shapes)}\nAll processes "
+                             "must bring the same number of examples, of the same shapes and "
+                             "dtypes; if the last batch is shorter, drop it, or write "
+                             "zj.feed(..., pad=True).")
+
+    def _check_contents(self, reports: Reports) -> None:
+        for process, (_, _, mark) in reports.items():
+            first = next(p for p in reports if self._held[p] == self._held[process])
+            if mark != reports[first][2]:
+                raise BatchError(f"batch {self.number}: the devices of processes {first} and "
+                                 f"{process} hold the same examples, but these processes brought "
+                                 "different ones; bring the share that zero.share() returns.")
 
     def get_state(self) -> Any:
-        """The source's position after the batch handed out last; those fetched ahead do not count.
+        """Returns the source's position after the last batch returned, not the last prefetched.
 
         Raises:
           BatchError: the source has no `get_state`.
         """
-        self._check_known()
+        self._check_has_position()
         return self.position
 
     def set_state(self, state: Any) -> None:
-        """Goes on at a position; what was fetched ahead is dropped.
+        """Continues from a position of the source; prefetched batches are dropped.
 
         Raises:
           BatchError: the source has no `get_state`.
         """
-        self._check_known()
-        self._reader.close()
+        self._check_has_position()
+        self._prefetcher.close()
         self.source.set_state(state)
         self._restart()
 
-    def _check_known(self):
-        if not self.known:
-            raise BatchError(f"feed was given a {type(self.source).__name__}, which has no get_state and set_state: where it is "
-                             "can't be saved. Give zj.Indexed(make_batch), a grain iterator, or another that has both.")
+    def _check_has_position(self) -> None:
+        if not hasattr(self.source, "get_state"):
+            raise BatchError(f"feed was given a {type(self.source).__name__}, which has no "
+                             "get_state and set_state, so its position cannot be saved; give "
+                             "zj.Indexed(make_batch), a grain iterator, or another iterator that "
+                             "has both.")
 
 
-def _check_batches(batches: Any):
-    one = isinstance(batches, (Mapping, str, np.ndarray, jax.Array))
-    if one or (isinstance(batches, tuple) and all(isinstance(x, (np.ndarray, jax.Array)) for x in batches)):
-        raise BatchError(f"feed was given one batch (a {type(batches).__name__}); give an iterable of batches: "
-                         "zj.feed([batch], zero), or a generator of them.")
+def _with_status(reports: Reports, status: Status) -> list[int]:
+    return [process for process, (reported, *_) in reports.items() if reported == status]
+
+
+def _check_batches(batches: Any) -> None:
+    arrays = (np.ndarray, jax.Array)
+    of_arrays = isinstance(batches, tuple) and all(isinstance(x, arrays) for x in batches)
+    if of_arrays or isinstance(batches, (Mapping, str, *arrays)):
+        raise BatchError(f"feed was given one batch (a {type(batches).__name__}); give an iterable "
+                         "of batches: zj.feed([batch], zero), or a generator of them.")
 
 
 def feed(batches: Iterable, zero: Policy, *, prefetch: int = 2, pad: bool | int = False) -> Feed:
-    """Batches of numpy arrays as sharded device arrays, made on a thread (from the first `next` on) while others are in use.
+    """Returns an iterator over batches of numpy arrays as sharded device arrays.
 
-    Of several processes, each gives its own part of every batch, and they end together: where the first has no more, or, if
-    `pad`, the last. All call `next` alike, from their main thread.
+    A thread makes them in advance; it starts with the first `next`. With several processes, each
+    gives its own share of every batch, and all must call `next` alike, from their main threads.
+    They end together: when the first of them has no more examples or, with `pad`, when the last
+    has none.
 
-    If the source has `get_state` and `set_state` (`Indexed`, grain's iterators), so has what is returned, and what was
-    fetched ahead does not count: the position is that after the batch last handed out.
+    If the source has `get_state` and `set_state` (`Indexed` and grain's iterators do), so does the
+    feed. Its position is that after the last batch returned, not after the last one prefetched.
 
     Args:
-      batches: an iterable of pytrees of arrays, each `[B, ...]` with the same B, divisible by the mesh's devices (of this
-        process). The batch is the processes' parts in the order of the mesh's devices: `zero.share()`. Once it has ended, a
-        second `for` begins anew, if the iterable can.
-      zero: the policy that will use them.
-      prefetch: how many are made before they are asked for; 0 makes them on the caller's thread.
-      pad: a batch that is shorter than the first (or than this number of examples of this process, which a run that goes on
-        late in its data needs) is filled up with copies of one example. What is handed out is then `(batch, weight)`, weight
-        float32[B] of 1 for what was there and 0 for what was added: multiply the losses by it.
+      batches: an iterable of pytrees of arrays `[B, ...]`, all with the same B, which must be
+        divisible by the number of mesh devices in this process. The batch consists of the shares of
+        the processes in the order of the mesh's devices, see `zero.share()`. A second `for` loop
+        starts again, if the iterable can be iterated over again.
+      zero: the policy of the steps that use the batches.
+      prefetch: the number of batches that are made in advance; with 0, the caller's thread makes
+        each when it is asked for.
+      pad: pads batches that are shorter than the first, or than this number of examples of this
+        process, with copies of one example. Give the number if a resumed run can start with a short
+        batch. The feed then returns `(batch, weight)`, where weight is float32[B]: 1 for examples
+        of the source, 0 for padding. Multiply the losses by it.
 
     Raises:
-      BatchError: B does not divide by the number of devices, or differs between arrays or processes.
-      ClusterError: another process could not make its part.
+      BatchError: B is not divisible by the number of devices, or differs between arrays or
+        processes.
+      ClusterError: another process could not make its share.
 
     >>> import numpy as np, zerojax as zj
     >>> zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:2]))
     >>> [b.sharding.spec for b in zj.feed([np.zeros((4, 3))], zero)]
     [P('data',)]
-    >>> [weight.tolist() for _, weight in zj.feed([np.zeros((4, 3)), np.zeros((1, 3))], zero, pad=True)]
+    >>> padded = zj.feed([np.zeros((4, 3)), np.zeros((1, 3))], zero, pad=True)
+    >>> [weight.tolist() for _, weight in padded]
     [[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]]
     """
     return Feed(batches, zero, prefetch, pad)

@@ -1,5 +1,8 @@
-"""The pair that ZeRO is made of, and the places in a program where it is called.
+"""Gathering parameters and scattering their cotangents.
 
-`pair` gathers a parameter and scatters its cotangent, `rewrite` finds where a program reads its parameters, `models` takes
-linen, NNX and plain pytrees apart and puts them together again.
+`pair` defines gather and scatter. `rewrite` and `pending` place them where a program reads its
+parameters, `uses` finds the equations that use a variable, and `reads` counts the reads for a plan.
+`models` splits linen, NNX and plain pytrees into parameters and state, and joins them again.
+
+Nothing here knows about training: training, evaluation and planning all use the same pair.
 """

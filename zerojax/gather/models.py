@@ -1,16 +1,8 @@
-"""What is particular to each kind of model: what of it is trained, and how it is put together again.
-
-A kind is a frozen value:
-
-- `split(model)` returns (kind, params, model_state, the mesh axes that the model names for each parameter);
-- `join(params, model_state)` is its inverse;
-- `state_after(model, model_state)` is the state that a function left in a model that it was given;
-- `merged(model_state, update)` is the state with a `Loss.model_state` put in.
-"""
+"""The kinds of model: which arrays are parameters, and how a model is put together again."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, Self
 
 import flax.linen as nn
 import jax
@@ -25,18 +17,65 @@ from zerojax.errors import LossError
 from zerojax.layout import padded
 
 
+class Kind(Protocol):
+    """A kind of model: how a model is split into parameters and state, and joined again.
+
+    A kind is a frozen value that holds all of the model but its arrays.
+    """
+
+    @classmethod
+    def split(cls, model: Any) -> tuple[Self, Any, Any, list[P]]:
+        """Returns (kind, parameters, model state, specs).
+
+        The specs hold the mesh axes that the model names for each parameter.
+        """
+        ...
+
+    def join(self, params: Any, model_state: Any) -> Any:
+        """Returns the model of these parameters and this state, the inverse of `split`."""
+        ...
+
+    def state_after(self, model: Any, model_state: Any) -> Any:
+        """Returns the state that a function left in `model`, which `join` made of `model_state`."""
+        ...
+
+    def merged(self, model_state: Any, update: Any) -> Any:
+        """Returns the state updated by a `Loss.model_state`.
+
+        Raises:
+          LossError: The update does not have the tree of the state.
+        """
+        ...
+
+
+def kind_of(model: Any) -> type[Kind]:
+    """Returns the kind of a model.
+
+    >>> kind_of({"params": {}}), kind_of([1.0])
+    (<class 'zerojax.gather.models.Linen'>, <class 'zerojax.gather.models.Tree'>)
+    """
+    if isinstance(model, nnx.Module):
+        return Nnx
+    return Linen if isinstance(model, Mapping) and "params" in model else Tree
+
+
 def named_axes(tree: Any) -> list[P]:
-    """The mesh axes that linen's metadata names for each leaf; logical names by the rules in force (`nn.logical_axis_rules`) and
-    the metadata's own. A name that no rule is about is kept.
+    """Returns the mesh axes that linen's metadata names for each leaf.
+
+    Logical names become mesh axes by the rules in force (`nn.logical_axis_rules`) and by those of
+    the metadata. A name without a rule is kept.
 
     >>> box = nn.LogicallyPartitioned(jnp.ones((2, 4)), ("embed", "mlp"))
     >>> with nn.logical_axis_rules([("mlp", "model"), ("embed", None)]):
     ...     named_axes({"kernel": box})
     [P(None, 'model')]
     """
-    boxed = lambda x: isinstance(x, meta.AxisMetadata)
-    return [_by_rules(x.get_partition_spec(), getattr(x, "rules", None)) if boxed(x) else P()
-            for x in jax.tree.leaves(tree, is_leaf=boxed)]
+    return [_by_rules(x.get_partition_spec(), getattr(x, "rules", None)) if _is_box(x) else P()
+            for x in jax.tree.leaves(tree, is_leaf=_is_box)]
+
+
+def _is_box(x) -> bool:
+    return isinstance(x, meta.AxisMetadata)
 
 
 def _by_rules(names: P, own: Any) -> P:
@@ -46,16 +85,16 @@ def _by_rules(names: P, own: Any) -> P:
     return P(*(axis if name in known else name for name, axis in zip(names, axes, strict=True)))
 
 
-def _is_spec(x) -> bool:
-    return isinstance(x, P)
-
-
 @dataclasses.dataclass(frozen=True)
 class Linen:
-    """What `model.init` returns, a dict of variables: `params` is trained, other collections are model state."""
+    """A dict of variables, which `model.init` returns.
+
+    The collection `params` holds the parameters. The other collections are model state, which
+    changes only by `Loss(model_state=...)`.
+    """
 
     @classmethod
-    def split(cls, model) -> tuple["Linen", Any, Any, list]:
+    def split(cls, model) -> tuple[Self, Any, Any, list[P]]:
         specs = named_axes(model["params"])
         variables = {k: meta.unbox(v) for k, v in unfreeze(model).items()}
         params = variables.pop("params")
@@ -65,33 +104,35 @@ class Linen:
         return {"params": params, **model_state}
 
     def state_after(self, model, model_state):
-        """Collections change only through `Loss(model_state=...)`."""
         return model_state
 
     def merged(self, model_state, update):
-        if not set(model_state) & set(update) and model_state and update:
-            raise LossError(f"Loss.model_state has {sorted(update)}, none of the model's collections {sorted(model_state)}; return "
-                            "what apply(..., mutable=...) gave back, as it is.")
-        return _like(model_state, {k: unfreeze(update[k]) if k in update else v for k, v in model_state.items()})
+        if model_state and update and not set(model_state) & set(update):
+            raise LossError(f"Loss.model_state has the collections {sorted(update)}, but the model "
+                            f"has {sorted(model_state)}; return the collections that "
+                            "apply(..., mutable=...) returned, unchanged.")
+        return _like(model_state, {name: unfreeze(update[name]) if name in update else collection
+                                   for name, collection in model_state.items()})
 
 
 @dataclasses.dataclass(frozen=True)
 class Nnx:
-    """An `nnx.Module`: its `nnx.Param`s are trained, every other variable is model state."""
+    """An `nnx.Module`. Its `nnx.Param`s are parameters, every other variable is model state."""
 
     graphdef: Any
 
     @classmethod
-    def split(cls, model) -> tuple["Nnx", Any, Any, list]:
+    def split(cls, model) -> tuple[Self, Any, Any, list[P]]:
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-        specs = jax.tree.leaves(nnx.to_pure_dict(nnx.get_partition_spec(params)), is_leaf=_is_spec)
+        axes = nnx.to_pure_dict(nnx.get_partition_spec(params))
+        specs = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, P))
         return cls(graphdef), nnx.to_pure_dict(params), nnx.to_pure_dict(rest), specs
 
     def join(self, params, model_state):
         return nnx.merge(self.graphdef, params, model_state)
 
     def state_after(self, model, model_state):
-        """What the loss left in the module's variables; those that it added (`sow`) are dropped."""
+        """Returns the module's state without the variables that a function added (`sow`)."""
         return _known(nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param))), model_state)
 
     def merged(self, model_state, update):
@@ -99,47 +140,76 @@ class Nnx:
 
 
 def _known(after, before):
-    return {k: _known(after[k], v) for k, v in before.items()} if isinstance(before, dict) else after
+    """Returns the values in the dict `after` for the keys of `before`."""
+    if not isinstance(before, dict):
+        return after
+    return {name: _known(after[name], value) for name, value in before.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """Any other pytree (plain dicts, registered dataclasses, Equinox modules): floating arrays are trained, other arrays and
-    Equinox's `State` are model state, anything else (functions, names) is kept aside."""
+    """Any other pytree, such as a dict, a registered dataclass or an Equinox module.
+
+    Floating arrays are parameters. Other arrays and Equinox's `State` are model state. The kind
+    keeps all other leaves, such as functions and names.
+    """
 
     treedef: Any
     static: tuple
     groups: tuple[str, ...]
 
     @classmethod
-    def split(cls, model) -> tuple["Tree", Any, Any, list]:
-        """Both trees are the model's, with None in the other's places."""
+    def split(cls, model) -> tuple[Self, Any, Any, list[P]]:
+        """Returns parameters and state as trees of the model, each with None for other leaves."""
         leaves, treedef = jax.tree.flatten(model, is_leaf=padded.is_padded)
         groups = tuple(_groups(model))
-        only = lambda *wanted: [x if group in wanted else None for x, group in zip(leaves, groups, strict=True)]
-        params, state = treedef.unflatten(only("params")), treedef.unflatten(only("state", "equinox"))
-        return cls(treedef, tuple(only("static")), groups), params, state, [P()] * groups.count("params")
+
+        def only(*wanted):
+            return [x if group in wanted else None
+                    for x, group in zip(leaves, groups, strict=True)]
+
+        params = treedef.unflatten(only("params"))
+        state = treedef.unflatten(only("state", "equinox"))
+        kind = cls(treedef, tuple(only("static")), groups)
+        return kind, params, state, [P()] * groups.count("params")
 
     def join(self, params, model_state):
-        parts = zip(self.treedef.flatten_up_to(params), self.treedef.flatten_up_to(model_state), self.static, strict=True)
-        return self.treedef.unflatten([next((x for x in part if x is not None), None) for part in parts])
+        params = self.treedef.flatten_up_to(params)
+        model_state = self.treedef.flatten_up_to(model_state)
+        return self.treedef.unflatten(map(_present, params, model_state, self.static))
 
     def state_after(self, model, model_state):
         return model_state
 
     def merged(self, model_state, update):
-        """An update is the whole model state, or Equinox's `State` alone."""
+        """Returns the updated state; the update is the whole state, or only Equinox's `State`."""
         if "equinox" not in self.groups or not _is_equinox_state(update):
             return _like(model_state, update)
         new = iter(jax.tree.leaves(update))
         old = zip(self.treedef.flatten_up_to(model_state), self.groups, strict=True)
-        return _like(model_state, self.treedef.unflatten([next(new) if group == "equinox" else x for x, group in old]))
+        merged = [next(new) if group == "equinox" else x for x, group in old]
+        return _like(model_state, self.treedef.unflatten(merged))
 
 
-def _groups(model):
-    """For each leaf: "params", "state", "equinox" (state that goes by itself) or "static"."""
-    for node in jax.tree.leaves(model, is_leaf=lambda x: _is_equinox_state(x) or padded.is_padded(x)):
-        yield from ["equinox"] * len(jax.tree.leaves(node)) if _is_equinox_state(node) else [_group(node)]
+def _present(*leaves):
+    """Returns the one that is not None, or None."""
+    return next((x for x in leaves if x is not None), None)
+
+
+def _groups(model) -> Iterator[str]:
+    """Yields the group of each leaf of a tree.
+
+    The groups are "params", "state", "equinox" (state that may be updated alone) and "static".
+    """
+
+    def is_node(x):
+        return _is_equinox_state(x) or padded.is_padded(x)
+
+    for node in jax.tree.leaves(model, is_leaf=is_node):
+        if _is_equinox_state(node):
+            yield from ["equinox"] * len(jax.tree.leaves(node))
+        else:
+            yield _group(node)
 
 
 def _is_equinox_state(x) -> bool:
@@ -153,18 +223,10 @@ def _group(leaf) -> str:
 
 
 def _like(state, update):
-    """An update of a model's state, in its tree and dtypes."""
-    if jax.tree.structure(update) != jax.tree.structure(state):
-        raise LossError(f"Loss.model_state has the tree {jax.tree.structure(update)}, the model's state has "
-                        f"{jax.tree.structure(state)}; return the collections that apply(..., mutable=...) gave back, as they are.")
+    """Returns an update of a model's state, in the state's dtypes; raises if its tree differs."""
+    ours, theirs = jax.tree.structure(state), jax.tree.structure(update)
+    if theirs != ours:
+        raise LossError(f"Loss.model_state has the tree {theirs}, but the model's state has "
+                        f"{ours}; return the collections that apply(..., mutable=...) returned, "
+                        "unchanged.")
     return jax.tree.map(lambda new, old: new.astype(old.dtype), update, state)
-
-
-def kind_of(model) -> type[Linen] | type[Nnx] | type[Tree]:
-    """
-    >>> kind_of({"params": {}}), kind_of([1.0])
-    (<class 'zerojax.gather.models.Linen'>, <class 'zerojax.gather.models.Tree'>)
-    """
-    if isinstance(model, nnx.Module):
-        return Nnx
-    return Linen if isinstance(model, Mapping) and "params" in model else Tree

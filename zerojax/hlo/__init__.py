@@ -1,4 +1,5 @@
-"""A compiled program: its instructions, the bytes they move, their cost, when they run, and which values are alive.
+"""A compiled program: its instructions, the bytes they move, their cost and order, live values.
 
-Needs no jax: it reads the text that the compiler prints, so that a saved program can be judged anywhere.
+It needs no jax: it reads the text that the compiler prints, so a saved program can be studied on
+any machine.
 """

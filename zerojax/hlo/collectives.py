@@ -1,4 +1,4 @@
-"""Collectives of a compiled program: kind, dtypes, bytes, the devices that take part, and how often each runs.
+"""Collectives of a compiled program: kind, dtypes, bytes, groups of devices, execution counts.
 
 Needs no devices and no jax.
 """
@@ -14,29 +14,39 @@ import numpy as np
 
 from zerojax.hlo.program import Frame, Instruction, Program, Shape
 
+Groups = tuple[tuple[int, ...], ...]  # device numbers, one row per group
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all",
+         "collective-permute", "collective-broadcast")
+_COMMUNICATES = re.compile(r"\b(?:replica_groups|source_target_pairs|channel_id)=")
 _SPELLING = re.compile(r"(?:replica_groups|source_target_pairs)="
-                       r"(?:mesh\[.*?\].*? \{.*?\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|\{\{.*?\}\})")
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+                       r"(?:mesh\[.*?\].*? \{.*?\}"
+                       r"|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
+                       r"|\{\{.*?\}\})")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_NAMED = re.compile(r"replica_groups=mesh\[(.*?)\]"
+                    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}")
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective instruction, which may move several arrays.
+    """One collective instruction, which can move several arrays.
 
     Attributes:
       kind: one of `KINDS`.
-      shapes: the whole arrays it is about: what a gather makes, what a reduction sums.
-      groups: device numbers that take part together, one row a group.
+      shapes: of the whole arrays: the results of a gather, the operands of a reduction.
+      groups: the numbers of the devices that take part together, one row per group.
       trips: how often it runs in one execution of the program.
-      asynchronous: it has a start and a done, with room for compute between.
-      op_name: the operation it came from, with the path of the module that asked for it.
-      frames: the lines of Python it came from, innermost first, as far as the compiler kept them.
+      asynchronous: whether it has a start and a done, so that other instructions can run between.
+      op_name: the operation that it came from, with the path of its module.
+      frames: the lines of Python that it came from, innermost first, if the compiler kept them.
     """
 
     name: str
     kind: str
     shapes: tuple[Shape, ...]
-    groups: tuple[tuple[int, ...], ...]
+    groups: Groups
     trips: int
     asynchronous: bool
     computation: str
@@ -45,94 +55,119 @@ class Collective:
 
     @property
     def backward(self) -> bool:
-        """It belongs to the backward pass (gathers for recomputation, and reductions)."""
+        """Whether it belongs to the backward pass, where gathers are for rematerialization."""
         return "transpose(" in self.op_name or "rematted_computation" in self.op_name
 
     @property
     def differentiated(self) -> bool:
-        """It belongs to the loss or its gradient."""
+        """Whether it belongs to the loss or its gradient."""
         return "jvp(" in self.op_name or "transpose(" in self.op_name
 
     @property
     def size(self) -> int:
-        """Devices in a group."""
+        """The number of devices in a group."""
         return len(self.groups[0]) if self.groups else 1
 
     @property
     def bytes(self) -> int:
-        """Of the whole arrays, once."""
+        """The bytes of the whole arrays, for one trip."""
         return sum(s.bytes for s in self.shapes)
 
     def wire(self, shape: Shape) -> float:
-        """Bytes each device sends for one of its arrays in one execution of the program, by the ring algorithms."""
+        """Returns the bytes that each device sends for one of its arrays, with ring algorithms.
+
+        They are those of all trips in one execution of the program.
+        """
         share = (self.size - 1) / self.size
-        factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+        factor = {"all-reduce": 2 * share, "collective-permute": 1.0,
+                  "collective-broadcast": 1.0}.get(self.kind, share)
         return factor * shape.bytes * self.trips
 
     @property
     def wire_bytes(self) -> float:
+        """The bytes that each device sends for all arrays in one execution of the program."""
         return sum(map(self.wire, self.shapes))
 
     def axes(self, mesh: Mapping[str, int]) -> tuple[str, ...] | None:
-        """The mesh axes it runs over; None if its groups are no set of axes of this mesh.
+        """Returns the mesh axes it runs over; None if no set of axes has its groups.
 
         Args:
-          mesh: axis names and sizes, devices numbered in row-major order.
+          mesh: names and sizes of the axes; devices are numbered in row-major order.
         """
         return _axes(self.groups, tuple(mesh.items()))
 
 
 @functools.lru_cache(maxsize=256)
-def _axes(groups: tuple[tuple[int, ...], ...], mesh: tuple[tuple[str, int], ...]) -> tuple[str, ...] | None:
+def _axes(groups: Groups, mesh: tuple[tuple[str, int], ...]) -> tuple[str, ...] | None:
     mine = frozenset(map(frozenset, groups))
     names = [name for name, _ in mesh]
-    subsets = itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(len(names) + 1))
+    subsets = itertools.chain.from_iterable(itertools.combinations(names, n)
+                                            for n in range(len(names) + 1))
     return next((chosen for chosen in subsets if mine == _groups_over(mesh, chosen)), None)
 
 
 @functools.lru_cache(maxsize=256)
-def _groups_over(mesh: tuple[tuple[str, int], ...], chosen: tuple[str, ...]) -> frozenset[frozenset[int]]:
+def _groups_over(mesh: tuple[tuple[str, int], ...],
+                 chosen: tuple[str, ...]) -> frozenset[frozenset[int]]:
     return frozenset(map(frozenset, _rows(dict(mesh), chosen)))
 
 
-def _rows(mesh: Mapping[str, int], chosen: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """The groups of devices that differ in their coordinates on `chosen` axes alone."""
-    names = list(mesh)
-    ids = np.arange(math.prod(mesh.values())).reshape(list(mesh.values()))
-    order = [names.index(n) for n in names if n not in chosen] + [names.index(n) for n in names if n in chosen]
-    return tuple(map(tuple, ids.transpose(order).reshape(-1, math.prod(mesh[n] for n in chosen)).tolist()))
+def _rows(mesh: Mapping[str, int], chosen: Sequence[str]) -> Groups:
+    """Returns the groups of devices whose coordinates differ only on the chosen axes."""
+    names, sizes = list(mesh), list(mesh.values())
+    rest = [names.index(name) for name in names if name not in chosen]
+    inner = [names.index(name) for name in names if name in chosen]
+    members = math.prod(mesh[name] for name in chosen)
+    return _groups(_numbered(sizes).transpose(rest + inner).reshape(-1, members))
 
 
 @functools.lru_cache(maxsize=256)
-def groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """`replica_groups` or `source_target_pairs` of an instruction, in any of HLO's spellings.
+def groups(text: str, devices: int) -> Groups:
+    """Returns the groups in `replica_groups` or `source_target_pairs`, in any spelling of HLO.
 
     >>> groups("replica_groups=[2,2]<=[2,2]T(1,0)", 4)
     ((0, 2), (1, 3))
     """
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        numbers = lambda s: [int(x) for x in s.split(",")]
-        ids = np.arange(math.prod(numbers(iota[2]))).reshape(numbers(iota[2]))
-        ids = ids.transpose(numbers(iota[3])) if iota[3] else ids
-        return tuple(map(tuple, ids.reshape(numbers(iota[1])).tolist()))
-    if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", text):
-        return _named(*named.groups())
-    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", text):
-        return tuple(tuple(int(x) for x in g.split(",")) for g in re.findall(r"\{([\d,]+)\}", listed[1]))
+    if iota := _IOTA.search(text):
+        sizes, dims, order = iota.groups()
+        return _groups(_numbered(_numbers(dims), order).reshape(_numbers(sizes)))
+    if named := _NAMED.search(text):
+        return _over_names(*named.groups())
+    if listed := _LISTED.search(text):
+        return tuple(tuple(_numbers(group)) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
     return (tuple(range(devices)),)
 
 
-def _named(mesh: str, dims: str | None, order: str | None, axes: str) -> tuple[tuple[int, ...], ...]:
-    """Groups over named axes, or parts of axes: `'a':(2)4` is the part of size 4 behind one of size 2."""
+def _over_names(mesh: str, dims: str | None, order: str | None, axes: str) -> Groups:
+    """Returns groups over named axes or parts of them.
+
+    `'a':(2)4` is the part of size 4 after a part of size 2.
+    """
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    ids = np.arange(math.prod(sizes.values())).reshape([int(d) for d in dims.split(",")] if dims else -1)
-    ids = ids.transpose([int(d) for d in order.split(",")]) if order else ids
-    chosen = {name: (int(pre or 1), int(size or sizes[name])) for name, pre, size in
+    ids = _numbered(_numbers(dims) if dims else [math.prod(sizes.values())], order)
+    chosen = {name: (int(before or 1), int(size or sizes[name])) for name, before, size in
               re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
-    split = [d for name, n in sizes.items() for pre, size in [chosen.get(name, (n, 1))] for d in (pre, size, n // pre // size)]
-    middle = [3 * i + 1 for i in range(len(sizes))]
-    rest = [i for i in range(len(split)) if i not in middle]
-    rows = ids.reshape(split).transpose(rest + middle).reshape(-1, math.prod(size for _, size in chosen.values()))
+    split = []  # each axis as three: before the part, the part, after it
+    for name, size in sizes.items():
+        before, part = chosen.get(name, (size, 1))
+        split += [before, part, size // before // part]
+    inner = list(range(1, len(split), 3))
+    rest = [i for i in range(len(split)) if i not in inner]
+    members = math.prod(part for _, part in chosen.values())
+    return _groups(ids.reshape(split).transpose(rest + inner).reshape(-1, members))
+
+
+def _numbered(dims: Sequence[int], order: str | None = None) -> np.ndarray:
+    """Returns the device numbers as an array of these dimensions, transposed to an order."""
+    ids = np.arange(math.prod(dims)).reshape(dims)
+    return ids.transpose(_numbers(order)) if order else ids
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _groups(rows: np.ndarray) -> Groups:
     return tuple(map(tuple, rows.tolist()))
 
 
@@ -140,35 +175,68 @@ def of(program: Program, wanted: Callable[[Frame], bool] = bool) -> tuple[Collec
     """Returns the collectives of a program that run, in the order of its text.
 
     Args:
-      wanted: the lines of Python to look for. A collective for which the compiler kept none of them takes the origin of the
-        nearest instruction that has one.
+      wanted: which lines of Python to look for. A collective for which the compiler kept no such
+        line takes the origin of the nearest instruction that has one.
     """
-    return tuple(_collective(program, inst, name, wanted) for name, body in program.computations.items() if program.times[name]
-                 for inst in body if kind(inst))
+    return tuple(_collective(program, inst, computation, wanted)
+                 for computation, inst in _running(program) if kind(inst))
+
+
+def unknown(program: Program) -> tuple[Instruction, ...]:
+    """Returns the instructions that run and name groups of devices, but have no known kind.
+
+    The starts and dones of asynchronous collectives have a known kind.
+    """
+    known = {f"{name}{part}" for name in KINDS for part in ("", "-start", "-done")}
+    return tuple(inst for _, inst in _running(program)
+                 if inst.op not in known and _COMMUNICATES.search(inst.attributes))
+
+
+def _running(program: Program) -> Iterator[tuple[str, Instruction]]:
+    """Yields the instructions that run, each after the name of its computation."""
+    for computation, body in program.computations.items():
+        if program.times[computation]:
+            yield from ((computation, inst) for inst in body)
 
 
 def kind(inst: Instruction) -> str | None:
-    """Of a collective, or of the start of one; None for anything else."""
+    """Returns the kind of a collective or of the start of one; None for other instructions."""
     op = inst.op.removesuffix("-start")
     return op if op in KINDS else None
 
 
-def _collective(program: Program, inst: Instruction, computation: str, wanted: Callable[[Frame], bool]) -> Collective:
-    which, asynchronous = inst.op.removesuffix("-start"), inst.op.endswith("-start")
-    whole = inst.shapes
-    if asynchronous:  # the start's shape lists operands as well; the done's lists what comes out
-        whole = next((i.shapes for i in program.users[computation].get(inst.name, ()) if i.op == f"{which}-done"), whole)
+def _collective(program: Program, inst: Instruction, computation: str,
+                wanted: Callable[[Frame], bool]) -> Collective:
+    which = inst.op.removesuffix("-start")
     spelled = _SPELLING.search(inst.attributes)
     grouped = groups(spelled[0] if spelled else "", program.devices)
-    if which == "reduce-scatter":  # shards come out; the sum was over arrays as large as the group
+    shapes = _whole(program, inst, computation, len(grouped[0]))
+    asynchronous = inst.op.endswith("-start") and '"is_sync":true' not in inst.attributes
+    return Collective(inst.name, which, shapes, grouped, program.times[computation], asynchronous,
+                      computation, *origin(program, inst, computation, wanted))
+
+
+def _whole(program: Program, inst: Instruction, computation: str,
+           members: int) -> tuple[Shape, ...]:
+    """Returns `Collective.shapes` for groups of some number of members."""
+    which, shapes = inst.op.removesuffix("-start"), inst.shapes
+    if inst.op.endswith("-start"):  # its type also has the operands; that of its done has results
+        consumers = program.consumers[computation].get(inst.name, ())
+        shapes = next((i.shapes for i in consumers if i.op == f"{which}-done"), shapes)
+    if which == "reduce-scatter":  # results are shards of the operands
         axis = int(inst.attribute("dimensions").split(",")[0] or 0)
-        whole = tuple(Shape(s.dtype, tuple(d * len(grouped[0]) if i == axis else d for i, d in enumerate(s.dims))) for s in whole)
-    beside = asynchronous and '"is_sync":true' not in inst.attributes
-    return Collective(inst.name, which, whole, grouped, program.times[computation], beside, computation,
-                      *origin(program, inst, computation, wanted))
+        shapes = tuple(_times(s, axis, members) for s in shapes)
+    return shapes
 
 
-def origin(program: Program, inst: Instruction, computation: str, wanted: Callable[[Frame], bool]) -> tuple[str, tuple[Frame, ...]]:
+def _times(shape: Shape, axis: int, factor: int) -> Shape:
+    """Returns a shape with one dimension multiplied."""
+    dims = tuple(d * factor if i == axis else d for i, d in enumerate(shape.dims))
+    return Shape(shape.dtype, dims)
+
+
+def origin(program: Program, inst: Instruction, computation: str,
+           wanted: Callable[[Frame], bool]) -> tuple[str, tuple[Frame, ...]]:
     """Returns `Collective.op_name` and `Collective.frames`."""
     for near in _near(program, inst, computation):
         frames = tuple(program.frames(near))
@@ -177,12 +245,24 @@ def origin(program: Program, inst: Instruction, computation: str, wanted: Callab
     return inst.attribute("op_name"), ()
 
 
-def _near(program: Program, inst: Instruction, computation: str, most: int = 16) -> Iterator[Instruction]:
-    """`inst`, the instructions whose results it takes, nearest first; then those that take its own."""
-    names, users = program.names[computation], program.users[computation]
-    for around in (lambda i: [names[o] for o in i.operands if o in names], lambda i: users.get(i.name, ())):
+def _near(program: Program, inst: Instruction, computation: str,
+          most: int = 16) -> Iterator[Instruction]:
+    """Yields `inst` and the instructions before it whose results it takes, nearest first.
+
+    Then yields `inst` and the instructions after it that take its result. Yields at most `most` in
+    each direction.
+    """
+    names, consumers = program.names[computation], program.consumers[computation]
+
+    def before(near: Instruction) -> Sequence[Instruction]:
+        return [names[operand] for operand in near.operands if operand in names]
+
+    def after(near: Instruction) -> Sequence[Instruction]:
+        return consumers.get(near.name, ())
+
+    for neighbors in (before, after):
         queue, seen = [inst], 0
         while queue and seen < most:
             near, seen = queue.pop(0), seen + 1
             yield near
-            queue += around(near)
+            queue += neighbors(near)

@@ -1,7 +1,7 @@
-"""What one instruction of a compiled program costs: operations by dtype, bytes of device memory it reads and writes.
+"""The cost of one instruction: operations by dtype, and bytes of device memory read and written.
 
-Needs no devices and no jax. Fusions are charged for what they touch: a slice of an operand where they read a slice, and the
-update of a result that they write in place.
+A fusion costs what it touches: a slice of an operand if it reads only a slice, and the update if it
+writes a result in place. Needs no devices and no jax.
 """
 
 import math
@@ -9,22 +9,25 @@ from collections import Counter
 
 from zerojax.hlo.program import Instruction, Program, Shape
 
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "iota",
-        "partition-id", "replica-id", "opt-barrier"}
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+        "call", "after-all", "iota", "partition-id", "replica-id", "opt-barrier"}
 _SLICES = {"dynamic-slice", "gather", "slice"}
 
 
 def flops(program: Program, inst: Instruction, computation: str) -> Counter:
-    """Operations of the products in an instruction, by (dtype of the operands, whether a rematerialised block does them again).
+    """Returns the operations of an instruction's products.
 
-    A multiply-add is two. Loops and conditionals are not entered: theirs are their computations'.
+    The keys are (dtype of the operands, whether rematerialization repeats the product). A
+    multiply-add is two operations. The bodies of loops and conditionals are not counted here: they
+    are computations of their own.
     """
     if inst.op in FREE:
         return Counter()
     found = Counter()
     again = "rematted_computation" in inst.attribute("op_name")
     if inst.op == "dot" or "__cublas$" in inst.attributes:
-        found[_dtype(program, inst, computation), again] = 2 * inst.shapes[0].elements * _contracted(program, inst, computation)
+        contracted = _contracted(program, inst, computation)
+        found[_dtype(program, inst, computation), again] = 2 * inst.shapes[0].elements * contracted
     elif inst.op == "convolution" or "__cudnn$conv" in inst.attributes:
         found[_dtype(program, inst, computation), again] = _convolution(program, inst, computation)
     for called in inst.called:
@@ -35,7 +38,8 @@ def flops(program: Program, inst: Instruction, computation: str) -> Counter:
 def _all_flops(program: Program, computation: str) -> Counter:
     if computation not in program.flops:
         body = program.computations.get(computation, ())
-        program.flops[computation] = sum((flops(program, inst, computation) for inst in body), Counter())
+        counts = (flops(program, inst, computation) for inst in body)
+        program.flops[computation] = sum(counts, Counter())
     return program.flops[computation]
 
 
@@ -48,7 +52,9 @@ def _dtype(program: Program, inst: Instruction, computation: str) -> str:
 
 
 def _contracted(program: Program, inst: Instruction, computation: str) -> int:
-    text = inst.attribute("lhs_contracting_dims") or _config(inst, "lhs_contracting_dimensions")
+    """Returns the number of elements that each element of the product sums over."""
+    text = (inst.attribute("lhs_contracting_dims")
+            or _config(inst, "lhs_contracting_dimensions"))
     dims = _operand(program, inst, computation, 0).dims
     return math.prod(dims[int(i)] for i in text.split(",") if i)
 
@@ -59,50 +65,55 @@ def _config(inst: Instruction, name: str) -> str:
 
 
 def _convolution(program: Program, inst: Instruction, computation: str) -> int:
-    """Every element of what the forward convolution makes takes a kernel without its output features."""
+    """Returns the operations of a convolution or of one of its gradients.
+
+    Each element of the forward result sums over a kernel without its output features.
+    """
     first, second = (_operand(program, inst, computation, i) for i in (0, 1))
-    result = inst.shapes[0]
-    made, kernel = result, second
+    forward, kernel = inst.shapes[0], second
     if "convBackwardFilter" in inst.attributes:
-        made, kernel = second, result
+        forward, kernel = second, inst.shapes[0]
     elif "convBackwardInput" in inst.attributes:
-        made = first
-    labels = inst.attributes.partition("dim_labels=")[2].partition("->")[0].partition("_")[2]
-    return 2 * made.elements * kernel.elements // kernel.dims[labels.index("o")]
+        forward = first
+    labels = inst.attributes.partition("dim_labels=")[2]  # such as b01f_o01i->b01f
+    kernel_labels = labels.partition("->")[0].partition("_")[2]
+    features = kernel.dims[kernel_labels.index("o")]
+    return 2 * forward.elements * kernel.elements // features
 
 
 def touched(program: Program, inst: Instruction, computation: str) -> int:
-    """Bytes of device memory that an instruction reads and writes."""
+    """Returns the bytes of device memory that an instruction reads and writes."""
     if inst.op in FREE or inst.op.endswith("-done"):
         return 0
     names = program.names[computation]
-    body = program.computations.get(inst.called[0], ()) if inst.op == "fusion" and inst.called else ()
-    if not body:
-        reads = [names[o].bytes for o in inst.operands if o in names]
-        if inst.op == "dynamic-update-slice":
-            return 2 * reads[1]
-        return 2 * inst.bytes if inst.op in _SLICES else sum(reads) + inst.bytes
-    reads = [_read(body, i, names[o].bytes) for i, o in enumerate(inst.operands) if o in names]
-    return sum(reads) + _written(program, inst.called[0], inst)
+    sizes = {i: names[o].bytes for i, o in enumerate(inst.operands) if o in names}
+    called = inst.called[0] if inst.op == "fusion" and inst.called else ""
+    if body := program.computations.get(called, ()):
+        reads = sum(_read(body, i, size) for i, size in sizes.items())
+        return reads + _written(program, called, inst)
+    if inst.op == "dynamic-update-slice":
+        return 2 * list(sizes.values())[1]
+    return 2 * inst.bytes if inst.op in _SLICES else sum(sizes.values()) + inst.bytes
 
 
 def _read(body: tuple[Instruction, ...], index: int, size: int) -> int:
-    """Bytes that a fusion reads of its operand `index`: the slices, if it takes nothing else of it."""
-    mine = next((i.name for i in body if i.op == "parameter" and i.arguments.strip() == str(index)), None)
-    users = [i for i in body if mine in i.operands]
-    if users and all(i.op in _SLICES and i.operands[0] == mine for i in users):
-        return min(size, sum(i.bytes for i in users))
-    if users and all(i.op == "dynamic-update-slice" and i.operands[0] == mine for i in users):
-        return 0
-    return size
+    """Returns the bytes that a fusion reads of an operand: the slices, if it reads only those."""
+    mine = next((i.name for i in body
+                 if i.op == "parameter" and i.arguments.strip() == str(index)), None)
+    consumers = [i for i in body if mine in i.operands]
+    if not consumers or any(i.operands[0] != mine for i in consumers):
+        return size
+    if all(i.op in _SLICES for i in consumers):
+        return min(size, sum(i.bytes for i in consumers))
+    return 0 if all(i.op == "dynamic-update-slice" for i in consumers) else size
 
 
 def _written(program: Program, called: str, inst: Instruction) -> int:
-    """Bytes that a fusion writes: the updates, where its results are updated in place."""
+    """Returns the bytes that a fusion writes: the update of each result that it writes in place."""
     names, body = program.names[called], program.computations[called]
     root = next((i for i in body if i.root), body[-1])
-    roots = [names[o] for o in root.operands] if root.op == "tuple" else [root]
-    return sum(_update(names, r) for r in roots) or inst.bytes
+    results = [names[o] for o in root.operands] if root.op == "tuple" else [root]
+    return sum(_update(names, result) for result in results) or inst.bytes
 
 
 def _update(names: dict[str, Instruction], inst: Instruction) -> int:

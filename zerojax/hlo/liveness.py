@@ -1,8 +1,10 @@
-"""Which arrays of a compiled program are alive at its fullest moment, and what they are for.
+"""The arrays that are alive at the peak of a compiled program's memory, by what they hold.
 
-Follows buffers through the schedule: views, tuples, loops (whose carries are updated in place) and fusions that write into an
-operand. A gather's result is "gathered"; what a reduction takes and gives is "gradients"; a stack that either is written into
-becomes the same. Arguments and results of the program are not counted: they have their own places. Needs no devices, no jax.
+Follows buffers through the schedule: views, tuples, loops (which update what they carry in place)
+and fusions that write into an operand. The result of a gather is "gathered". Operands and results
+of a reduction are "gradients". A stack into which one of these is written becomes the same kind.
+Arguments and results of the program do not count: they have their own memory. Needs no devices and
+no jax.
 """
 
 import collections
@@ -15,13 +17,18 @@ GATHERED, GRADIENTS, OTHER = "gathered", "gradients", "other"
 _VIEWS = {"bitcast", "opt-barrier", "get-tuple-element", "after-all"}
 _REDUCTIONS = {"reduce-scatter", "all-reduce", "reduce-scatter-start", "all-reduce-start"}
 _GATHERS = {"all-gather", "all-gather-start"}
-NOTHING = collections.Counter()
+_CASTS = {"fusion", "convert", "copy", "bitcast", "get-tuple-element"}
 _ENTERED = {"while", "call", "conditional"}
+_NOTHING = collections.Counter()
 
 
 @dataclasses.dataclass(eq=False)
 class Buffer:
-    """One piece of memory; `kind` is what it turns out to hold."""
+    """A piece of memory.
+
+    Attributes:
+      kind: what it holds; OTHER until an instruction shows that it is one of the other kinds.
+    """
 
     bytes: int
     kind: str = OTHER
@@ -35,11 +42,12 @@ Value = Buffer | tuple  # of values
 
 
 def peak(program: Program) -> dict[str, int]:
-    """Bytes alive by kind, at the moment at which they are most in all."""
+    """Returns the bytes alive by kind, at the moment when their total is largest."""
     entry = _Body(program, program.entry, None)
-    for buffer in _flat(entry.values[entry.body[-1].name] if not entry.root else entry.values[entry.root.name]):
-        buffer.bytes = 0  # a result's own place
-    return dict(entry.fullest())
+    result = entry.root or entry.body[-1]
+    for buffer in _flat(entry.values[result.name]):
+        buffer.bytes = 0  # the result has its own memory
+    return dict(entry.peak())
 
 
 def _flat(value: Value) -> Iterator[Buffer]:
@@ -51,12 +59,20 @@ def _flat(value: Value) -> Iterator[Buffer]:
 
 
 class _Body:
-    """One computation: the buffers of each value, made in the order of the schedule."""
+    """One computation: the buffers of each value, made in the order of the schedule.
+
+    Args:
+      parameter: the value that its caller passes; None for the program's arguments.
+    """
 
     def __init__(self, program: Program, name: str, parameter: Value | None):
-        self.program, self.name, self.body = program, name, program.computations[name]
+        self.program = program
+        self.name = name
+        self.body = program.computations[name]
         self.root = next((i for i in self.body if i.root), None)
-        self.parameter, self.values, self.inner = parameter, {}, {}
+        self.parameter = parameter
+        self.values: dict[str, Value] = {}
+        self.inner: dict[str, list[_Body]] = {}  # by the instruction that enters them
         for inst in self.body:
             self.values[inst.name] = self._value(inst)
 
@@ -75,17 +91,19 @@ class _Body:
         return value
 
     def _written(self, inst: Instruction, operands: list[Value]) -> Value:
-        """New memory, or an operand's where the instruction updates it in place."""
-        into = _updated(self.program, inst)
+        """Returns new memory, or that of an operand if the instruction updates it in place."""
         shapes = inst.shapes
-        if inst.op.endswith("-start"):  # its type lists the operands first; the done's, what comes out
-            users = self.program.users[self.name].get(inst.name, ())
-            shapes = next((i.shapes for i in users if i.op.endswith("-done")), shapes)
-        made = [Buffer(s.bytes) if i is None or not isinstance(operands[i], Buffer) else operands[i]
-                for s, i in zip(shapes, into + [None] * (len(shapes) - len(into)), strict=False)]
+        if inst.op.endswith("-start"):  # its type also has the operands; that of its done, results
+            consumers = self.program.consumers[self.name].get(inst.name, ())
+            shapes = next((i.shapes for i in consumers if i.op.endswith("-done")), shapes)
+        into = _updated(self.program, inst)
+        into += [None] * (len(shapes) - len(into))
+        made = [_buffer(s, None if i is None else operands[i])
+                for s, i in zip(shapes, into, strict=False)]
         return made[0] if len(made) == 1 else tuple(made)
 
     def _mark(self, inst: Instruction, operands: list[Value], value: Value) -> None:
+        """Gives the buffers of an instruction their kinds."""
         if inst.op in _GATHERS:
             _hold(value, GATHERED)
         elif inst.op in _REDUCTIONS:
@@ -98,21 +116,22 @@ class _Body:
                 self._inherit(shape, buffer, list(_flat(tuple(operands))))
 
     def _inherit(self, shape: Shape, made: Buffer, operands: list[Buffer]) -> None:
-        """A stack of arrays of a kind is of that kind, and so is one in another layout."""
+        """Gives a stack the kind of the arrays in it, and a copy that of its original."""
         others = [b for b in operands if b is not made]
-        turns = shape.dims if made in operands else (1,)  # the stacked dimension may be any
-        same = [b.kind for b in others if b.kind != OTHER and shape.bytes in [b.bytes * n for n in turns]]
+        turns = shape.dims if made in operands else (1,)  # any dimension can be the stacked one
+        same = [b.kind for b in others
+                if b.kind != OTHER and shape.bytes in [b.bytes * n for n in turns]]
         if same and (made in operands or len(others) == 1):
             made.holds(same[0])
 
     def _gradient(self, name: str, elements: int, depth: int = 8) -> None:
-        """What a reduction takes is a gradient, and so is what that is a cast or another layout of."""
+        """Marks an operand of a reduction, and the arrays of which it is a cast or a copy."""
         source = self.program.names[self.name].get(name)
         if source is None or not depth:
             return
         if not isinstance(self.values[name], tuple):
             _hold(self.values[name], GRADIENTS)
-        if source.op in ("fusion", "convert", "copy", "bitcast", "get-tuple-element"):
+        if source.op in _CASTS:
             for o in source.operands:
                 if any(s.elements == elements for s in self._shapes(o)):
                     self._gradient(o, elements, depth - 1)
@@ -122,38 +141,51 @@ class _Body:
         return inst.shapes if inst else ()
 
     def _enter(self, inst: Instruction, operands: list[Value]) -> Value:
+        """Follows the computations that an instruction calls, and returns its result."""
         names = [inst.attribute("body")] if inst.op == "while" else list(inst.called)
         outer = operands[0] if len(operands) == 1 else tuple(operands)
         bodies = []
         for name in (n for n in names if n in self.program.computations):
-            carry = _places(outer)
+            carry = _without_bytes(outer)
             bodies.append(_Body(self.program, name, carry))
-            ours = list(_flat(outer))
-            for here, there in zip(ours, _flat(carry), strict=True):
+            for here, there in zip(list(_flat(outer)), _flat(carry), strict=True):
                 if there.kind != OTHER:
                     here.holds(there.kind)
         self.inner[inst.name] = bodies
         return outer if inst.op == "while" else _new(inst, None)
 
-    def fullest(self) -> collections.Counter:
+    def peak(self) -> collections.Counter:
+        """Returns the bytes alive by kind at the peak of this computation."""
+        last = self._last_uses()
+        ends = collections.defaultdict(list)  # buffers by the index of their last use
+        now, most = collections.Counter(), collections.Counter()
+        seen = set()
+        for i, inst in enumerate(self.body):
+            for b in set(_flat(self.values[inst.name])) - seen:
+                seen.add(b)
+                now[b.kind] += b.bytes
+                ends[last.get(b, i)].append(b)
+            inner = self._inner_peak(inst)
+            if now.total() + inner.total() > most.total():
+                most = now + inner
+            for b in ends.pop(i, ()):
+                now[b.kind] -= b.bytes
+        return most
+
+    def _inner_peak(self, inst: Instruction) -> collections.Counter:
+        """Returns the largest peak of the computations that an instruction enters."""
+        peaks = (body.peak() for body in self.inner.get(inst.name, ()))
+        return max(peaks, key=collections.Counter.total, default=_NOTHING)
+
+    def _last_uses(self) -> dict[Buffer, int]:
+        """Returns the index of the last instruction that uses each buffer."""
         last = {}
         for i, inst in enumerate(self.body):
             for b in self._used(inst):
                 last[b] = i
         if self.root:
             last.update(dict.fromkeys(_flat(self.values[self.root.name]), len(self.body)))
-        seen, now, most, ends = set(), collections.Counter(), collections.Counter(), collections.defaultdict(list)
-        for i, inst in enumerate(self.body):
-            for b in set(_flat(self.values[inst.name])) - seen:
-                seen.add(b)
-                now[b.kind] += b.bytes
-                ends[last.get(b, i)].append(b)
-            inner = max((body.fullest() for body in self.inner.get(inst.name, ())), key=lambda c: c.total(), default=NOTHING)
-            if now.total() + inner.total() > most.total():
-                most = now + inner
-            for b in ends.pop(i, ()):
-                now[b.kind] -= b.bytes
-        return most
+        return last
 
     def _used(self, inst: Instruction) -> Iterator[Buffer]:
         if inst.op not in ("tuple", *_VIEWS):  # these name a value, and use none of it
@@ -162,13 +194,21 @@ class _Body:
 
 
 def _new(inst: Instruction, size: int | None) -> Value:
+    """Returns new buffers for the results of an instruction, of their own size or a given one."""
     buffers = tuple(Buffer(s.bytes if size is None else size) for s in inst.shapes)
     return buffers[0] if len(buffers) == 1 and not inst.type.startswith("(") else buffers
 
 
-def _places(value: Value) -> Value:
-    """As `value`, of no bytes of its own: what a loop carries is counted around it."""
-    return Buffer(0, value.kind) if isinstance(value, Buffer) else tuple(_places(v) for v in value)
+def _buffer(shape: Shape, target: Value | None) -> Buffer:
+    """Returns the buffer that a result is written into: `target`, or a new one."""
+    return target if isinstance(target, Buffer) else Buffer(shape.bytes)
+
+
+def _without_bytes(value: Value) -> Value:
+    """Returns `value` without bytes, for a loop: its carry is counted outside the loop."""
+    if isinstance(value, Buffer):
+        return Buffer(0, value.kind)
+    return tuple(_without_bytes(v) for v in value)
 
 
 def _hold(value: Value, kind: str) -> None:
@@ -184,18 +224,20 @@ def _view(inst: Instruction, operands: list[Value]) -> Value:
 
 
 def _updated(program: Program, inst: Instruction) -> list[int | None]:
-    """For each result: the operand that it is written into, or None for memory of its own."""
+    """Returns, for each result, the index of the operand that it is written into, or None."""
     if inst.op == "dynamic-update-slice":
         return [0]
-    if inst.op != "fusion" or not inst.called or inst.called[0] not in program.computations:
+    called = inst.called[0] if inst.op == "fusion" and inst.called else ""
+    if called not in program.computations:
         return [None]
-    names, body = program.names[inst.called[0]], program.computations[inst.called[0]]
+    names, body = program.names[called], program.computations[called]
     root = next((i for i in body if i.root), body[-1])
     results = [names[o] for o in root.operands] if root.op == "tuple" else [root]
-    return [_destination(names, r) for r in results]
+    return [_destination(names, result) for result in results]
 
 
 def _destination(names: dict[str, Instruction], inst: Instruction) -> int | None:
+    """Returns the number of the parameter that a fusion's result is written into, or None."""
     inst = _through(names, inst, ("bitcast", "copy"))
     if inst.op != "dynamic-update-slice":
         return None
@@ -204,6 +246,7 @@ def _destination(names: dict[str, Instruction], inst: Instruction) -> int | None
 
 
 def _through(names: dict[str, Instruction], inst: Instruction, ops: Sequence[str]) -> Instruction:
+    """Returns the instruction before a chain of some ops."""
     while inst.op in ops and inst.operands and inst.operands[0] in names:
         inst = names[inst.operands[0]]
     return inst

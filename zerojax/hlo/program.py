@@ -1,7 +1,8 @@
-"""Optimised HLO text to instructions: shapes, operands, how often each runs, the user's line it came from.
+"""Instructions of optimized HLO text: shapes, operands, execution counts, and lines of Python.
 
-Needs no devices and no jax. Reads what `compiled.as_text()` gives for the GPU compiler of jax 0.10 to 0.12, which is
-scheduled: the order of a computation's instructions is the order they are started in.
+Reads what `compiled.as_text()` returns for the GPU compiler of jax 0.10 to 0.12. This text is
+scheduled: the instructions of a computation are in the order in which they start. Needs no devices
+and no jax.
 """
 
 import dataclasses
@@ -10,22 +11,27 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64,
-        "f16": 16, "bf16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
+BITS = {"pred": 8, "token": 0, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128,
+        "f4e2m1fn": 4,
+        **{f"f8{kind}": 8 for kind in ("e3m4", "e4m3", "e4m3b11fnuz", "e4m3fn", "e4m3fnuz", "e5m2",
+                                       "e5m2fnuz", "e8m0fnu")},
+        **{f"{sign}{bits}": bits for sign in "su" for bits in (1, 2, 4, 8, 16, 32, 64)}}
+UNKNOWN_BITS = 64  # for a dtype that is not in BITS, which a plan reports
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(?.*?\)?) ([\w\-]+)\(([^)]*)\)(.*)$")
-_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\]")  # a bound: f32[<=8]
 _NAME = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)="
+                     r"%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_TABLE = re.compile(r'^(\d+) (?:"(.*)"|\{(.*)\})$')
+_ROW = re.compile(r'^(\d+) (?:"(.*)"|\{(.*)\})$')
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One array: dtype in HLO's spelling ("bf16"), and dimensions."""
+    """The dtype of an array in HLO's spelling ("bf16"), and its dimensions."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -36,25 +42,32 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        bits = 8 if self.dtype.startswith("f8") else BITS.get(self.dtype, 32)
-        return self.elements * bits // 8
+        return -(-self.elements * BITS.get(self.dtype, UNKNOWN_BITS) // 8)
 
     def __str__(self):
         return f"{self.dtype}[{','.join(map(str, self.dims))}]"
 
 
 def shapes(text: str) -> tuple[Shape, ...]:
-    """Every array named in a piece of HLO.
+    """Returns the shape of every array in a piece of HLO text.
 
     >>> shapes("(bf16[4,2]{1,0}, f32[])")
     (Shape(dtype='bf16', dims=(4, 2)), Shape(dtype='f32', dims=()))
     """
-    return tuple(Shape(t, tuple(int(d) for d in dims.split(",") if d)) for t, dims in _SHAPE.findall(text))
+    return tuple(Shape(dtype, _dims(dims)) for dtype, dims in _SHAPE.findall(text))
+
+
+def _dims(text: str) -> tuple[int, ...]:
+    return tuple(int(d.lstrip("<=")) for d in text.split(",") if d)
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: `name = type op(operands)attributes`. `arguments` is what stands in the brackets."""
+    """One line of a computation: `name = type op(arguments)attributes`.
+
+    Attributes:
+      root: whether its result is that of the computation.
+    """
 
     root: bool
     name: str
@@ -77,31 +90,36 @@ class Instruction:
 
     @property
     def trips(self) -> int:
-        """How often a loop turns; one whose count XLA does not know counts once."""
+        """The number of iterations of a loop; 1 if XLA does not know it, and for other ops."""
         found = _TRIPS.search(self.attributes) if self.op == "while" else None
         return int(found[1]) if found else 1
 
     @property
-    def turns_unknown(self) -> bool:
-        """It is a loop whose count XLA does not know."""
+    def trips_unknown(self) -> bool:
+        """Whether this is a loop whose number of iterations XLA does not know."""
         return self.op == "while" and not _TRIPS.search(self.attributes)
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
+        """The names of the computations that it calls."""
         names = _CALLED.findall(self.attributes)
         for branches in _BRANCHES.findall(self.attributes):
-            names += [b.strip().lstrip("%") for b in branches.split(",")]
+            names += [branch.strip().lstrip("%") for branch in branches.split(",")]
         return tuple(names)
 
     def attribute(self, name: str) -> str:
-        """Of metadata, or the text in an attribute's braces or quotes; empty if it has none."""
-        found = re.search(rf'\b{name}=(?:"([^"]*)"|\{{([^}}]*)\}}|%?([\w.\-]+))', self.attributes)
-        return next((g for g in found.groups() if g is not None), "") if found else ""
+        """Returns the text of an attribute or a field of the metadata, without braces or quotes.
+
+        It is empty if the instruction does not have the attribute.
+        """
+        value = r'"([^"]*)"|\{([^}]*)\}|%?([\w.\-]+)'
+        found = re.search(rf"\b{name}=(?:{value})", self.attributes)
+        return next((group for group in found.groups() if group is not None), "") if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """A line of Python that an instruction came from."""
+    """A line of Python from which an instruction came."""
 
     file: str
     line: int
@@ -116,23 +134,25 @@ class Program:
     """A compiled program.
 
     Attributes:
-      computations: instructions by computation, in their order.
-      entry: the computation that is the program.
-      devices: how many run it together.
-      tables: of source lines, as the text begins with.
+      computations: the instructions of each computation, in their order.
+      entry: the name of the computation that the program starts with.
+      devices: how many devices run the program together.
+      tables: the tables of source lines at the start of the text.
+      unread: the lines inside computations that are no instruction to this parser.
     """
 
     computations: Mapping[str, tuple[Instruction, ...]]
     entry: str
     devices: int
     tables: Mapping[str, Mapping[int, str]]
+    unread: tuple[str, ...] = ()
 
     @functools.cached_property
     def times(self) -> dict[str, int]:
         """How often each computation runs in one execution of the program."""
         times = dict.fromkeys(self.computations, 0)
 
-        def visit(name, factor):
+        def visit(name: str, factor: int) -> None:
             times[name] += factor
             for inst in self.computations[name]:
                 for called in inst.called:
@@ -144,12 +164,13 @@ class Program:
 
     @functools.cached_property
     def names(self) -> dict[str, dict[str, Instruction]]:
-        """By computation: instructions by their names."""
-        return {name: {inst.name: inst for inst in body} for name, body in self.computations.items()}
+        """The instructions of each computation by their names."""
+        return {name: {inst.name: inst for inst in body}
+                for name, body in self.computations.items()}
 
     @functools.cached_property
-    def users(self) -> dict[str, dict[str, list[Instruction]]]:
-        """By computation: who takes each result, in the order of the schedule."""
+    def consumers(self) -> dict[str, dict[str, list[Instruction]]]:
+        """The instructions that take each result, by computation, in the order of the schedule."""
         found = {name: {} for name in self.computations}
         for name, body in self.computations.items():
             for inst in body:
@@ -159,39 +180,51 @@ class Program:
 
     @functools.cached_property
     def flops(self) -> dict:
-        """What `cost` has found already, by computation."""
+        """What `cost` has counted so far, by computation."""
         return {}
 
     def frames(self, inst: Instruction) -> Iterator[Frame]:
-        """Yields the lines of Python it came from, innermost first, as far as the compiler kept them."""
-        number, frames = int(inst.attribute("stack_frame_id") or 0), self.tables.get("StackFrames", {})
+        """Yields the lines of Python of an instruction, innermost first, if any were kept."""
+        frames = self.tables.get("StackFrames", {})
+        number = int(inst.attribute("stack_frame_id") or 0)
         while number in frames:
             here = _fields(frames[number])
             place = _fields(self.tables["FileLocations"][here["file_location_id"]])
             yield Frame(self.tables["FileNames"][place["file_name_id"]], place["line"],
                         self.tables["FunctionNames"][place["function_name_id"]])
-            number = here.get("parent_frame_id", 1) - 1  # printed one too high: 1 is none
+            number = here.get("parent_frame_id", 1) - 1  # printed one too high: 1 means none
 
 
 def _fields(text: str) -> dict[str, int]:
-    return {key: int(value) for key, _, value in (f.partition("=") for f in text.split())}
+    """Returns the fields of a table's row, such as "file_name_id=1 line=7"."""
+    pairs = (field.partition("=") for field in text.split())
+    return {key: int(value) for key, _, value in pairs}
 
 
 def parse(text: str) -> Program:
-    """The program of `compiled.as_text()`."""
-    computations, current, entry = {}, [], ""
-    tables, table = {}, {}
+    """Returns the program of `compiled.as_text()`."""
+    computations, tables = {}, {}
+    current, table, unread = [], {}, []
+    entry = ""
     for line in text.splitlines():
         if line[:1].isspace():
             if match := _INSTRUCTION.match(line):
                 root, *rest = match.groups()
                 current.append(Instruction(bool(root), *rest))
+            elif line.strip():
+                unread.append(line.strip())
         elif head := _COMPUTATION.match(line):
             current = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif row := _TABLE.match(line):
+        elif row := _ROW.match(line):
             table[int(row[1])] = row[2] if row[2] is not None else row[3]
         elif line.isalpha():
             table = tables.setdefault(line, {})
-    count = re.search(r"num_partitions=(\d+)", text[:text.find("\n")])
-    return Program({k: tuple(v) for k, v in computations.items()}, entry, int(count[1]) if count else 1, tables)
+    bodies = {name: tuple(body) for name, body in computations.items()}
+    return Program(bodies, entry, _devices(text), tables, tuple(unread))
+
+
+def _devices(text: str) -> int:
+    header = text[:text.find("\n")]
+    count = re.search(r"num_partitions=(\d+)", header)
+    return int(count[1]) if count else 1

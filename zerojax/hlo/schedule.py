@@ -1,7 +1,8 @@
-"""A compiled program's schedule: an estimate of what runs when.
+"""An estimate of when each instruction of a compiled program runs.
 
-Instructions run in the order of the text, each as long as its operations or its bytes take, whichever is longer; collectives
-run beside them from their start to their done, one after the other. Needs no devices and no jax.
+Instructions run in the order of the text, each as long as its operations or its bytes take,
+whichever is longer. Collectives run beside them from their start to their done, one at a time.
+Needs no devices and no jax.
 """
 
 import collections
@@ -12,14 +13,27 @@ from zerojax.hlo import cost
 from zerojax.hlo.collectives import Collective
 from zerojax.hlo.program import Instruction, Program
 
-PRODUCTS, MEMORY, LINKS, LAUNCH, LATENCY = 0.7, 0.85, 0.8, 2e-6, 10e-6
-ASSUMPTIONS = (f"products at {PRODUCTS:.0%} of the GPU's dense peak, memory at {MEMORY:.0%} and links at {LINKS:.0%} of theirs, "
-               f"{LAUNCH * 1e6:.0f} us a kernel, {LATENCY * 1e6:.0f} us a collective, these one at a time")
+PRODUCTS = 0.7  # of the dense peak
+MEMORY = 0.85  # of the memory's bandwidth
+LINKS = 0.8  # of the bandwidth of links
+LAUNCH = 2e-6  # s per kernel
+LATENCY = 10e-6  # s per collective
+ASSUMPTIONS = (f"products at {PRODUCTS:.0%} of the GPU's dense peak, memory at {MEMORY:.0%} and "
+               f"links at {LINKS:.0%} of their bandwidth, {LAUNCH * 1e6:.0f} us per kernel, "
+               f"{LATENCY * 1e6:.0f} us per collective, collectives one at a time")
+_ENTERED = ("while", "call", "conditional")
 
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Of one GPU: operations/s by dtype, bytes/s of its memory, and bytes/s it sends within a host and between hosts."""
+    """The speed of one GPU.
+
+    Attributes:
+      flops: the operations/s of a dtype.
+      bandwidth: bytes/s of its memory.
+      link, network: bytes/s that it sends within a host, and between hosts.
+      per_host: the number of GPUs in a host.
+    """
 
     flops: Callable[[str], float]
     bandwidth: float
@@ -30,7 +44,11 @@ class Speed:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """One instruction's time, in seconds from the start of its computation; `of` is "compute", "memory" or "network"."""
+    """The time of one instruction, in seconds from the start of its computation.
+
+    Attributes:
+      of: "compute", "memory" or "network".
+    """
 
     name: str
     of: str
@@ -40,15 +58,15 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One execution of a computation, loops in it included.
+    """One execution of a computation, including the loops in it.
 
     Attributes:
-      seconds: all of it.
-      busy: seconds by "compute" (bound by operations), "memory" (by bytes), "launch" of kernels, and "network" (exposed:
-        nothing else runs).
-      spans: of this computation alone, loops as one span.
-      exposed: seconds each collective keeps the rest waiting, once, by name.
-      beside: of each collective, names of what runs while it does.
+      seconds: the total time.
+      busy: seconds by "compute" (limited by operations), "memory" (limited by bytes), "launch" of
+        kernels, and "network" (exposed: nothing else runs).
+      spans: those of this computation alone; a loop is one span.
+      exposed: seconds for which the rest waits for each collective, by name, for one trip.
+      beside: names of the instructions that run during each collective.
     """
 
     seconds: float
@@ -59,9 +77,10 @@ class Run:
 
 
 def transfer(speed: Speed, c: Collective) -> float:
-    """Seconds that one execution of a collective takes by a ring over its group, links all in use.
+    """Returns the seconds of one trip of a collective: a ring over its group, all links in use.
 
-    Between hosts a group is as fast as the network of its members in one host together, and never faster than a link.
+    Between hosts, a group has the network bandwidth of all its members in one host, but at most
+    that of a link.
     """
     group = c.groups[0] if c.groups else (0,)
     here = max(collections.Counter(d // speed.per_host for d in group).values())
@@ -70,8 +89,12 @@ def transfer(speed: Speed, c: Collective) -> float:
 
 
 def simulate(program: Program, speed: Speed, found: tuple[Collective, ...]) -> dict[str, Run]:
-    """A `Run` for each computation that the program executes in its own right: the entry, and what loops and branches call."""
-    known, runs = {c.name: c for c in found}, {}
+    """Returns a `Run` for each computation with a schedule of its own.
+
+    These are the entry, and the computations that loops, calls and conditionals enter.
+    """
+    known = {c.name: c for c in found}
+    runs: dict[str, Run] = {}
 
     def run(name: str) -> Run:
         if name not in runs:
@@ -83,32 +106,50 @@ def simulate(program: Program, speed: Speed, found: tuple[Collective, ...]) -> d
 
 
 class _Clock:
-    """Time in one computation: of the device, and until when the network is taken."""
+    """The time in one computation.
 
-    def __init__(self, program: Program, name: str, speed: Speed, known: Mapping[str, Collective], run: Callable[[str], Run]):
-        self.program, self.name, self.speed, self.known, self.run = program, name, speed, known, run
-        self.now = self.network = 0.0
+    Attributes:
+      now: seconds of the device.
+      network: seconds at which the last collective ends.
+      open: the end of each collective that has started and not been waited for.
+    """
+
+    def __init__(self, program: Program, name: str, speed: Speed, known: Mapping[str, Collective],
+                 run: Callable[[str], Run]):
+        self.program = program
+        self.name = name
+        self.speed = speed
+        self.known = known
+        self.run = run
+        self.now = 0.0
+        self.network = 0.0
+        self.open: dict[str, float] = {}
         self.busy: dict[str, float] = {"compute": 0.0, "memory": 0.0, "launch": 0.0, "network": 0.0}
-        self.spans, self.exposed, self.open, self.beside = [], {}, {}, {}
+        self.spans: list[Span] = []
+        self.exposed: dict[str, float] = {}
+        self.beside: dict[str, list[str]] = {}
 
     def all(self) -> Run:
+        """Runs all instructions."""
         for inst in self.program.computations[self.name]:
             self._one(inst)
-        return Run(self.now, self.busy, tuple(self.spans), self.exposed, {k: tuple(v) for k, v in self.beside.items()})
+        beside = {name: tuple(names) for name, names in self.beside.items()}
+        return Run(self.now, self.busy, tuple(self.spans), self.exposed, beside)
 
     def _one(self, inst: Instruction) -> None:
         if inst.name in self.known:
             self._start(self.known[inst.name])
         elif inst.op.endswith("-done") and inst.operands and inst.operands[0] in self.open:
             self._wait(inst.operands[0])
-        elif inst.op in ("while", "call", "conditional"):
+        elif inst.op in _ENTERED:
             self._inner(inst)
         elif inst.op not in cost.FREE:
             self._compute(inst)
 
     def _start(self, c: Collective) -> None:
         begin = max(self.now, self.network)
-        self.network = self.open[c.name] = begin + transfer(self.speed, c)
+        self.network = begin + transfer(self.speed, c)
+        self.open[c.name] = self.network
         self.beside[c.name] = []
         self.spans.append(Span(c.name, "network", begin, self.network))
         if not c.asynchronous:
@@ -127,14 +168,19 @@ class _Clock:
             self.beside[running].append(name)
 
     def _inner(self, inst: Instruction) -> None:
-        inner = max((self.run(called) for called in inst.called if called in self.program.computations), key=lambda r: r.seconds)
-        for of, seconds in inner.busy.items():
+        runs = [self.run(name) for name in inst.called if name in self.program.computations]
+        longest = max(runs, key=lambda run: run.seconds)
+        for of, seconds in longest.busy.items():
             self.busy[of] += inst.trips * seconds
-        self._advance(inst.name, max(inner.busy, key=inner.busy.__getitem__), inst.trips * inner.seconds)
+        most = max(longest.busy, key=longest.busy.__getitem__)
+        self._advance(inst.name, most, inst.trips * longest.seconds)
 
     def _compute(self, inst: Instruction) -> None:
-        products = sum(n / (self.speed.flops(t) * PRODUCTS) for (t, _), n in cost.flops(self.program, inst, self.name).items())
-        memory = cost.touched(self.program, inst, self.name) / (self.speed.bandwidth * MEMORY)
+        counts = cost.flops(self.program, inst, self.name)
+        products = sum(n / (self.speed.flops(dtype) * PRODUCTS)
+                       for (dtype, _), n in counts.items())
+        touched = cost.touched(self.program, inst, self.name)
+        memory = touched / (self.speed.bandwidth * MEMORY)
         of = "compute" if products > memory else "memory"
         self.busy[of] += max(products, memory)
         self.busy["launch"] += LAUNCH
@@ -142,7 +188,10 @@ class _Clock:
 
 
 def total_flops(program: Program) -> collections.Counter:
-    """Operations of one execution, on one device, by (dtype, whether a rematerialised block does them again)."""
+    """Returns the operations of one execution on one device.
+
+    The keys are (dtype, whether rematerialization repeats them).
+    """
     total = collections.Counter()
     for name in _executed(program):
         for inst in program.computations[name]:
@@ -152,9 +201,11 @@ def total_flops(program: Program) -> collections.Counter:
 
 
 def _executed(program: Program) -> list[str]:
-    """The entry, and the bodies of loops and branches: what is scheduled by itself."""
+    """Returns the computations with a schedule of their own: the entry, and those it enters."""
     names, queue = [], [program.entry]
     while queue:
         names.append(queue.pop())
-        queue += [c for i in program.computations[names[-1]] if i.op in ("while", "call", "conditional") for c in i.called]
+        for inst in program.computations[names[-1]]:
+            if inst.op in _ENTERED:
+                queue += inst.called
     return list(dict.fromkeys(names))

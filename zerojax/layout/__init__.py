@@ -1,4 +1,4 @@
-"""Which part of each leaf a device holds: a spec by rule, specs of whole states, and the devices they are over.
+"""The part of each leaf that a device holds: specs by rule, specs of whole states, and meshes.
 
-Knows nothing of training: a layout is a pure function of shapes, dtypes, axis sizes and rules.
+Independent of training: a layout is a pure function of shapes, dtypes, axis sizes and rules.
 """

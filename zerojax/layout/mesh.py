@@ -1,4 +1,4 @@
-"""Meshes over devices that are there, and over GPUs that are not."""
+"""Meshes over the available devices, and over simulated GPUs for planning."""
 
 import jax
 import numpy as np
@@ -8,39 +8,50 @@ from zerojax.errors import PolicyError
 from zerojax.layout.topology import Topology, check_installed
 
 
-def make_mesh(*, replica: int = 1, devices=None, topology: str | Topology | None = None) -> Mesh | AbstractMesh:
-    """A mesh for `Zero`: every device on the axis "data", or on ("replica", "data").
+def make_mesh(*, replica: int = 1, devices=None,
+              topology: str | Topology | None = None) -> Mesh | AbstractMesh:
+    """Returns a mesh for `Zero`, with the axis "data" or the axes ("replica", "data").
 
     Args:
-      replica: number of copies of the state (hybrid sharding, HSDP); each is spread over devices / replica.
-        With several hosts, devices of one host are neighbours on "data".
-      devices: the devices to use, in order; None is all of them.
-      topology: GPUs that are not there, to plan for, as "h200:8x8" (hosts x GPUs a host) or a `Topology`. The mesh is
-        then an `AbstractMesh`: `Zero.abstract` and `plan` take it, nothing runs on it. Needs the extra `plan`.
+      replica: number of copies of the state (hybrid sharding, HSDP); each copy is sharded over
+        devices / replica. With several hosts, devices of one host are neighbours on "data".
+      devices: the devices to use, in order; None means all.
+      topology: simulated GPUs to plan for, such as "h200:8x8" (hosts x GPUs per host) or a
+        `Topology`. The mesh is then an `AbstractMesh`, which `Zero.abstract` and `plan` accept;
+        nothing runs on it. Requires the extra `plan`.
 
     Raises:
-      PolicyError: the number of devices does not divide by `replica`; devices and a topology; an unknown topology.
-      MissingExtraError: a topology without the extra.
+      PolicyError: the number of devices is not divisible by `replica`; both devices and a topology
+        were given; or the topology is unknown.
+      MissingExtraError: a topology was given, but the extra is not installed.
 
     >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
     {'data': 1}
     """
-    if topology is not None and devices is not None:
-        raise PolicyError(f"make_mesh(devices=..., topology={topology!r}): give one of the two.")
     axes = ("data",) if replica == 1 else ("replica", "data")
-    if topology is not None:
-        topology = Topology.parse(topology) if isinstance(topology, str) else topology
-        if not isinstance(topology, Topology):
-            raise PolicyError(f'make_mesh(topology={topology!r}): write text, as "h200:8x8", or a zj.Topology.')
-        check_installed()
-        shape = _shape(replica, topology.devices)
-        return AbstractMesh(shape, axes, (AxisType.Auto,) * len(axes), abstract_device=topology.device())
-    devices = np.array(jax.devices() if devices is None else devices)
-    return Mesh(devices.reshape(_shape(replica, devices.size)), axes, axis_types=(AxisType.Auto,) * len(axes))
+    types = (AxisType.Auto,) * len(axes)
+    if topology is None:
+        array = np.array(jax.devices() if devices is None else devices)
+        return Mesh(array.reshape(_shape(replica, array.size)), axes, axis_types=types)
+    if devices is not None:
+        raise PolicyError(f"make_mesh(devices=..., topology={topology!r}): devices and a topology "
+                          "exclude each other; give one of the two.")
+    topology = _topology(topology)
+    check_installed()
+    return AbstractMesh(_shape(replica, topology.devices), axes, types,
+                        abstract_device=topology.device())
+
+
+def _topology(given: str | Topology) -> Topology:
+    topology = Topology.parse(given) if isinstance(given, str) else given
+    if not isinstance(topology, Topology):
+        raise PolicyError(f"make_mesh(topology={given!r}): not a topology; "
+                          'write text such as "h200:8x8", or a zj.Topology.')
+    return topology
 
 
 def _shape(replica: int, devices: int) -> tuple[int, ...]:
     if not isinstance(replica, int) or replica < 1 or devices % replica:
-        raise PolicyError(f"make_mesh(replica={replica!r}): {devices} devices do not divide into {replica} copies; "
-                          f"write a divisor of {devices}.")
+        raise PolicyError(f"make_mesh(replica={replica!r}): {devices} devices do not divide evenly "
+                          f"into {replica} copies; write a divisor of {devices}.")
     return (devices,) if replica == 1 else (replica, devices // replica)

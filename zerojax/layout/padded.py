@@ -1,4 +1,4 @@
-"""Arrays that are kept with rows of zeros at their ends, so that their dimensions divide over devices."""
+"""Arrays that are stored with zeros appended, so that their dimensions divide over devices."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class _Within:
-    """The key of what a `Padded` holds: paths are those of the logical array."""
+    """The tree key of a `Padded`'s array; empty, so that its path is that of the `Padded`."""
 
     def __str__(self):
         return ""
@@ -23,11 +23,14 @@ class _Within:
 
 @jax.tree_util.register_pytree_with_keys_class
 class Padded:
-    """An array of a logical shape, kept as a larger one. A pytree of that one array, so that optimizers see it as it is kept;
-    numpy and jax functions see the logical one.
+    """An array of a logical shape, stored in a larger one.
+
+    A pytree whose only leaf is the larger array, which optimizers therefore see. Numpy and jax
+    functions see the logical array.
 
     Attributes:
-      kept: the array as it is kept. shape: logical.
+      kept: the array as it is stored.
+      shape: the logical shape.
 
     >>> x = pad(jnp.arange(3.0), (4,))
     >>> x.shape, x.kept.shape, (x + 1).tolist(), jax.tree.leaves(x)[0].shape
@@ -94,46 +97,64 @@ def _operator(name: str):
     return lambda self, *others: getattr(self.__jax_array__(), name)(*others)
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "rmatmul", "pow", "rpow", "neg", "abs"):
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv",
+              "matmul", "rmatmul", "pow", "rpow", "neg", "abs"):
     setattr(Padded, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 def is_padded(x: Any) -> bool:
-    """Whether it is a padded array, or the shape of one; not what optax leaves where a transform is masked."""
+    """Whether `x` is a padded array or the shape of one.
+
+    False for the `Padded` of a placeholder that optax puts where a transform is masked.
+    """
     return isinstance(x, Padded) and len(getattr(x.kept, "shape", ())) == len(x.shape) > 0
 
 
 def cut(x: Any, shape: Sequence[int]) -> jax.Array:
-    """`x` without the rows behind a logical shape."""
-    return x if tuple(x.shape) == tuple(shape) else jax.lax.slice(x, [0] * len(shape), list(shape))
+    """Returns `x` without the elements beyond a logical shape."""
+    if tuple(x.shape) == tuple(shape):
+        return x
+    return jax.lax.slice(x, [0] * len(shape), list(shape))
 
 
 def filled(x: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """`x` with zeros at the ends of its dimensions, to a larger shape."""
-    return x if tuple(x.shape) == tuple(shape) else jnp.pad(x, [(0, n - d) for d, n in zip(x.shape, shape, strict=True)])
+    """Returns `x` with zeros at the ends of its dimensions, in a larger shape."""
+    if tuple(x.shape) == tuple(shape):
+        return x
+    return jnp.pad(x, [(0, n - d) for d, n in zip(x.shape, shape, strict=True)])
 
 
 def pad(x: jax.Array, shape: Sequence[int] | None) -> Any:
-    """`x`, or a `Padded` that keeps it in a larger shape."""
-    return x if shape is None or tuple(shape) == tuple(x.shape) else Padded(filled(x, shape), x.shape)
+    """Returns `x`, or a `Padded` that stores it in a larger shape."""
+    if shape is None or tuple(shape) == tuple(x.shape):
+        return x
+    return Padded(filled(x, shape), x.shape)
 
 
 def logical(tree: Any) -> Any:
-    """A tree with plain arrays in place of padded ones, each whole on every device that holds some of it."""
+    """Returns a tree with plain arrays in place of padded ones.
+
+    Each plain array is whole on every device that held a part of the padded one.
+    """
     return jax.tree.map(lambda x: x.__jax_array__() if is_padded(x) else x, tree, is_leaf=is_padded)
 
 
 def mapped(fn: Callable, tree: Any, *others: Any) -> Any:
-    """`jax.tree.map` over arrays as they are kept; the `others` have leaves where `tree` has padded arrays."""
-    one = lambda x, *more: Padded(fn(x.kept, *more), x.shape) if is_padded(x) else fn(x, *more)
+    """Maps a function over arrays as they are stored, and returns padded arrays again.
+
+    Like `jax.tree.map`, but each of `others` has one leaf where `tree` has a padded array.
+    """
+    def one(x, *more):
+        return Padded(fn(x.kept, *more), x.shape) if is_padded(x) else fn(x, *more)
+
     return jax.tree.map(one, tree, *others, is_leaf=is_padded)
 
 
 def structure(tree: Any) -> Any:
-    """The tree's structure, padded arrays as leaves."""
+    """Returns the tree's structure, in which padded arrays are leaves."""
     return jax.tree.structure(tree, is_leaf=is_padded)
 
 
 def leaves(tree: Any) -> list[Any]:
-    """The tree's leaves, padded arrays as they are."""
+    """Returns the tree's leaves, padded arrays among them."""
     return jax.tree.leaves(tree, is_leaf=is_padded)

@@ -1,14 +1,13 @@
-"""The layout of a state as a table: who holds what, how many bytes, and why a leaf is whole."""
+"""The layout of a state as a table: specs, bytes per device, and why a leaf is whole."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from zerojax import tables
+from zerojax import tables, trees
 from zerojax.layout import rules
 from zerojax.layout.placement import describe, endings, param_name
 from zerojax.layout.rules import Leaf, Placement
@@ -17,7 +16,7 @@ from zerojax.policy import Policy
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of the report: where one leaf lies, and the bytes of it on each device, at rest and if it were gathered."""
+    """One leaf: its spec, and its bytes on each device, at rest and once gathered."""
 
     path: str
     shape: tuple[int, ...]
@@ -29,51 +28,62 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Layout:
-    """Who holds what: one `Row` a leaf. Prints as a table, largest first; bytes are per device."""
+class Layout(tables.Printed):
+    """The placement of each leaf, one `Row` per leaf. Prints as a table, largest first.
+
+    Bytes are per device.
+    """
 
     rows: tuple[Row, ...]
     devices: int
 
     @property
     def bytes(self) -> int:
-        """Bytes per device, of all leaves."""
+        """The bytes of all leaves on one device."""
         return sum(row.bytes for row in self.rows)
 
     @property
     def whole(self) -> tuple[Row, ...]:
-        """The leaves that every device holds in full, each with its reason."""
+        """The leaves that every device holds in full, each with the reason."""
         return tuple(row for row in self.rows if row.reason)
 
     def table(self, most: int = 24):
-        """A `rich.table.Table` of the `most` largest parameters, each with the optimizer state that lies as it does."""
+        """Returns a `rich.table.Table` of the `most` largest parameters.
+
+        Optimizer state with a parameter's shape and spec is counted in that parameter's line.
+        """
         from rich import box
         from rich.table import Table
 
-        title = f"{len(self.rows)} leaves, {self.bytes:,} bytes on each of {self.devices} devices"
-        table = Table("leaf", "copies", "shape", "dtype", "spec", "bytes/device", "whole because", box=box.SIMPLE,
-                      title=title, title_justify="left")
-        groups = sorted(_alike(self.rows), key=lambda g: -sum(r.bytes for r in g))
+        table = Table("leaf", "copies", "shape", "dtype", "spec", "bytes/device", "whole because",
+                      box=box.SIMPLE, title=self._title(), title_justify="left")
+        groups = sorted(_alike(self.rows), key=lambda group: -_total(group))
         for group in groups[:most]:
             row = group[0]
             table.add_row(row.path, str(len(group)), str(row.shape), row.dtype, _short(row.spec),
-                          f"{sum(r.bytes for r in group):,}", row.reason)
+                          f"{_total(group):,}", row.reason)
         if len(groups) > most:
-            rest = [r for group in groups[most:] for r in group]
-            table.add_row(f"... {len(groups) - most} smaller", str(len(rest)), "", "", "", f"{sum(r.bytes for r in rest):,}")
+            rest = [row for group in groups[most:] for row in group]
+            table.add_row(f"... {len(groups) - most} smaller", str(len(rest)), "", "", "",
+                          f"{_total(rest):,}")
         return table
 
-    def __str__(self) -> str:
-        return tables.text(self.table())
+    def parts(self) -> Sequence[Any]:
+        return [self.table()]
 
-    __repr__ = __str__
+    def _title(self) -> str:
+        return f"{len(self.rows)} leaves, {self.bytes:,} bytes on each of {self.devices} devices"
 
-    def _repr_html_(self) -> str:
-        return tables.html(self.table())
+
+def _total(rows: Sequence[Row]) -> int:
+    return sum(row.bytes for row in rows)
 
 
 def _alike(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows in groups: a parameter first, then what has its path's ending, shape and spec (an optimizer's momenta)."""
+    """Returns groups of rows: a parameter, then the optimizer state that is laid out like it.
+
+    Such state has the same shape and spec, and the parameter's name at the end of its path.
+    """
     params = {param_name(row.path) for row in rows}
     groups = {}
     for row in rows:
@@ -87,13 +97,18 @@ def _short(spec: P) -> str:
 
 
 def of(policy: Policy, tree: Any, placements: Sequence[Placement]) -> Layout:
-    """The `Layout` of a state's leaves."""
-    rows = [Row(leaf.path, leaf.shape, leaf.dtype, place.spec, _bytes(policy, leaf, place, place.spec),
-                _bytes(policy, leaf, place, place.whole), place.reason if not place.sharded else "")
-            for leaf, place in zip(describe(tree), placements, strict=True)]
-    return Layout(tuple(rows), policy.mesh.size)
+    """Returns the `Layout` of a state, given the placement of each of its leaves."""
+    rows = tuple(_row(policy, leaf, place)
+                 for leaf, place in zip(describe(tree), placements, strict=True))
+    return Layout(rows, policy.mesh.size)
 
 
-def _bytes(policy: Policy, leaf: Leaf, place: Placement, spec: P) -> int:
-    itemsize = 8 if leaf.dtype.startswith("key") else np.dtype(leaf.dtype).itemsize
-    return itemsize * math.prod(place.kept or leaf.shape) // math.prod(policy.mesh.shape[a] for a in rules.axes_of(spec))
+def _row(policy: Policy, leaf: Leaf, place: Placement) -> Row:
+    elements = math.prod(place.kept or leaf.shape)
+
+    def size(spec: P) -> int:
+        devices = math.prod(policy.mesh.shape[axis] for axis in rules.axes_of(spec))
+        return trees.itemsize(leaf.dtype) * elements // devices
+
+    return Row(leaf.path, leaf.shape, leaf.dtype, place.spec, size(place.spec), size(place.whole),
+               "" if place.sharded else place.reason)

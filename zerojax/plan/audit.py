@@ -1,179 +1,339 @@
-"""Which collectives of a compiled step ZeRO explains, and why the others are there.
+"""Which collectives of a compiled step ZeRO explains, and what is wrong with the others.
 
-ZeRO's are gathers and reductions of parameters, over its own axes, in the policy's dtypes, as often as the stage says. An array
-counts as a parameter's if its dimensions are those of the parameter or of one layer of a stack of them, as the compiler may
-merge or split them. Axes that ZeRO does not use (tensor parallelism) are the model's affair.
+ZeRO's are gathers and reductions of parameters, over its own axes, in the policy's dtypes, as
+often as the stage and the reads of the program allow. An array counts as a parameter's if it has
+the dimensions of the parameter, or of one layer of a stack, as the compiler may merge or split
+them; where the compiler put it does not matter. Collectives over other axes (tensor parallelism)
+belong to the model.
+
+Whatever is not understood is a finding: a line that cannot be read, an unknown dtype or operation,
+a sharded parameter that nothing gathers.
 """
 
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
+import jax.numpy as jnp
+
+from zerojax.hlo import collectives
 from zerojax.hlo.collectives import Collective
-from zerojax.hlo.program import Shape
+from zerojax.hlo.program import BITS, Program, Shape
 from zerojax.layout import placement
 from zerojax.layout.rules import Leaf
 from zerojax.plan import provenance
-from zerojax.plan.demand import Demand, itemsize, key
+from zerojax.plan.demand import Demand, key
 from zerojax.plan.finding import Finding
 from zerojax.tables import size
+from zerojax.trees import itemsize
 
-HLO_NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64", "int8": "s8", "uint8": "u8", "int16": "s16",
-             "uint16": "u16", "int32": "s32", "uint32": "u32", "float8_e4m3fn": "f8e4m3fn", "float8_e5m2": "f8e5m2"}
-SMALL = 2**16  # bytes of an array: norms, losses, batch statistics
-TINY = 2**12  # bytes sent in a step that are never worth a word
+SMALL = 2**16  # bytes of one array: norms, losses, batch statistics
+STATISTICS = 0.01  # of ZeRO's bytes: all arrays of that kind together
+NEGLIGIBLE = 0.001  # of ZeRO's bytes: what is not explained, all together
 SLACK = 1.02
-_STRUCTURE = {"", "call_exported", "while", "body", "cond", "closed_call", "eval_jaxpr", "checkpoint", "rematted_computation"}
+OPTIMIZER = "zerojax_optimizer"  # the scope in which a step calls the optimizer
+_FLOATS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
+_STRUCTURE = {"", "call_exported", "while", "body", "cond", "closed_call", "eval_jaxpr",
+              "checkpoint", "rematted_computation"}
+
+Pair = tuple[Collective, Shape]
 
 
-def collectives_of(demand: Demand, found: Sequence[Collective]) -> list[Finding]:
-    """A `Finding` for each array that is moved and that ZeRO does not explain, most bytes first."""
-    moved = [(c, s) for c in found for s in c.shapes if not _small(demand, c, s) and _over_ours(demand, c)]
+def of(demand: Demand, program: Program, found: Sequence[Collective]) -> list[Finding]:
+    """Returns the findings about a compiled step, most bytes first.
+
+    Args:
+      found: the collectives of `program`.
+    """
+    findings = [*unreadable(program), *missing(demand, program, found),
+                *communication(demand, found)]
+    return sorted(findings, key=lambda f: -f.bytes)
+
+
+def communication(demand: Demand, found: Sequence[Collective]) -> list[Finding]:
+    """Returns a finding for each instruction that moves arrays which ZeRO does not explain."""
+    ours = [(c, s) for c in found for s in c.shapes if _over_batch(demand, c)]
+    scattered = {leaf for c, s in ours if c.kind == "reduce-scatter" for leaf in demand.owners(s)}
+    groups: dict[bool, list[Pair]] = {True: [], False: []}
+    for pair in ours:
+        groups[_by_optimizer(demand, pair, scattered)].append(pair)
+    odd = _judged(demand, groups[False])
+    return [*_by_instruction(_weighed(demand, odd)), *_communicating_optimizer(groups[True])]
+
+
+def _judged(demand: Demand, pairs: Sequence[Pair]) -> list[Finding]:
+    statistics = [(c, s) for c, s in pairs if s.bytes <= SMALL]
+    many = sum(c.wire(s) for c, s in statistics) > max(SMALL, STATISTICS * demand.total)
     odd, known = [], collections.defaultdict(list)
-    for c, s in moved:
-        why = _foreign(demand, c, s)
-        if why:
+    for c, s in pairs if many else [(c, s) for c, s in pairs if s.bytes > SMALL]:
+        if why := _foreign(demand, c, s):
             odd.append(_finding(demand, c, s, why))
         else:
-            known[c.kind, key(s.dims)].append((c, s))
-    odd += [f for pairs in known.values() for f in _too_often(demand, pairs)]
-    return sorted(_by_instruction(odd), key=lambda f: -f.bytes)
+            known[_class(demand, c, s)].append((c, s))
+    return odd + [f for pairs in known.values() for f in _too_often(demand, pairs)]
 
 
-def _small(demand: Demand, c: Collective, s: Shape) -> bool:
-    return s.bytes <= SMALL and c.wire(s) <= max(TINY, 0.01 * demand.total)
+def _class(demand: Demand, c: Collective, s: Shape) -> tuple:
+    """Returns what shares a budget: arrays of one parameter's shape, or all whole gradients."""
+    shape = key(s.dims) if demand.owners(s) else ()
+    return c.kind, shape, c.axes(demand.policy.mesh.shape) if c.kind == "all-reduce" else None
 
 
-def _over_ours(demand: Demand, c: Collective) -> bool:
+def _weighed(demand: Demand, odd: list[Finding]) -> list[Finding]:
+    """Returns findings that are no fault if all of them together send next to nothing."""
+    if sum(f.bytes for f in odd) > NEGLIGIBLE * demand.total:
+        return odd
+    return [dataclasses.replace(f, wrong=False) for f in odd]
+
+
+def _over_batch(demand: Demand, c: Collective) -> bool:
     axes = c.axes(demand.policy.mesh.shape)
     return axes is None or bool(set(axes) & set(demand.policy.batch_axes))
 
 
 def _foreign(demand: Demand, c: Collective, s: Shape) -> str:
-    """Why an array is none of ZeRO's; empty if it is one."""
-    p, axes = demand.policy, set(c.axes(demand.policy.mesh.shape) or ())
-    if c.kind in ("all-to-all", "collective-permute"):
-        return ("ZeRO moves nothing this way: an array changes its layout between devices, as when a batch is reshaped into "
-                "microbatches (train_step(accumulate=...) splits it without) or a table is read by what other devices hold")
-    sharded = demand.owners(s)
+    """Returns the reason why an array is none of ZeRO's; empty if it is one."""
+    owners = demand.owners(s)
+    axes = set(c.axes(demand.policy.mesh.shape) or ())
     if c.kind == "all-reduce":
-        return _foreign_reduction(demand, c, s, sharded, axes)
-    if not sharded:
-        return ("no parameter has this shape: it is of the batch, an activation or its gradient. Either the parameters are not "
-                "read through zerojax, so that XLA moves activations in their place, or the model contracts over the batch")
-    if axes != set(p.axes):
-        return f"a parameter is moved over {sorted(axes) or 'other groups'}, not over {sorted(p.axes)}"
-    if c.kind != "all-gather" and not any(leaf.trained for leaf in sharded):
-        return f"{next(iter(sharded)).path} is frozen, and a gradient of it is reduced"
-    dtypes = lambda leaf: placement.computed(p, leaf) if c.kind == "all-gather" else p.precision.reduced(leaf.path, leaf.dtype)
-    wanted = min(map(dtypes, sharded), key=itemsize)
-    if s.dtype not in {_hlo_name(dtypes(leaf)) for leaf in sharded} and itemsize(wanted) * s.elements < s.bytes:
-        verb, what = ("gathered", "compute") if c.kind == "all-gather" else ("reduced", "reduce")
-        return (f"a parameter is {verb} as {s.dtype}, not as {_hlo_name(wanted)} (Precision {what}={wanted!r}): "
-                + ("it is cast behind the gather; train_step and zero.gathered cast before it" if c.kind == "all-gather" else
-                   "the product that it comes from is of that dtype"))
-    return ""
+        return _foreign_reduction(demand, c, s, owners, axes)
+    if c.kind not in ("all-gather", "reduce-scatter"):
+        return ("ZeRO moves nothing this way: an array changes its layout between devices, for "
+                "example a batch that is reshaped into microbatches (train_step(accumulate=...) "
+                "splits it without), or a table read at indices that other devices hold")
+    if not owners:
+        return ("no parameter has this shape: it is the batch, an activation or its gradient. "
+                "Either the parameters are not read through zerojax, so that XLA moves "
+                "activations in their place, or the model contracts over the batch")
+    if axes != set(demand.policy.axes):
+        return (f"a parameter is moved over {sorted(axes) or 'other groups'}, "
+                f"not over {sorted(demand.policy.axes)}")
+    if c.kind == "reduce-scatter" and not any(leaf.trained for leaf in owners):
+        return f"{next(iter(owners)).path} is frozen, but a gradient of it is reduced"
+    return _wide(demand, c, s, owners)
 
 
-def _foreign_reduction(demand: Demand, c: Collective, s: Shape, sharded: Mapping[Leaf, int], axes: set[str]) -> str:
+def _wide(demand: Demand, c: Collective, s: Shape, owners: Mapping[Leaf, int]) -> str:
+    """Returns the reason why a parameter moves in too wide a dtype, or an empty string."""
+    p, gathers = demand.policy, c.kind == "all-gather"
+    dtypes = [placement.computed(p, leaf) if gathers else p.precision.reduced(leaf.path, leaf.dtype)
+              for leaf in owners]
+    wanted = min(dtypes, key=itemsize)
+    if s.dtype in map(hlo_name, dtypes) or itemsize(wanted) * s.elements >= s.bytes:
+        return ""
+    if gathers:
+        return (f"a parameter is gathered as {s.dtype}, not as {hlo_name(wanted)} (Precision "
+                f"compute={wanted!r}): it is cast after the gather; train_step and zero.gathered "
+                "cast before it")
+    return (f"a parameter is reduced as {s.dtype}, not as {hlo_name(wanted)} (Precision reduce="
+            f"{wanted!r}): the product that it comes from is of that dtype")
+
+
+def _foreign_reduction(demand: Demand, c: Collective, s: Shape, owners: Mapping[Leaf, int],
+                       axes: set[str]) -> str:
+    whole = _whole(demand) + SMALL // 4  # scalars join the compiler's one reduction of them
     if axes == {demand.policy.replica_axis}:
-        return "" if s.elements <= _whole(demand) + _shards(demand) else "only shards of gradients are summed over the copies"
-    if s.elements <= _whole(demand):
+        return "" if s.elements <= whole + _shards(demand) else (
+            "only shards of gradients are summed over the copies")
+    if not owners and s.elements <= whole:
         return ""
     if c.op_name and not c.differentiated and not provenance.by_the_pair(c.frames):
-        return "it is outside of the loss and its gradient: the optimizer (or what else the step does) communicates"
-    computes = _hlo_name(demand.policy.precision.compute_dtype)
-    cast = (f"; or the model computes in {s.dtype} where Precision(compute=...) says {computes}, and the cast keeps XLA from "
-            "reducing to shards: give its layers that dtype, or return zj.Loss" if c.backward and s.dtype != computes else "")
-    if sharded and "scatter" in c.op_name and c.trips > demand.accumulate:
-        return ("the gradient of a table that is looked up in a loop is summed in each turn: look it up before the loop, or return "
-                "zj.Loss, so that each device adds up its own part's first")
+        return "it is outside of the loss and its gradient: something else in the step communicates"
+    if owners and "scatter" in c.op_name and c.trips > demand.accumulate:
+        return ("the gradient of a table that is looked up in a loop is summed in each iteration: "
+                "look it up before the loop, or return zj.Loss, so that each device adds up its "
+                "own part first")
+    return _summed_whole(demand, c, s, owners)
+
+
+def _summed_whole(demand: Demand, c: Collective, s: Shape, owners: Mapping[Leaf, int]) -> str:
     padded = [leaf for leaf, place in demand.sharded if place.kept and leaf.trained]
     if padded and not demand.per_device and c.backward:
-        return (f"gradients are summed whole, as that of {padded[0].path} is, which is padded (Zero(uneven='pad')): with one loss "
-                "the padding stands before the sum. Return zj.Loss, so that each device pads its own part's")
-    if sharded:
-        return ("the gradient of a sharded parameter is summed whole on every device; a reduce-scatter would leave each its shard. "
-                "It is not read through zerojax, or looked up at places that do not depend on the example (positions), or twice "
-                "behind one read (gradients='per_device' adds up first)" + cast)
-    return ("activations are summed over the batch's devices, as in tensor parallelism, or gradients are summed whole where a "
-            "reduce-scatter would leave each device its shard: parameters are not read through zerojax, the model contracts over "
-            "the batch, or a table is looked up at places that do not depend on the example (positions: make them a parameter of "
-            "their own shape, or return zj.Loss)" + cast)
+        return (f"gradients are summed whole, for example that of {padded[0].path}, which is "
+                "padded (Zero(uneven='pad')): with one loss the padding precedes the sum. Return "
+                "zj.Loss, so that each device pads its own part's")
+    computes = hlo_name(demand.policy.precision.compute_dtype)
+    cast = (f"; or the model computes in {s.dtype} where Precision(compute=...) says {computes}, "
+            "and the cast keeps XLA from reducing to shards: give its layers that dtype, or "
+            "return zj.Loss"
+            if c.backward and s.dtype != computes else "")
+    if owners:
+        return ("the gradient of a sharded parameter is summed whole on every device; a "
+                "reduce-scatter would leave each its shard. The parameter is not read through "
+                "zerojax, or it is looked up at indices that do not depend on the example "
+                "(positions), or twice after one read (gradients='per_device' adds up first)"
+                + cast)
+    return ("activations are summed over the batch's devices, as in tensor parallelism, or "
+            "gradients are summed whole where a reduce-scatter would leave each device its shard: "
+            "parameters are not read through zerojax, several are stacked or concatenated and "
+            "used as one, the model contracts over the batch, or a table is looked up at indices "
+            "that do not depend on the example (positions: make them a parameter of their own "
+            "shape, or return zj.Loss)" + cast)
 
 
 def _whole(demand: Demand) -> int:
-    """Elements of the trained leaves left whole: the compiler joins their gradients' reductions into one."""
-    return sum(math.prod(demand.local(leaf, place)) for leaf, place in zip(demand.leaves, demand.places, strict=True)
+    """Returns the elements of the trained leaves left whole, whose gradients the compiler joins."""
+    pairs = zip(demand.leaves, demand.places, strict=True)
+    return sum(math.prod(demand.local(leaf, place)) for leaf, place in pairs
                if leaf.trained and not place.sharded)
 
 
 def _shards(demand: Demand) -> float:
-    """Elements of one device's shards of what is trained."""
-    return sum(math.prod(demand.local(leaf, place)) for leaf, place in demand.sharded if leaf.trained) / demand.policy.shards
+    """Returns the elements of one device's shards of the trained parameters."""
+    trained = [math.prod(demand.local(leaf, place)) for leaf, place in demand.sharded
+               if leaf.trained]
+    return sum(trained) / demand.policy.shards
 
 
-def _hlo_name(dtype: str) -> str:
-    return HLO_NAMES.get(dtype, dtype)
+def hlo_name(dtype: str) -> str:
+    """Returns HLO's name of a dtype.
+
+    >>> hlo_name("bfloat16"), hlo_name("uint8"), hlo_name("float8_e4m3fn")
+    ('bf16', 'u8', 'f8e4m3fn')
+    """
+    if dtype in _FLOATS:
+        return _FLOATS[dtype]
+    short = dtype.replace("float8_", "f8").replace("float4_", "f4")
+    if not jnp.issubdtype(dtype, jnp.integer):
+        return short
+    return short.replace("uint", "u").replace("int", "s")
 
 
-def _too_often(demand: Demand, pairs: list[tuple[Collective, Shape]]) -> list[Finding]:
-    """Findings for arrays of one shape that are moved more often than the stage says.
+def _too_often(demand: Demand, pairs: list[Pair]) -> list[Finding]:
+    """Returns findings for the arrays that exceed their class's budget.
 
-    Foreign ones and those of long loops are named first. Of gathers, what did not come by `gather` is held to one pass alone: in
-    stage 3 it would else hide where weights are gathered once.
+    Named first are those that did not come from zerojax's gather and scatter, then those of long
+    loops.
     """
     most = _most(demand, *pairs[0])
-    odd = _excess(demand, pairs, most)
-    if pairs[0][0].kind == "all-gather" and not odd:
-        for backward in (False, True):
-            allowed = most / 2 if demand.policy.stage == 3 else most * (not backward)
-            ours = {c.name for c, _ in pairs if provenance.by_the_pair(c.frames)}
-            mine = [(c, s) for c, s in pairs if c.backward == backward]
-            odd += [f for f in _excess(demand, mine, allowed) if f.instruction not in ours]
-    return odd
-
-
-def _excess(demand: Demand, pairs: list[tuple[Collective, Shape]], most: float) -> list[Finding]:
     total = moved = sum(s.elements * c.trips for c, s in pairs)
-    odd, left = [], sorted(pairs, key=lambda p: (not provenance.by_the_pair(p[0].frames), p[0].trips))
-    often = f"{moved / most:.3g} times as much as" if most else "though nothing of it is"
+    left = sorted(pairs, key=lambda p: (not provenance.by_the_pair(p[0].frames), p[0].trips))
+    often = f"{moved / most:.3g} times as much as" if most else "though none may be moved"
+    odd = []
     while left and total > SLACK * most:
         c, s = left.pop()
         total -= s.elements * c.trips
-        why = (f"of arrays of this shape, {often} in stage {demand.policy.stage} with {demand.accumulate} microbatch(es): an "
-               "activation of a parameter's shape, or a weight that is read twice, in a loop which does not slice it, or in a "
-               "block rematerialised within another")
-        odd.append(_finding(demand, c, s, why))
+        odd.append(_finding(demand, c, s, (
+            f"arrays of this shape move {often} in stage {demand.policy.stage} with "
+            f"{demand.accumulate} microbatch(es) and this program's reads: an activation of a "
+            "parameter's shape, or a weight that is read in a loop which does not slice it")))
     return odd
 
 
 def _most(demand: Demand, c: Collective, shape: Shape) -> float:
-    """Elements, in all turns of all loops, that ZeRO moves in arrays of this shape at most."""
-    p = demand.policy
+    """Returns the elements that ZeRO moves in arrays of one class at most, in all turns of all
+    loops."""
+    owners = demand.owners(shape)
     if c.kind == "all-reduce":
-        again = 1 if demand.per_device else 2  # with one loss, XLA reduces each use of a tied weight
-        return demand.accumulate * (again * _whole(demand) + (_shards(demand) if p.replicas > 1 else 0))
+        # with one loss, XLA reduces each use of a tied weight
+        again = 1 if demand.per_device else 2
+        shards = _shards(demand) if demand.policy.replicas > 1 else 0
+        return demand.accumulate * (again * (_whole(demand) + SMALL // 4) + shards)
     if c.kind == "all-gather":
-        return demand.wire.gathered * sum(demand.owners(shape).values())
-    return demand.wire.reduced * sum(size for leaf, size in demand.owners(shape).items() if leaf.trained)
+        return sum(demand.gathers(leaf) * n for leaf, n in owners.items())
+    return sum(demand.reductions(leaf) * n for leaf, n in owners.items())
+
+
+def missing(demand: Demand, program: Program, found: Sequence[Collective]) -> Iterator[Finding]:
+    """Yields a finding for each group of sharded parameters of one shape that are read but not
+    gathered whole.
+
+    XLA then computes with shards, as in tensor parallelism. A loop whose count is not known hides
+    how much is gathered, so that any gather will do.
+    """
+    pairs = [(c, s) for c in found if c.kind == "all-gather" for s in c.shapes]
+    unknown = any(i.trips_unknown for body in program.computations.values() for i in body)
+    groups = collections.defaultdict(list)
+    for leaf, place in demand.sharded:
+        if demand.is_read(leaf) and leaf.group != "state":
+            groups[key(demand.local(leaf, place))].append(leaf)
+    for dims, leaves in groups.items():
+        there = sum(s.elements * c.trips for c, s in pairs if set(leaves) & demand.owners(s).keys())
+        share = sum(min(1.0, demand.gathers(leaf)) for leaf in leaves)
+        if not there or (not unknown and there * SLACK < share * math.prod(dims)):
+            yield _ungathered(demand, leaves, there / math.prod(dims), share)
+
+
+def _ungathered(demand: Demand, leaves: Sequence[Leaf], there: float, share: float) -> Finding:
+    others = f" and {len(leaves) - 1} more of its shape" * (len(leaves) > 1)
+    whole = sum(math.prod(leaf.shape) * itemsize(leaf.dtype) for leaf in leaves)
+    kept = whole / demand.policy.shards
+    return Finding(
+        f"{leaves[0].path}{others} are sharded and read, but {there:.3g} of {share:.3g} whole "
+        "copies are gathered: XLA computes with shards, as in tensor parallelism. Read parameters "
+        "through zerojax (train_step, zero.value_and_grad, zero.gathered).", kept, wrong=True)
+
+
+def unreadable(program: Program) -> Iterator[Finding]:
+    """Yields findings for the parts of a program that the proof does not understand."""
+    if program.unread:
+        yield Finding(f"{len(program.unread)} lines of the compiled program could not be read, "
+                      f"the first: {program.unread[0][:120]!r}. They may communicate.", wrong=True)
+    running = [i for name, body in program.computations.items() if program.times[name]
+               for i in body]
+    odd = {s.dtype: i.name for i in running for s in i.shapes if s.dtype not in BITS}
+    for dtype, name in odd.items():
+        yield Finding(f"{name} has the dtype {dtype}, whose size is not known: bytes are counted "
+                      "as 64 bits per element.", instruction=name, wrong=True)
+    for inst in collectives.unknown(program):
+        yield Finding(f"{inst.name} ({inst.op}) names groups of devices, and is no collective "
+                      f"that is known ({', '.join(collectives.KINDS)}): it may communicate.",
+                      float(inst.bytes), inst.name, wrong=True)
+
+
+def _by_optimizer(demand: Demand, pair: Pair, scattered: Collection[Leaf]) -> bool:
+    """Whether the optimizer moves an array. A whole gradient that nothing reduce-scatters is not
+    its own."""
+    c, s = pair
+    if OPTIMIZER not in c.op_name.split("/") or s.bytes <= SMALL:
+        return False
+    if c.kind != "all-reduce":
+        return True
+    return all(leaf in scattered for leaf in demand.owners(s) if leaf.trained)
+
+
+def _communicating_optimizer(pairs: Sequence[Pair]) -> Iterator[Finding]:
+    if pairs:
+        sent = sum(c.wire(s) for c, s in pairs)
+        first, shape = max(pairs, key=lambda p: p[0].wire(p[1]))
+        yield Finding(
+            f"the optimizer communicates: {size(sent)} sent per step beside ZeRO's, the most by "
+            f"{first.name} ({first.kind} of {shape}). An update that is not element by element "
+            "(Muon, Shampoo, Adafactor's factors) reads rows or matrices that other devices hold.",
+            sent, first.name, provenance.source(first.frames))
 
 
 def _finding(demand: Demand, c: Collective, s: Shape, why: str) -> Finding:
     axes = c.axes(demand.policy.mesh.shape)
     over = f"over {', '.join(axes)}" if axes else f"in {len(c.groups)} groups of {c.size}"
-    path = c.op_name.replace("/(", "/").removesuffix(")")  # of a combined instruction: a/(b:c)
-    module = "/".join(part for part in path.split("/") if "(" not in part and part not in _STRUCTURE)[-80:]
-    what = f"{c.kind} of {s} {over}, {c.trips} x, {size(c.wire(s))} sent a step" + (f"; {module}" if module else "")
-    return Finding(f"{c.name} ({what}): {why}.", c.wire(s), c.name, provenance.source(c.frames), True)
+    module = _module(c.op_name)
+    what = f"{c.kind} of {s} {over}, {c.trips} x, {size(c.wire(s))} sent per step"
+    what += f"; {module}" if module else ""
+    return Finding(f"{c.name} ({what}): {why}.", c.wire(s), c.name,
+                   provenance.source(c.frames), True)
+
+
+def _module(op_name: str) -> str:
+    """Returns the path of the module that asked for an operation; of the first, if several were
+    combined.
+
+    >>> _module("jit(step)/jvp(M)/while/body/blocks/up/dot_general")
+    'blocks/up/dot_general'
+    """
+    first = op_name.replace("/(", "/").removesuffix(")").split(":")[0]
+    return "/".join(part for part in first.split("/") if "(" not in part and part not in _STRUCTURE)
 
 
 def _by_instruction(findings: list[Finding]) -> list[Finding]:
-    """The largest of each instruction, with the bytes of all its arrays."""
+    """Returns one finding per instruction: the largest, with the bytes of all its arrays."""
     groups = collections.defaultdict(list)
     for f in findings:
         groups[f.instruction].append(f)
-    first = [(max(g, key=lambda f: f.bytes), g) for g in groups.values()]
-    return [dataclasses.replace(f, bytes=sum(x.bytes for x in g),
-                                what=f.what + (f" With {len(g) - 1} more arrays." if len(g) > 1 else "")) for f, g in first]
+    return [_joined(group) for group in groups.values()]
+
+
+def _joined(group: list[Finding]) -> Finding:
+    first = max(group, key=lambda f: f.bytes)
+    more = f" With {len(group) - 1} more arrays." if len(group) > 1 else ""
+    return dataclasses.replace(first, what=first.what + more, bytes=sum(f.bytes for f in group))

@@ -1,16 +1,15 @@
-"""Compiles a jitted function, also for GPUs that are not there: then in a child process, whose abort is an error here.
+"""Compiles a jitted function, also for absent GPUs: then in a child process, so that an abort is
+an error here.
 
-    here    jitted --jax.export, over an AbstractMesh--> bytes, locations of the user's lines included
-    child   bytes --deserialise, jit with the same shardings and donation--> the GPU compiler -> text, memory figures
+    here    jitted --jax.export, over an AbstractMesh--> bytes, with the user's source lines
+    child   bytes --deserialise, jit with the same shardings and donation--> the GPU compiler
+            -> text, memory figures
 
-Only the child has the environment variable that lets the CUDA plugin start without a GPU. What it returns is kept on disk by
-content: the program, the topology, the options and jax's version.
+Only the child has the environment variable that lets the CUDA plugin start without a GPU.
 """
 
 import contextlib
 import dataclasses
-import gzip
-import hashlib
 import json
 import os
 import pathlib
@@ -32,23 +31,48 @@ from tqdm import tqdm
 from zerojax.errors import CompileError, ModelError
 from zerojax.layout import topology as topologies
 from zerojax.layout.topology import Topology
-from zerojax.plan import identity, provenance
+from zerojax.plan import cache, provenance
 from zerojax.policy import has_64_bits
 
-FORMAT = 1  # of what is kept on disk: to be raised when the child does something else
-CACHE_VARIABLE = "ZEROJAX_CACHE"
-MEMORY = ("argument", "output", "alias", "temp", "generated_code", "host_argument", "host_output", "host_alias", "host_temp")
+MEMORY = ("argument", "output", "alias", "temp", "generated_code", "host_argument", "host_output",
+          "host_alias", "host_temp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call to compile.
+
+    Attributes:
+      jitted: a `jax.jit`ted function.
+      args, kwargs: arrays or `ShapeDtypeStruct`s with shardings over one mesh.
+      options: compiler options.
+    """
+
+    jitted: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def trace(self) -> Any:
+        return self.jitted.trace(*self.args, **self.kwargs)
+
+    def inputs(self, traced: Any) -> list[dict]:
+        """Returns the spec of each array argument, unused ones included, and whether it is
+        donated."""
+        given = dict(jax.tree.leaves_with_path((tuple(self.args), dict(self.kwargs))))
+        infos = jax.tree.leaves_with_path(traced.args_info, is_leaf=lambda x: hasattr(x, "donated"))
+        return [{"spec": _entries(given[path]), "donated": info.donated} for path, info in infos]
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What came out.
+    """The compiler's answer.
 
     Attributes:
       text: the optimised, scheduled program.
       memory: the compiler's figures in bytes per device, by the names of `MEMORY`.
       seconds: how long the compiler took.
-      cached: the answer of an earlier, identical request.
+      cached: whether it is the answer of an earlier, identical call.
     """
 
     text: str
@@ -57,120 +81,116 @@ class Compiled:
     cached: bool = False
 
 
-def compile(jitted: Any, args: Sequence[Any], kwargs: Mapping[str, Any], mesh: Mesh | AbstractMesh, options: Mapping[str, Any],
-            *, cache: bool = True) -> Compiled:
-    """Compiles `jitted(*args, **kwargs)` for the devices of `mesh`.
+def compile(call: Call, mesh: Mesh | AbstractMesh, *, cached: bool = True) -> Compiled:
+    """Compiles a call for the devices of a mesh.
 
     Args:
-      jitted: a `jax.jit`ted function.
-      args, kwargs: arrays or `ShapeDtypeStruct`s with shardings over `mesh`.
-      options: compiler options.
+      cached: whether the answer for absent GPUs is looked up and kept on disk.
 
     Raises:
       CompileError: the compiler failed; with its last lines, the options and the exit status.
-      ModelError: the function calls back to Python, which can't be compiled for devices elsewhere.
+      ModelError: the function calls back to Python, which cannot be compiled for devices elsewhere.
       PolicyError, MissingExtraError: see `topology.devices`.
     """
-    traced = jitted.trace(*args, **kwargs)
+    traced = call.trace()
     absent = Topology.of(mesh) if isinstance(mesh, AbstractMesh) else None
     if absent is None:
-        return _here(traced, options)
+        return _here(traced, call.options)
     topologies.check_installed()
-    request = {"topology": absent.text, "mesh": list(mesh.shape.items()), "inputs": _inputs(traced, args, kwargs),
-               "options": {**topologies.COMPILER_OPTIONS, **options}}
-    program, content = _export(jitted, traced, args, kwargs)
-    known = [FORMAT, jax.__version__, absent.gpu.target(), os.environ.get("XLA_FLAGS")]  # the user's, which the child inherits
-    what = json.dumps([request, content, known], sort_keys=True)
-    path = _cache() / f"{hashlib.sha256(what.encode()).hexdigest()}.json.gz"
-    return _elsewhere(program, request, absent, path if cache else None)
+    request = {"topology": absent.text, "mesh": list(mesh.shape.items()),
+               "inputs": call.inputs(traced),
+               "options": {**topologies.COMPILER_OPTIONS, **call.options}}
+    if not cached:
+        return Compiled(**_elsewhere(call, traced, request, absent)[0])
+    path = cache.path_of(_lowered(traced), request, absent.gpu.target())
+    if answer := cache.load(path):
+        return Compiled(**answer, cached=True)
+    answer, packed = _elsewhere(call, traced, request, absent)
+    cache.keep(path, packed)
+    return Compiled(**answer)
 
 
-def _inputs(traced, args, kwargs) -> list[dict]:
-    """Of each array that goes in: its spec, and whether it is donated. Those that are not used take their place, too."""
-    given = dict(jax.tree.leaves_with_path((tuple(args), dict(kwargs))))
-    infos = jax.tree.leaves_with_path(traced.args_info, is_leaf=lambda x: hasattr(x, "donated"))
-    spec = lambda x: list(x.sharding.spec) if isinstance(getattr(x, "sharding", None), NamedSharding) else []
-    return [{"spec": spec(given[path]), "donated": info.donated} for path, info in infos]
+def _entries(x: Any) -> list:
+    sharding = getattr(x, "sharding", None)
+    return list(sharding.spec) if isinstance(sharding, NamedSharding) else []
 
 
-def _here(traced, options) -> Compiled:
+def _lowered(traced: Any) -> jax.stages.Lowered:
+    with _no_callbacks(traced):
+        return traced.lower(lowering_platforms=(topologies.PLATFORM,))
+
+
+def _here(traced: Any, options: Mapping[str, Any]) -> Compiled:
     start = time.perf_counter()
     try:
         compiled = traced.lower().compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError as error:
-        raise CompileError(f"the compiler refused the step, with options {dict(options)}: {error}") from error
+        raise CompileError(
+            f"the compiler refused the step, with options {dict(options)}: {error}") from error
     return Compiled(compiled.as_text(), _memory(compiled), time.perf_counter() - start)
 
 
-def _memory(compiled) -> dict[str, int]:
+def _memory(compiled: Any) -> dict[str, int]:
     stats = compiled.memory_analysis()
     return {name: getattr(stats, f"{name}_size_in_bytes") for name in MEMORY}
 
 
-def _export(jitted, traced, args, kwargs) -> tuple[bytes, list[str]]:
-    """The function as portable bytes, its trees flat (user's classes have no place in them); and what it is, wherever called."""
-    from jax import export
+def _elsewhere(call: Call, traced: Any, request: dict, topology: Topology) -> tuple[dict, bytes]:
+    """Compiles in a child; returns its answer, and the answer packed."""
+    with _no_callbacks(traced):
+        exported = _exported(call, traced)
+    # the user's classes have no place in the child
+    flat_in = jax.tree.structure(((0,) * len(exported.in_avals), {}))
+    flat_out = jax.tree.structure((0,) * len(exported.out_avals))
+    exported = dataclasses.replace(exported, in_tree=flat_in, out_tree=flat_out)
+    with tempfile.TemporaryDirectory(prefix="zerojax-") as folder:
+        work = pathlib.Path(folder)
+        (work / "program").write_bytes(exported.serialize())
+        (work / "request.json").write_text(json.dumps(request))
+        _run(work, request, topology)
+        packed = (work / "answer.json.gz").read_bytes()
+    return cache.unpacked(packed), packed
 
+
+@contextlib.contextmanager
+def _no_callbacks(traced: Any):
+    """Raises `ModelError` for a program that calls back to Python."""
     try:
-        exported = _exported(export, jitted, traced, args, kwargs)
+        yield
     except (NotImplementedError, ValueError) as error:
-        if "callback" not in str(traced.jaxpr) and "debug_print" not in str(traced.jaxpr):
+        text = str(traced.jaxpr)
+        if "callback" not in text and "debug_print" not in text:
             raise
-        raise ModelError("the step calls back to Python, which can't be compiled for GPUs that are not there; leave "
-                         f"jax.debug.print and callbacks out of what is planned ({error}).") from error
-    flat = lambda n: jax.tree.structure((0,) * n)
-    exported = dataclasses.replace(exported, in_tree=jax.tree.structure(((0,) * len(exported.in_avals), {})),
-                                   out_tree=flat(len(exported.out_avals)))
-    return bytes(exported.serialize()), identity.digest(exported.mlir_module())
+        raise ModelError(
+            "the step calls back to Python, which cannot be compiled for absent GPUs; leave "
+            f"jax.debug.print and callbacks out of a planned step ({error}).") from error
 
 
-def _exported(export, jitted, traced, args, kwargs):
-    make = lambda checks: export.export(jitted, platforms=[topologies.PLATFORM], disabled_checks=checks)(*args, **kwargs)
+def _exported(call: Call, traced: Any) -> Any:
     try:
-        return make(())
+        return _export(call, ())
     except ValueError as error:
         if "custom call" not in str(error):
             raise
-        text = traced.lower(lowering_platforms=(topologies.PLATFORM,)).as_text()  # the child is of the same version: all are safe
-        targets = sorted(set(re.findall(r"custom_call @([\w.$]+)", text)))
-        return make([export.DisabledSafetyCheck.custom_call(t) for t in targets])
+        # the child is of the same version: all custom calls are safe
+        targets = sorted(set(re.findall(r"custom_call @([\w.$]+)", _lowered(traced).as_text())))
+        return _export(call, targets)
 
 
-def _elsewhere(program: bytes, request: dict, topology: Topology, path: pathlib.Path | None) -> Compiled:
-    """Compiles in a child; or what one made before, kept at `path`."""
-    if path and path.is_file():
-        with contextlib.suppress(OSError, EOFError, ValueError, TypeError):  # torn, or of another version: made anew
-            return Compiled(**json.loads(gzip.decompress(path.read_bytes())), cached=True)
-    with tempfile.TemporaryDirectory(prefix="zerojax-") as folder:
-        work = pathlib.Path(folder)
-        (work / "program").write_bytes(program)
-        (work / "request.json").write_text(json.dumps(request))
-        _run(work, request, topology)
-        answer = (work / "answer.json.gz").read_bytes()
-    if path:
-        _keep(path, answer)
-    return Compiled(**json.loads(gzip.decompress(answer)))
+def _export(call: Call, targets: Sequence[str]) -> Any:
+    from jax import export
 
-
-def _cache() -> pathlib.Path:
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(os.environ.get(CACHE_VARIABLE) or pathlib.Path(base) / "zerojax") / "programs"
-
-
-def _keep(path: pathlib.Path, answer: bytes) -> None:
-    """Whole or not at all; a folder that can't be written costs the next plan its time, nothing else."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(answer)
-        os.replace(file.name, path)
+    checks = [export.DisabledSafetyCheck.custom_call(target) for target in targets]
+    made = export.export(call.jitted, platforms=[topologies.PLATFORM], disabled_checks=checks)
+    return made(*call.args, **call.kwargs)
 
 
 def _environment() -> dict[str, str]:
+    paths = [str(provenance.PACKAGE.parent), os.environ.get("PYTHONPATH")]
     return os.environ | {
-        topologies.NO_GPU_VARIABLE: "1", "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "JAX_ENABLE_X64": str(int(has_64_bits())), "TF_CPP_MIN_LOG_LEVEL": "2",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(provenance.PACKAGE.parent), os.environ.get("PYTHONPATH")]))}
+        topologies.NO_GPU_VARIABLE: "1", "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_ENABLE_X64": str(int(has_64_bits())),
+        "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _run(work: pathlib.Path, request: dict, topology: Topology) -> None:
@@ -184,12 +204,14 @@ def _run(work: pathlib.Path, request: dict, topology: Topology) -> None:
             child.wait()
             raise
     if child.returncode:
-        raise CompileError(_why(child.returncode, (work / "log").read_text(errors="replace"), request))
+        log_text = (work / "log").read_text(errors="replace")
+        raise CompileError(_why(child.returncode, log_text, request))
 
 
 def _wait(child: subprocess.Popen, title: str) -> None:
     shown = sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules)
-    with tqdm(total=0, desc=title, bar_format="{desc}: {elapsed}", leave=False, disable=not shown) as line:
+    with tqdm(total=0, desc=title, bar_format="{desc}: {elapsed}", leave=False,
+              disable=not shown) as line:
         while child.poll() is None:
             line.refresh()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -199,33 +221,46 @@ def _wait(child: subprocess.Popen, title: str) -> None:
 def _why(status: int, log: str, request: dict) -> str:
     lines = [line for line in log.strip().splitlines() if line.strip()][-8:]
     ended = f"exit status {status}" if status > 0 else f"signal {signal.Signals(-status).name}"
-    memory = " Out of memory, by the look of it: close what else runs, or plan fewer layers in a scan." if (
-        status == -signal.SIGKILL or any(sign in log for sign in ("bad_alloc", "MemoryError", "Cannot allocate memory"))) else ""
-    return (f"the compiler process for {request['topology']} ended with {ended}.{memory} Options: {request['options']}. "
-            "Its last lines:\n  " + "\n  ".join(lines or ["(none)"]))
+    killed = status == -signal.SIGKILL
+    signs = ("bad_alloc", "MemoryError", "Cannot allocate memory")
+    memory = (" It probably ran out of memory: close other programs, or plan fewer layers in a "
+              "scan."
+              if killed or any(sign in log for sign in signs) else "")
+    return (f"the compiler process for {request['topology']} ended with {ended}.{memory} "
+            f"Options: {request['options']}. Its last lines:\n  "
+            + "\n  ".join(lines or ["(none)"]))
 
 
 def main(folder: str) -> None:
-    """The child: `program` and `request.json` in a folder to `answer.json.gz` there."""
+    """The child: reads `program` and `request.json` in a folder, writes `answer.json.gz` there."""
     from jax import export
 
     work = pathlib.Path(folder)
     request = json.loads((work / "request.json").read_text())
     exported = export.deserialize(bytearray((work / "program").read_bytes()))
-    names, sizes = zip(*request["mesh"], strict=True)
-    mesh = Mesh(np.array(topologies.devices(request["topology"])).reshape(sizes), names, axis_types=(AxisType.Auto,) * len(names))
-    spec = lambda entries: P(*(tuple(e) if isinstance(e, list) else e for e in entries))
-    args = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec(i["spec"])))
-            for a, i in zip(exported.in_avals, request["inputs"], strict=True)]
     donated = tuple(n for n, i in enumerate(request["inputs"]) if i["donated"])
-    lowered = jax.jit(exported.call, donate_argnums=donated, keep_unused=True).lower(*args)
+    jitted = jax.jit(exported.call, donate_argnums=donated, keep_unused=True)
+    lowered = jitted.lower(*_arguments(exported, request))
     start = time.perf_counter()
     try:
         compiled = lowered.compile(compiler_options=request["options"])
     except jax.errors.JaxRuntimeError as error:
         sys.exit(str(error))
-    answer = {"text": compiled.as_text(), "memory": _memory(compiled), "seconds": time.perf_counter() - start}
-    (work / "answer.json.gz").write_bytes(gzip.compress(json.dumps(answer).encode(), 1))
+    answer = {"text": compiled.as_text(), "memory": _memory(compiled),
+              "seconds": time.perf_counter() - start}
+    (work / "answer.json.gz").write_bytes(cache.packed(answer))
+
+
+def _arguments(exported: Any, request: dict) -> list[jax.ShapeDtypeStruct]:
+    names, sizes = zip(*request["mesh"], strict=True)
+    devices = np.array(topologies.devices(request["topology"])).reshape(sizes)
+    mesh = Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+    return [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, _spec(i["spec"])))
+            for a, i in zip(exported.in_avals, request["inputs"], strict=True)]
+
+
+def _spec(entries: Sequence) -> P:
+    return P(*(tuple(e) if isinstance(e, list) else e for e in entries))
 
 
 if __name__ == "__main__":

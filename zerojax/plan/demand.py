@@ -1,4 +1,5 @@
-"""What ZeRO wants of a compiled step."""
+"""The collectives that ZeRO allows a compiled step: how often each parameter moves, and the bytes
+in total."""
 
 import collections
 import dataclasses
@@ -7,7 +8,6 @@ import itertools
 import math
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from zerojax.hlo.program import Shape
@@ -15,12 +15,39 @@ from zerojax.layout import placement, rules
 from zerojax.layout.rules import Leaf, Placement
 from zerojax.plan import theory
 from zerojax.policy import Policy
+from zerojax.trees import itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """How often a step needs a parameter, per microbatch, as multiples of the whole parameter.
+
+    Attributes:
+      gathers: times that it is gathered, the forward and the backward pass together.
+      scatters: times that its gradient is reduced; 0 if it has none.
+      calls: functions that gather it, in stages 1 and 2 once at their start.
+    """
+
+    gathers: float
+    scatters: float
+    calls: int = 1
+
+    def __add__(self, other: "Use") -> "Use":
+        return Use(self.gathers + other.gathers, self.scatters + other.scatters,
+                   self.calls + other.calls)
 
 
 @dataclasses.dataclass(frozen=True)
 class Demand:
-    """A compiled step as ZeRO wants it: the policy, what of the model it reads and where that lies, microbatches, the way to
-    differentiate and why."""
+    """A step as ZeRO wants it compiled.
+
+    Attributes:
+      policy: the stage, mesh and precision.
+      leaves, places: the parameters and the model state that the step reads, and where they are.
+      accumulate: the number of microbatches.
+      per_device: whether each device differentiates its own part; `why`: the reason, for people.
+      uses: of each leaf, by the program that was traced; None where the program is not known.
+    """
 
     policy: Policy
     leaves: tuple[Leaf, ...]
@@ -28,6 +55,7 @@ class Demand:
     accumulate: int = 1
     per_device: bool = True
     why: str = ""
+    uses: tuple[Use | None, ...] | None = None
 
     @property
     def wire(self) -> theory.Wire:
@@ -35,60 +63,98 @@ class Demand:
 
     @property
     def sharded(self) -> list[tuple[Leaf, Placement]]:
-        return [(leaf, place) for leaf, place in zip(self.leaves, self.places, strict=True) if place.sharded]
-
-    def local(self, leaf: Leaf, place: Placement) -> tuple[int, ...]:
-        """A parameter's dimensions once gathered, on one device: the model's own axes still divide it."""
-        axes = [rules.axes_of(P(entry)) for entry in place.whole]
-        shape = place.kept or leaf.shape
-        return tuple(d // math.prod(self.policy.mesh.shape[a] for a in on) for d, on in zip(shape, axes, strict=True))
+        pairs = zip(self.leaves, self.places, strict=True)
+        return [(leaf, place) for leaf, place in pairs if place.sharded]
 
     @functools.cached_property
-    def known(self) -> dict[int, list[tuple[tuple[int, ...], Leaf, int]]]:
-        """By their number of elements: dimensions that a sharded parameter, or a layer of a stack of them or of a stack of stacks,
-        has on one device; with the parameter and its size there."""
+    def _use(self) -> dict[Leaf, Use]:
+        pairs = zip(self.leaves, self.uses or (), strict=False)
+        return {leaf: use for leaf, use in pairs if use}
+
+    def gathers(self, leaf: Leaf) -> float:
+        """Returns how many times a step gathers a sharded parameter at most."""
+        if leaf not in self._use:
+            return self.wire.gathered
+        use = self._use[leaf]
+        return use.calls if self.policy.stage < 3 else self.accumulate * use.gathers
+
+    def reductions(self, leaf: Leaf) -> float:
+        """Returns how many times a step reduces the gradient of a sharded parameter at most."""
+        if not leaf.trained:
+            return 0
+        again = self._use[leaf].scatters if leaf in self._use else 1
+        once = self.policy.stage == 1 and self.per_device
+        return self.wire.reduced * (1 if once else again)
+
+    def is_read(self, leaf: Leaf) -> bool:
+        """Whether the step reads a parameter, as far as that is known."""
+        return leaf not in self._use or self._use[leaf].gathers > 0
+
+    def local(self, leaf: Leaf, place: Placement) -> tuple[int, ...]:
+        """Returns the dimensions of a gathered parameter on one device, which the model's own axes
+        still divide."""
+        axes = [rules.axes_of(P(entry)) for entry in place.whole]
+        sizes = self.policy.mesh.shape
+        shape = place.kept or leaf.shape
+        return tuple(d // math.prod(sizes[a] for a in on)
+                     for d, on in zip(shape, axes, strict=True))
+
+    @functools.cached_property
+    def _known(self) -> dict[int, list[tuple[tuple[int, ...], Leaf, int]]]:
+        """By number of elements: the sorted dimensions of each sharded parameter on one device, of
+        one layer of a stack of them and of a stack of stacks; with the parameter and its size
+        there."""
         found = collections.defaultdict(list)
         for leaf, place in self.sharded:
             dims = self.local(leaf, place)
-            stacks = [i for i, (at_rest, whole) in enumerate(zip(place.spec, place.whole, strict=True)) if at_rest == whole]
-            slices = {tuple(sorted(d for i, d in enumerate(dims) if i not in sliced and d != 1))
-                      for n in range(3) for sliced in itertools.combinations(stacks, n)}
-            for one in slices:
+            stacks = [i for i, (rest, whole) in enumerate(zip(place.spec, place.whole, strict=True))
+                      if rest == whole]
+            for one in {_without(dims, sliced) for n in range(3)
+                        for sliced in itertools.combinations(stacks, n)}:
                 found[math.prod(one)].append((one, leaf, math.prod(dims)))
         return found
 
-    def owners(self, s: Shape) -> dict[Leaf, int]:
-        """The sharded parameters that an array may be of, each with its size on one device."""
-        dims = key(s.dims)
-        return {leaf: size for one, leaf, size in self.known.get(s.elements, ()) if _alike(one, dims)}
+    def owners(self, shape: Shape) -> dict[Leaf, int]:
+        """Returns the sharded parameters that an array may belong to, each with its size on one
+        device."""
+        dims = key(shape.dims)
+        return {leaf: size for one, leaf, size in self._known.get(shape.elements, ())
+                if _alike(one, dims)}
 
     @functools.cached_property
     def total(self) -> float:
-        """Bytes each device sends in a step, by theory, shards and copies."""
-        p, sent = self.policy, 0.0
-        for leaf, place in zip(self.leaves, self.places, strict=True):
-            size, compute = math.prod(self.local(leaf, place)), itemsize(placement.computed(p, leaf))
-            reduce = itemsize(p.precision.reduced(leaf.path, leaf.dtype)) if leaf.trained else 0
-            copies = 2 * (p.replicas - 1) / p.replicas * size * reduce
-            if place.sharded:
-                sent += self.wire.bytes(size, p.shards, compute=compute, reduce=reduce) + copies * self.wire.reduced / p.shards
-            else:
-                sent += theory.wire(0, self.accumulate, per_device=self.per_device).bytes(size, p.parts, reduce=reduce)
-        return sent
+        """Bytes that each device sends per step by ZeRO's theory, of shards and of whole leaves."""
+        pairs = zip(self.leaves, self.places, strict=True)
+        return sum(self._sent(leaf, place) for leaf, place in pairs)
 
-
-def itemsize(dtype: str) -> int:
-    """Bytes of a number of a dtype, also of one that numpy does not know."""
-    return jnp.dtype(dtype).itemsize if not dtype.startswith("key") else 8
+    def _sent(self, leaf: Leaf, place: Placement) -> float:
+        p, size = self.policy, math.prod(self.local(leaf, place))
+        reduce = itemsize(p.precision.reduced(leaf.path, leaf.dtype)) if leaf.trained else 0
+        if not place.sharded:
+            whole = theory.wire(0, self.accumulate, per_device=self.per_device)
+            return whole.bytes(size, p.parts, reduce=reduce)
+        copies = 2 * (p.replicas - 1) / p.replicas * size * reduce * self.wire.reduced / p.shards
+        compute = itemsize(placement.computed(p, leaf))
+        return copies + self.wire.bytes(size, p.shards, compute=compute, reduce=reduce)
 
 
 def key(dims: Sequence[int]) -> tuple[int, ...]:
+    """Returns dimensions in order, without those of size 1, as the compiler may permute and add
+    them.
+
+    >>> key((2048, 1, 16))
+    (16, 2048)
+    """
     return tuple(sorted(d for d in dims if d != 1))
+
+
+def _without(dims: Sequence[int], sliced: Sequence[int]) -> tuple[int, ...]:
+    return key([d for i, d in enumerate(dims) if i not in sliced])
 
 
 @functools.lru_cache(maxsize=4096)
 def _alike(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Whether of two sorted shapes of one size, one is the other with dimensions merged."""
+    """Whether one of two sorted shapes of the same size is the other with dimensions merged."""
     return _merges(a, b) or _merges(b, a)
 
 
@@ -98,6 +164,7 @@ def _merges(parts: tuple[int, ...], wholes: tuple[int, ...]) -> bool:
     for n in range(1, len(parts) - len(wholes) + 2):
         for chosen in itertools.combinations(range(len(parts)), n):
             if math.prod(parts[i] for i in chosen) == wholes[-1]:
-                if _merges(tuple(d for i, d in enumerate(parts) if i not in chosen), wholes[:-1]):
+                rest = tuple(d for i, d in enumerate(parts) if i not in chosen)
+                if _merges(rest, wholes[:-1]):
                     return True
     return False

@@ -7,12 +7,14 @@ from zerojax.plan import provenance
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Something a user should know. `wrong`: ZeRO does not explain it, and `Plan.check` raises.
+    """Something that a user should know.
 
     Attributes:
       what: a sentence, with what to do about it.
-      instruction, source: in the compiled program, and the user's line, "file:line"; empty where it is about the whole.
       bytes: sent or kept on each device.
+      instruction: in the compiled program; empty for a finding about the whole program.
+      source: the user's line, "file:line"; empty if it is not known.
+      wrong: whether ZeRO does not explain it, so that `Plan.check` raises.
     """
 
     what: str
@@ -21,5 +23,5 @@ class Finding:
     source: str = ""
     wrong: bool = False
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.what + (f" From {provenance.readable(self.source)}" if self.source else "")

@@ -1,7 +1,8 @@
-"""Bytes on each device of a compiled step, by what they are for, beside ZeRO's formula.
+"""Bytes on each device of a compiled step, by purpose, beside ZeRO's formula.
 
-What lies there between steps is known from the layout. Of the compiler's temporaries, gathered parameters and gradients are those
-alive at the fullest moment of the program's schedule (`liveness`); the rest are activations and scratch.
+The layout gives the bytes between steps. Of the compiler's temporaries, gathered parameters and
+gradients are those alive at the peak of the program's schedule (`liveness`); the rest are
+activations and scratch.
 """
 
 import dataclasses
@@ -14,14 +15,16 @@ from zerojax.layout.placement import computed
 from zerojax.layout.report import Layout
 from zerojax.layout.rules import Leaf
 from zerojax.plan import theory
-from zerojax.plan.demand import Demand, itemsize
+from zerojax.plan.demand import Demand
+from zerojax.plan.reading import Reading
+from zerojax.trees import itemsize
 
 MARGIN = 0.1  # of the GPU's memory: CUDA's context, NCCL's buffers, fragmentation
 KINDS = {"params": "parameters", "opt_state": "optimizer state", "model_state": "model state"}
 
 
 def kind_of(path: str) -> str | None:
-    """A leaf's kind by its path in a state, also in one of several states.
+    """Returns a leaf's kind by its path in a state, or in one of several states.
 
     >>> kind_of("critic/opt_state/0/mu/kernel")
     'optimizer state'
@@ -35,11 +38,12 @@ class Memory:
 
     Attributes:
       kinds: compiled bytes by kind; they add up to `peak`.
-      zero: ZeRO's formula for some of the kinds; None where it says nothing.
-      peak: arguments, results that are not in their place, temporaries, constants.
+      zero: ZeRO's formula for some of the kinds; None for the others.
+      peak: arguments, results that do not take an argument's place, temporaries, constants.
       host: bytes in the host's memory.
       capacity: of the device; None if it is not known.
-      paper: what the ZeRO paper counts for this stage: 16-bit parameters and gradients, optimizer state beside an fp32 copy.
+      paper: the ZeRO paper's count for this stage: 16-bit parameters and gradients, and optimizer
+        state with an fp32 copy.
     """
 
     kinds: Mapping[str, float]
@@ -55,62 +59,86 @@ class Memory:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the peak is within the capacity less `MARGIN`; None if the capacity is not known."""
+        """Whether the peak is within the capacity less `MARGIN`; None if the capacity is not
+        known."""
         return None if self.usable is None else self.peak <= self.usable
 
     @property
     def state(self) -> float:
-        """Bytes of parameters and optimizer state, as they lie between steps."""
+        """Bytes of parameters and optimizer state between steps."""
         return self.kinds["parameters"] + self.kinds["optimizer state"]
 
 
-def account(demand: Demand, layout: Layout, batch: float, figures: Mapping[str, int], program: Program,
-            capacity: float | None) -> Memory:
-    """The `Memory` of a step whose state lies as `layout` says, `batch` bytes of it on each device.
-
-    Args:
-      figures: the compiler's, as in `compiler.Compiled.memory`.
-    """
-    at_rest = dict.fromkeys(KINDS.values(), 0.0)
-    for row in layout.rows:
-        kind = kind_of(row.path)
-        if kind:
-            at_rest[kind] += row.bytes
+def account(reading: Reading) -> Memory:
+    """Returns the `Memory` of a compiled step."""
+    figures, fixed = reading.figures, constants(reading.program)
+    at_rest = _at_rest(reading.layout)
     fresh = figures["output"] - figures["alias"]
-    peak = figures["argument"] + fresh + figures["temp"] + figures["generated_code"] + constants(program)
-    alive = liveness.peak(program)
-    scale = min(1.0, figures["temp"] / max(1, sum(alive.values())))  # the compiler may find more to reuse than one sees
-    gathered, gradients = (scale * alive.get(kind, 0) for kind in (liveness.GATHERED, liveness.GRADIENTS))
+    temporary = figures["temp"] + figures["generated_code"]
+    moving = _alive(reading)
     kinds = at_rest | {
-        "batch": batch, "other arguments and results": figures["argument"] - sum(at_rest.values()) - batch + fresh,
-        "gathered parameters": gathered, "gradients": gradients,
-        "activations, other temporaries": figures["temp"] - gathered - gradients + figures["generated_code"],
-        "constants": constants(program)}
-    host = sum(figures[f"host_{name}"] for name in ("argument", "output", "temp")) - figures["host_alias"]
-    return Memory(kinds, formulas(demand, layout), peak, host, capacity, _paper(demand, layout))
+        "batch": reading.batch_bytes,
+        "other arguments and results":
+            figures["argument"] - sum(at_rest.values()) - reading.batch_bytes + fresh,
+        **moving,
+        "activations, other temporaries": temporary - sum(moving.values()),
+        "constants": fixed}
+    host = sum(figures[f"host_{name}"] for name in ("argument", "output", "temp"))
+    capacity = reading.topology and reading.topology.gpu.memory
+    return Memory(kinds, formulas(reading.demand, reading.layout),
+                  figures["argument"] + fresh + temporary + fixed, host - figures["host_alias"],
+                  capacity, _paper(reading.demand, reading.layout))
+
+
+def _at_rest(layout: Layout) -> dict[str, float]:
+    kinds = dict.fromkeys(KINDS.values(), 0.0)
+    for row in layout.rows:
+        if kind := kind_of(row.path):
+            kinds[kind] += row.bytes
+    return kinds
+
+
+def _alive(reading: Reading) -> dict[str, float]:
+    """Returns the bytes of gathered parameters and gradients at the peak, never more than the
+    compiler's total."""
+    alive = liveness.peak(reading.program)
+    scale = min(1.0, reading.figures["temp"] / max(1, sum(alive.values())))
+    return {"gathered parameters": scale * alive.get(liveness.GATHERED, 0),
+            "gradients": scale * alive.get(liveness.GRADIENTS, 0)}
 
 
 def constants(program: Program) -> int:
-    """Bytes of the arrays that are written into the program, which the compiler's figures leave out."""
-    return sum(shape.bytes for body in program.computations.values() for i in body if i.op == "constant" for shape in i.shapes)
+    """Returns the bytes of the arrays that are written into the program, which the compiler's
+    figures leave out."""
+    return sum(shape.bytes for body in program.computations.values() for i in body
+               if i.op == "constant" for shape in i.shapes)
 
 
 def formulas(demand: Demand, layout: Layout) -> dict[str, float | None]:
-    """ZeRO's bytes by kind, for all parameters: what leaves left whole keep beside is not in it."""
+    """Returns ZeRO's bytes by kind, as if every parameter were sharded."""
     p = demand.policy
-    shards, whole_gradients = p.shards if p.stage else 1, p.stage == 0 or (p.stage == 1 and demand.per_device)
-    read = _bytes(demand, lambda leaf: computed(p, leaf), "trained", "frozen")
+    shards = p.shards if p.stage else 1
+    whole_gradients = p.stage == 0 or (p.stage == 1 and demand.per_device)
+
+    def read(leaf):
+        return computed(p, leaf)
+
+    def gradient(leaf):
+        return p.precision.accumulate if demand.accumulate > 1 else leaf.dtype
+
     return {"parameters": _bytes(demand, lambda leaf: leaf.dtype, "trained", "frozen") / shards,
-            "optimizer state": _optimizer(layout) / shards, "gathered parameters": read if p.stage in (1, 2) else None,
-            "gradients": _bytes(demand, lambda leaf: p.precision.accumulate if demand.accumulate > 1 else leaf.dtype,
-                                "trained") / (1 if whole_gradients else p.shards)}
+            "optimizer state": _optimizer(layout) / shards,
+            "gathered parameters":
+                _bytes(demand, read, "trained", "frozen") if p.stage in (1, 2) else None,
+            "gradients": _bytes(demand, gradient, "trained") / (1 if whole_gradients else p.shards)}
 
 
 def _paper(demand: Demand, layout: Layout) -> float:
-    """With frozen parameters as 16-bit ones that have no gradient."""
+    """Returns the paper's bytes; frozen parameters count as 16-bit ones without a gradient."""
     p, size = demand.policy, _size(demand, "trained")
     frozen = 2 * _size(demand, "frozen") / (p.shards if p.stage == 3 else 1)
-    return frozen + theory.paper_bytes(size, p.shards, p.stage, optimizer=4 + _optimizer(layout) / max(1, size))
+    optimizer = 4 + _optimizer(layout) / max(1, size)
+    return frozen + theory.paper_bytes(size, p.shards, p.stage, optimizer=optimizer)
 
 
 def _bytes(demand: Demand, dtype: Callable[[Leaf], str], *groups: str) -> int:
@@ -128,5 +156,6 @@ def _sizes(demand: Demand, groups: Collection[str]) -> Iterator[tuple[Leaf, int]
 
 
 def _optimizer(layout: Layout) -> float:
-    """Bytes of the optimizer state if ZeRO left it whole; axes of the model's own still divide it."""
+    """Returns the bytes of the optimizer state if ZeRO left it whole; the model's own axes still
+    divide it."""
     return sum(row.gathered_bytes for row in layout.rows if kind_of(row.path) == KINDS["opt_state"])

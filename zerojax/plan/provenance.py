@@ -19,7 +19,8 @@ def is_users(frame: Frame) -> bool:
     path = pathlib.Path(frame.file)
     if frame.file.startswith("<frozen ") or path.parent == pathlib.Path(runpy.__file__).parent:
         return False
-    library = any(a in ("site-packages", "dist-packages") and b in LIBRARIES for a, b in itertools.pairwise(path.parts))
+    library = any(a in ("site-packages", "dist-packages") and b in LIBRARIES
+                  for a, b in itertools.pairwise(path.parts))
     return not library and not path.is_relative_to(PACKAGE)
 
 
@@ -43,7 +44,8 @@ def by_the_pair(frames: Iterable[Frame]) -> bool:
 
 
 def readable(source: str) -> str:
-    """Returns "file:line" with the line's text; a file below the working directory by its path from there, a notebook's as "cell".
+    """Returns "file:line" with the line's text; a file below the working directory by its path
+    from there, a notebook's as "cell".
     """
     file, _, line = source.rpartition(":")
     code = linecache.getline(file, int(line)).strip()

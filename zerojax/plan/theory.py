@@ -1,18 +1,22 @@
-"""ZeRO's own arithmetic: bytes per device at rest, elements on the wire. Needs no devices and no jax.
+"""ZeRO's own arithmetic: bytes per device at rest, elements on the wire. Needs no devices and no
+jax.
 
-Source: Rajbhandari et al. 2020 (arXiv 1910.02054), section 5 and figure 1 for memory, section 7 for communication.
+Source: Rajbhandari et al. 2020 (arXiv 1910.02054), section 5 and figure 1 for memory, section 7
+for communication.
 """
 
 import dataclasses
 
 
 def paper_bytes(params: float, devices: int, stage: int, *, optimizer: float = 12) -> float:
-    """Bytes per device of parameters, gradients and optimizer state, as the paper counts them for 16-bit training.
+    """Bytes per device of parameters, gradients and optimizer state, as the paper counts them for
+    16-bit training.
 
     Args:
       params: number of parameters, Psi.
       devices: number that share a copy.
-      optimizer: bytes of optimizer state a parameter (fp32 copy, momentum and variance of Adam: 12).
+      optimizer: bytes of optimizer state per parameter (fp32 copy, momentum and variance of Adam:
+        12).
 
     >>> [round(paper_bytes(7.5e9, 64, stage) / 1e9, 2) for stage in range(4)]
     [120.0, 31.41, 16.64, 1.88]
@@ -21,10 +25,13 @@ def paper_bytes(params: float, devices: int, stage: int, *, optimizer: float = 1
     return params * (optimizer * shares[0] + 2 * shares[1] + 2 * shares[2])
 
 
-def rest_bytes(params: float, devices: int, stage: int, *, param_bytes: int = 4, optimizer: float = 8) -> float:
-    """Bytes per device of zerojax's state between steps: parameters and optimizer state, in shards from stage 1 on.
+def rest_bytes(params: float, devices: int, stage: int, *, param_bytes: int = 4,
+               optimizer: float = 8) -> float:
+    """Bytes per device of zerojax's state between steps: parameters and optimizer state, in shards
+    from stage 1 on.
 
-    The paper keeps a 16-bit copy of the parameters between steps of stages 1 and 2; zerojax makes it anew in each.
+    The paper keeps a 16-bit copy of the parameters between steps of stages 1 and 2; zerojax makes
+    it anew in each.
 
     >>> rest_bytes(8, 4, 3), rest_bytes(8, 4, 0)
     (24.0, 96.0)
@@ -53,15 +60,18 @@ class Wire:
         return params * (self.gathered * compute + self.reduced * reduce) * (devices - 1) / devices
 
 
-def wire(stage: int, accumulate: int = 1, *, per_device: bool = True, regathered: bool = True) -> Wire:
-    """What a parameter costs on the wire in one step.
+def wire(stage: int, accumulate: int = 1, *, per_device: bool = True,
+         regathered: bool = True) -> Wire:
+    """Returns the cost of a parameter on the wire per step.
 
     Args:
       stage: 0 to 3.
       accumulate: microbatches, A.
-      per_device: each device differentiates its own part; with one loss, stage 1 reduces where stage 2 does.
-      regathered: stage 3 gathers it again for the backward pass (a block under `jax.checkpoint`); a parameter that is
-        kept for it, as the head next to the loss, is gathered once.
+      per_device: each device differentiates its own part; with one loss, stage 1 reduces where
+        stage 2 does.
+      regathered: whether stage 3 gathers it again for the backward pass (a block under
+        `jax.checkpoint`); a parameter that is kept, such as the head next to the loss, is gathered
+        once.
 
     >>> [wire(stage).elements for stage in range(4)], wire(3, 4).elements, wire(2, 4).elements
     ([2, 2, 2, 3], 12, 5)

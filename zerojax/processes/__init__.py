@@ -1,4 +1,5 @@
-"""Several processes of one job: what started them, how they meet, agree, and end.
+"""The processes of one job: how they start, meet, agree on their programs, and end.
 
-`launchers`, `rendezvous` and `launch` need no jax: they run before it is initialized, or in a process that never does.
+`launchers`, `rendezvous` and `launch` need no jax, because they run before it is initialized, or in
+a process that never initializes it.
 """

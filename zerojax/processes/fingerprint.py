@@ -1,6 +1,5 @@
-"""What a process is about to run, as fields that another process can compare: versions, policy, shapes, functions, programs."""
+"""Fingerprints of what a process is about to run, as fields that processes can compare."""
 
-import enum
 import functools
 import hashlib
 import importlib.metadata
@@ -13,121 +12,129 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend import core
-from jax.sharding import NamedSharding, PartitionSpec
 
 from zerojax import trees
 from zerojax.policy import Policy
 
 _PACKAGES = ("zerojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
-_SAMPLE = 2**16  # elements of an array that are compared
+_SAMPLE = 2**16  # elements of an array that are hashed
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of packages and Python."""
-    return {name: importlib.metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+    """Returns the versions of Python and of the packages that decide what is computed."""
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return packages | {"python": platform.python_version()}
 
 
 def of_policy(policy: Policy) -> dict:
-    """Versions, the mesh with its devices as process:id, and what the policy says."""
+    """Returns versions, the mesh with its devices as "process:id", and the settings of a policy."""
     mesh = policy.mesh
     devices = [f"{d.process_index}:{d.id}" for d in getattr(mesh.devices, "flat", ())]
-    return {"versions": versions(), "mesh": {"axes": dict(mesh.shape), "devices": " ".join(devices)},
-            "policy": {"stage": policy.stage, "precision": policy.precision.as_dict(), "gradients": policy.gradients,
-                       "axis": policy.axes, "replica_axis": policy.replica_axis, "min_shard": policy.min_shard,
-                       "uneven": policy.uneven,
-                       "rules": [f"{pattern}: {spec}" for pattern, spec in policy.rules.items()]}}
+    rules = [f"{pattern}: {spec}" for pattern, spec in policy.rules.items()]
+    return {"versions": versions(),
+            "mesh": {"axes": dict(mesh.shape), "devices": " ".join(devices)},
+            "policy": {"stage": policy.stage, "precision": policy.precision.as_dict(),
+                       "gradients": policy.gradients, "axis": policy.axes,
+                       "replica_axis": policy.replica_axis, "min_shard": policy.min_shard,
+                       "uneven": policy.uneven, "rules": rules}}
 
 
 def shapes(tree: Any) -> dict[str, str]:
-    """Of arrays or shapes: dtype, shape and where they lie, by path."""
+    """Returns the dtype, shape and spec of each array or shape of a tree, by path."""
     return _by_path(tree, lambda x: _shape(x) if hasattr(x, "shape") else repr(x))
 
 
-def _shape(x) -> str:
+def values(tree: Any) -> dict[str, str]:
+    """Returns `shapes`, with a hash of the contents of each array that this process holds whole.
+
+    Random keys have one too. Of a large array, a sample is hashed.
+    """
+    return _by_path(tree, _leaf)
+
+
+def _by_path(tree: Any, text: Callable[[Any], str]) -> dict[str, str]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {trees.path_of(path) or "array": text(x) for path, x in leaves}
+
+
+def _leaf(x: Any) -> str:
+    if not hasattr(x, "shape"):
+        return repr(x)
+    on_host = isinstance(x, np.ndarray | np.generic)
+    whole = on_host or (isinstance(x, jax.Array) and x.is_fully_addressable)
+    return f"{_shape(x)} {_hash([_sample(x)])}" if whole else _shape(x)
+
+
+def _shape(x: Any) -> str:
     spec = getattr(getattr(x, "sharding", None), "spec", None)
     return f"{x.dtype}{list(x.shape)}{'' if spec is None else f' {spec}'}"
 
 
-def values(tree: Any) -> dict[str, str]:
-    """As `shapes`; of arrays that are whole in this process, as keys, what they hold too: of large ones, a sample."""
-    return _by_path(tree, _leaf)
-
-
-def _by_path(tree, text) -> dict[str, str]:
-    return {trees.path_of(path) or "array": text(x) for path, x in jax.tree.leaves_with_path(tree)}
-
-
-def _leaf(x) -> str:
-    if not hasattr(x, "shape"):
-        return repr(x)
-    alone = isinstance(x, np.ndarray | np.generic) or (isinstance(x, jax.Array) and x.is_fully_addressable)
-    return f"{_shape(x)} {_hash([_bytes(x)])}" if alone else _shape(x)
-
-
-def _bytes(x) -> bytes:
-    words = np.asarray(jax.random.key_data(x) if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key) else x).reshape(-1)
-    return words[::-(-words.size // _SAMPLE) or 1].tobytes()
+def _sample(x: Any) -> bytes:
+    is_key = jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
+    words = np.asarray(jax.random.key_data(x) if is_key else x).reshape(-1)
+    step = -(-words.size // _SAMPLE) or 1
+    return words[::-step].tobytes()
 
 
 def of_function(function: Callable) -> str:
-    """Its name, and a hash of its code: not of what it calls, which shows in the program."""
-    while isinstance(function, functools.partial | types.MethodType):
-        function = function.func if isinstance(function, functools.partial) else function.__func__
-    function = inspect.unwrap(function)
-    function = function if hasattr(function, "__code__") else type(function).__call__
+    """Returns the name of a function, and a hash of its code.
+
+    The functions that it calls, and the values that it closes over, show in its program instead.
+    """
+    function = _unwrapped(function)
+    if not hasattr(function, "__code__"):  # an object that is callable
+        function = type(function).__call__
     code = getattr(function, "__code__", None)
     return f"{getattr(function, '__qualname__', function)} {_hash(_code(code)) if code else ''}"
 
 
+def _unwrapped(function: Callable) -> Callable:
+    if isinstance(function, functools.partial):
+        return _unwrapped(function.func)
+    if isinstance(function, types.MethodType):
+        return _unwrapped(function.__func__)
+    return inspect.unwrap(function)
+
+
 def _code(code: types.CodeType) -> Iterable[bytes]:
-    """But for where it stands: the hosts' directories may differ."""
+    """Yields the parts of a code object, without its file, whose directory may differ by host."""
     yield from (code.co_code, repr(code.co_names).encode(), repr(code.co_varnames).encode())
     for constant in code.co_consts:
-        yield from _code(constant) if isinstance(constant, types.CodeType) else [_plain(constant)]
+        if isinstance(constant, types.CodeType):
+            yield from _code(constant)
+        else:
+            yield _constant(constant)
 
 
-def _plain(value) -> bytes:
-    return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value).encode()
+def _constant(value: Any) -> bytes:
+    ordered = sorted(map(repr, value)) if isinstance(value, frozenset) else value
+    return repr(ordered).encode()
 
 
 def of_program(jitted: Callable, *args: Any, **kwargs: Any) -> str:
-    """Of what jit traces: how many operations, and a hash of them, their shapes and their constants. Calling it traces no more."""
-    traced = jitted.trace(*args, **kwargs).jaxpr  # pyright: ignore[reportFunctionMemberAccess]
-    parts = list(_program(traced, {}))
-    return f"{len(parts)} operations, {_hash(parts)}"
+    """Returns the number of lines of a jitted function's program, and a digest of its text.
+
+    A later call neither traces nor lowers again.
+    """
+    text = jitted.lower(*args, **kwargs).as_text()  # pyright: ignore[reportFunctionMemberAccess]
+    return f"{text.count(chr(10))} lines, {of_text(text)[:12]}"
 
 
-def _program(program, numbers: dict) -> Iterable[bytes]:
-    """Each equation, its operands by the order in which they came up; the constants; what is returned."""
-    jaxpr = getattr(program, "jaxpr", program)
-    number = lambda v: str(v) if isinstance(v, core.Literal) else numbers.setdefault(v, len(numbers))
-    for v in (*jaxpr.constvars, *jaxpr.invars):
-        number(v)
-    for equation in jaxpr.eqns:
-        inner = [x for x in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program) if _is_program(x)]
-        settings = sorted((k, repr(v)) for k, v in equation.params.items() if isinstance(v, _SETTINGS))
-        operands, results = map(number, equation.invars), [v.aval.str_short() for v in equation.outvars]
-        for v in equation.outvars:
-            number(v)
-        text = repr((equation.primitive.name, [*operands], results, settings))
-        yield _ADDRESS.sub("", text).encode()
-        for x in inner:
-            yield from _program(x, numbers)
-    yield repr(([*map(number, jaxpr.outvars)], [_leaf(x) for x in getattr(program, "consts", ())])).encode()
+def of_text(text: str) -> str:
+    """Returns the digest of a program's text, `jax.stages.Lowered.as_text()`.
 
-
-_SETTINGS = (int, float, str, bool, tuple, np.dtype, enum.Enum, NamedSharding, PartitionSpec)
-
-
-def _is_program(x) -> bool:
-    return isinstance(x, core.Jaxpr | core.ClosedJaxpr)
+    The text has the operations, shapes, shardings and constants, and no source lines.
+    """
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def of_settings(value: Any) -> Any:
-    """A user's own, as JSON values: sets in order, other objects by their text without addresses.
+    """Returns a user's settings as JSON values.
+
+    Sets are sorted, and other objects are represented by their text without addresses.
 
     >>> of_settings({"tags": {"b", "a"}, 1: np.float32(2), "of": print})
     {'tags': ["'a'", "'b'"], '1': '2.0', 'of': '<built-in function print>'}
@@ -138,7 +145,8 @@ def of_settings(value: Any) -> Any:
         return [of_settings(item) for item in value]
     if isinstance(value, set | frozenset):
         return sorted(map(repr, value))
-    return value if value is None or isinstance(value, bool | int | float | str) else _ADDRESS.sub("", str(value))
+    is_plain = value is None or isinstance(value, bool | int | float | str)
+    return value if is_plain else _ADDRESS.sub("", str(value))
 
 
 def _hash(parts: Iterable[bytes]) -> str:

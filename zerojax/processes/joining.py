@@ -1,13 +1,15 @@
-"""`initialize`: this process joins the others of its job, or is left alone."""
+"""`initialize`: this process joins the others of its job, or stays alone."""
 
 import atexit
 import contextlib
+import dataclasses
 import inspect
+import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,41 +18,54 @@ from zerojax.errors import ClusterError
 from zerojax.processes import agreement, fingerprint, launchers, rendezvous
 from zerojax.processes.launchers import Job
 
-_CONNECT_TIMEOUT = 5.0  # seconds: an address that a person wrote may be wrong
-_GRACE = 3.0  # seconds for what still runs, as the writing of a checkpoint, after an exception that nobody caught
+_LOG = logging.getLogger("zerojax")
+_CONNECT_TIMEOUT = 5.0  # seconds; short, because an address that a person wrote may be wrong
+_GRACE = 3.0  # seconds after an uncaught exception for other threads, such as a checkpoint's
 _joined: dict[str, Any] = {}
 
 
-def initialize(address: str | None = None, processes: int | None = None, process: int | None = None, *,
-               local_devices: tuple[int, ...] | None = None, config: Mapping[str, Any] | None = None,
-               bind_address: str | None = None, connect_timeout: float | None = None, initialization_timeout: float = 300,
+def initialize(address: str | None = None, processes: int | None = None,
+               process: int | None = None, *, local_devices: tuple[int, ...] | None = None,
+               config: Mapping[str, Any] | None = None, bind_address: str | None = None,
+               connect_timeout: float | None = None, initialization_timeout: float = 300,
                heartbeat_timeout: float = 100, shutdown_timeout: float = 30) -> Job | None:
-    """Joins this process to the others of its job by `jax.distributed`. First thing in a program; alone, it does nothing.
+    """Joins this process to the others of its job with `jax.distributed`.
 
-    What is not given is read off the variables of what started the process: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID; SkyPilot's; torchrun's; SLURM's; else what jax itself detects. A line on standard error says what was decided.
+    Must be the first call of a program that uses jax. Does nothing if the process is alone.
 
-    First the processes meet over plain TCP, for jax.distributed aborts what it can't start. Afterwards, an exception that
-    nobody catches ends its process within 3 s of its traceback, with status 1; jax would wait there for the others.
+    Arguments that are not given are read from the environment of the process: the variables
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, then those of SkyPilot, torchrun
+    and SLURM; otherwise jax's own detection is used. The logger "zerojax" reports the decision at
+    level INFO, and warns if process 0 does not answer within 5 s.
+
+    The processes first meet over plain TCP, because jax.distributed aborts a process that it cannot
+    start.
+
+    With several processes, the call replaces `sys.excepthook` and registers an `atexit` function:
+    an uncaught exception ends its process within 3 s of its traceback, with status 1, where jax
+    would wait for the other processes.
 
     Args:
-      address: "host:port" of process 0. Nobody is asked who they are there: the network has to be private.
-      processes, process: how many there are; this one's number, from 0.
-      local_devices: of this host, those to use; None is all, or as the launcher says.
-      config: your settings; if they differ between processes, that is an error on each.
-      bind_address: the IP address that process 0 listens at; None is that of `address` alone, "0.0.0.0" every interface.
-      connect_timeout: seconds until process 0 has to be there; None is $ZEROJAX_CONNECT_TIMEOUT, else 5, and for an address that a scheduler wrote
-        `initialization_timeout`.
-      initialization_timeout: seconds until all processes have to be there.
-      heartbeat_timeout: seconds after which a process that is dead, stopped or cut off ends all.
-      shutdown_timeout: seconds that a process which is done waits for the others.
+      address: "host:port" of process 0. Nobody is authenticated there: the network must be private.
+      processes, process: the number of processes, and the index of this one, from 0.
+      local_devices: the devices of this host to use. None means all, or those that the launcher
+        assigns.
+      config: your settings. If they differ between processes, every process raises an error.
+      bind_address: the IP address at which process 0 listens. None means that of `address`;
+        "0.0.0.0" means every interface.
+      connect_timeout: seconds until process 0 must listen. None means $ZEROJAX_CONNECT_TIMEOUT; if
+        that is not set, `initialization_timeout` for an address that a scheduler wrote, and 5 for
+        any other.
+      initialization_timeout: seconds until all processes must have come.
+      heartbeat_timeout: seconds after which a dead, stopped or disconnected process ends all.
+      shutdown_timeout: seconds that a finished process waits for the others.
 
     Returns:
-      What was decided; None if this process is alone.
+      The job, or None if this process is alone.
 
     Raises:
-      ClusterError: process 0 can't be reached or can't listen; processes are missing, or differ in versions or config; called
-        again with other arguments, or too late.
+      ClusterError: process 0 cannot be reached or cannot listen; processes are missing, or differ
+        in versions or config; this call is too late, or repeated with other arguments.
 
     >>> initialize()  # alone
     """
@@ -61,82 +76,111 @@ def initialize(address: str | None = None, processes: int | None = None, process
     if job is None or job.processes == 1:
         return None
     _check_early()
-    local_devices = job.local_devices if local_devices is None else tuple(local_devices)
-    print(f"zerojax: {job}", file=sys.stderr, flush=True)
+    if local_devices is not None:
+        job = dataclasses.replace(job, local_devices=tuple(local_devices))
+    _LOG.info("%s", job)
     bound = None
     if job.address is not None:
         connect_timeout = _connect_timeout(job, connect_timeout, initialization_timeout)
-        bound = _bound(job.address, bind_address, connect_timeout) if job.process == 0 else None
+        bound = _bound(job, bind_address, connect_timeout)
         _meet(job, bound, config, connect_timeout, initialization_timeout)
-    _start(job, bound, local_devices, round(initialization_timeout), round(heartbeat_timeout), round(shutdown_timeout))
-    known = {"address": job.address, "processes": job.processes, "process": job.process, "local_devices": local_devices}
-    _joined.update(said=_DEFAULTS | known | asked, job=job)
+    _start(job, coordinator_bind_address=bound,
+           initialization_timeout=round(initialization_timeout),
+           heartbeat_timeout_seconds=round(heartbeat_timeout),
+           shutdown_timeout_seconds=round(shutdown_timeout))
+    _joined.update(job=job, arguments=_DEFAULTS | _known(job) | asked)
     _end_on_errors()
-    if os.environ.get("ZEROJAX_LAUNCH") == str(os.getppid()):
-        threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
+    _end_with_launcher()
     return job
 
 
 _DEFAULTS = {p.name: p.default for p in inspect.signature(initialize).parameters.values()}
 
 
-def _again(asked) -> Job:
-    text = lambda value: str(fingerprint.of_settings(value))
-    odd = [f"{name} was {text(_joined['said'][name])}, is {text(value)}" for name, value in asked.items()
-           if text(value) != text(_joined["said"][name])]
+def _known(job: Job) -> dict[str, Any]:
+    """Returns the arguments that a launcher has set, which a later call may repeat."""
+    return {name: getattr(job, name)
+            for name in ("address", "processes", "process", "local_devices")}
+
+
+def _again(asked: Mapping[str, Any]) -> Job:
+    """Returns the job of an earlier call; raises `ClusterError` if its arguments were others."""
+    odd = [f"{name} was {before}, and is {now} now" for name, before, now in _compared(asked)
+           if before != now]
     if odd:
-        raise ClusterError(f"initialize was called before, with other arguments: {'; '.join(odd)}. A process joins once.")
+        raise ClusterError(f"initialize was called before with other arguments: {'; '.join(odd)}. "
+                           "A process joins once.")
     return _joined["job"]
 
 
-def _check_early():
-    """Raises `ClusterError` where jax can't be initialized any more, while no other process waits for this one."""
+def _compared(asked: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yields the name, the value before and the value now of each argument."""
+    for name, value in asked.items():
+        before, now = map(fingerprint.of_settings, (_joined["arguments"][name], value))
+        yield name, str(before), str(now)
+
+
+def _check_early() -> None:
+    """Raises `ClusterError` if it is too late for jax, before other processes wait for this one."""
     if jax.distributed.is_initialized():
-        raise ClusterError("initialize: jax.distributed was initialized before; call zj.initialize() in its place.")
-    try:  # of no processes: refused in any case, but for this reason first
+        raise ClusterError("initialize: jax.distributed was initialized before; call "
+                           "zj.initialize() in its place.")
+    try:  # zero processes: refused in any case, but for lateness first
         jax.distributed.initialize("localhost:1", 0, 0, cluster_detection_method="deactivate")
     except (RuntimeError, ValueError) as error:
         if "before any JAX" in str(error):
-            raise ClusterError("initialize came too late: jax has looked for its devices already, which it does for the first "
-                               "array, jax.devices() or a key; call zj.initialize() before them.") from error
+            raise ClusterError("initialize came too late: jax has initialized its devices already, "
+                               "which the first array, a key and jax.devices() do; call "
+                               "zj.initialize() before them.") from error
 
 
-def _connect_timeout(job, connect_timeout, initialization_timeout) -> float:
-    if connect_timeout is None and "ZEROJAX_CONNECT_TIMEOUT" in os.environ:
-        connect_timeout = float(os.environ["ZEROJAX_CONNECT_TIMEOUT"])
-    return connect_timeout if connect_timeout is not None else initialization_timeout if job.scheduled else _CONNECT_TIMEOUT
+def _connect_timeout(job: Job, given: float | None, initialization_timeout: float) -> float:
+    if given is not None:
+        return given
+    if "ZEROJAX_CONNECT_TIMEOUT" in os.environ:
+        return float(os.environ["ZEROJAX_CONNECT_TIMEOUT"])
+    return initialization_timeout if job.scheduled else _CONNECT_TIMEOUT
 
 
-def _bound(address, bind, connect_timeout) -> str:
+def _bound(job, bind: str | None, connect_timeout: float) -> str | None:
+    """Returns "ip:port" at which process 0 listens; None in every other process."""
+    if job.process != 0:
+        return None
     if bind is None:
-        return rendezvous.bind_address(address, connect_timeout)
-    return rendezvous.joined(bind.strip("[]"), rendezvous.split(address)[1])
+        return rendezvous.bind_address(job.address, connect_timeout)
+    return rendezvous.joined(bind.strip("[]"), rendezvous.split(job.address)[1])
 
 
-def _meet(job, bound, config, connect_timeout, seconds):
-    said = {"versions": fingerprint.versions(), "config": fingerprint.of_settings(config or {})}
+def _meet(job, bound, config: Mapping[str, Any] | None, connect_timeout: float,
+          seconds: float) -> None:
+    fields = {"versions": fingerprint.versions(), "config": fingerprint.of_settings(config or {})}
     if job.process == 0:
-        rendezvous.hold(bound, job.processes, said, agreement.difference, seconds)
+        rendezvous.hold(bound, job.processes, fields, agreement.difference, seconds)
     else:
-        note = lambda text: print(f"zerojax: process {job.process}: {text}", file=sys.stderr, flush=True)
-        rendezvous.join(job.address, job.process, job.processes, said, connect_timeout, seconds, note)
+        rendezvous.join(job.address, job.process, job.processes, fields, connect_timeout, seconds,
+                        _LOG.warning)
 
 
-def _start(job, bound, local_devices, initialization, heartbeat, shutdown):
+def _start(job: Job, **options: Any) -> None:
+    detection = "deactivate" if job.address else None
     try:
-        jax.distributed.initialize(job.address, job.processes, job.process, local_devices, job.address and "deactivate",
-                                   initialization_timeout=initialization, heartbeat_timeout_seconds=heartbeat,
-                                   shutdown_timeout_seconds=shutdown, coordinator_bind_address=bound)
+        jax.distributed.initialize(job.address, job.processes, job.process, job.local_devices,
+                                   detection, **options)
     except (RuntimeError, ValueError) as error:
         if job.address is not None:
             raise
-        raise ClusterError(f"{job.source}: jax does not find the other processes ({error}); set $JAX_COORDINATOR_ADDRESS, "
-                           "$JAX_NUM_PROCESSES and $JAX_PROCESS_ID.") from error
+        raise ClusterError(f"{job.source}: jax does not find the other processes ({error}); set "
+                           "$JAX_COORDINATOR_ADDRESS, $JAX_NUM_PROCESSES and "
+                           "$JAX_PROCESS_ID.") from error
 
 
-def _end_on_errors():
-    """An exception that nobody catches goes to sys.excepthook, which notebooks do not use."""
-    before, failed = sys.excepthook, threading.Event()
+def _end_on_errors() -> None:
+    """Ends the process after an uncaught exception, which Python passes to sys.excepthook.
+
+    Notebooks do not use sys.excepthook, so a cell that fails ends nothing.
+    """
+    before = sys.excepthook
+    failed = threading.Event()
 
     def hook(kind, error, trace):
         before(kind, error, trace)
@@ -146,18 +190,25 @@ def _end_on_errors():
         timer.start()
 
     sys.excepthook = hook
-    atexit.register(lambda: failed.is_set() and _end())  # before jax's own, which waits for the other processes
+    # runs before jax's own function, which waits for the other processes
+    atexit.register(lambda: failed.is_set() and _end())
 
 
-def _end():
+def _end() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # closed, or none
+        with contextlib.suppress(Exception):  # closed, or None
             stream.flush()
     os._exit(1)
 
 
-def _end_without(launcher: int):
-    """A launcher that is killed can't end its processes."""
+def _end_with_launcher() -> None:
+    """Ends the process when `zerojax launch` is killed, which cannot end it then."""
+    launcher = os.getppid()
+    if os.environ.get("ZEROJAX_LAUNCH") == str(launcher):
+        threading.Thread(target=_end_without, args=(launcher,), daemon=True).start()
+
+
+def _end_without(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(1)
     _end()

@@ -1,9 +1,14 @@
-"""`zerojax launch`: the processes of a job on this machine, started, watched and ended together. Needs no jax."""
+"""`zerojax launch`: the processes of a job on this machine, which start and end together.
+
+Needs no jax.
+"""
 
 import collections
 import contextlib
 import dataclasses
 import glob
+import logging
+import math
 import os
 import queue
 import re
@@ -13,28 +18,32 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
 from zerojax.errors import ClusterError
 
-GRACE = 3.0  # seconds between SIGTERM and SIGKILL, where one process failed
+GRACE = 3.0  # seconds between SIGTERM and SIGKILL after one process has failed
 TAIL = 400  # lines of standard error that are kept of each process
+PREEMPTED = 75  # the exit status of a run that received a signal, and saved
+_LOG = logging.getLogger("zerojax.launch")
 _TRACEBACK = re.compile(r"\s*(\+ Exception Group )?Traceback \(most recent call last\)")
 _LED_TO = ("The above exception was the direct cause", "During handling of the above exception")
 _LINE = re.compile(rb"([^\r\n]*)(\r?\n|\r)")
-PREEMPTED = 75  # the status of a run that was told to stop, and saved
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """What to run.
+    """A job to run.
 
     Attributes:
-      command: of one process.
-      processes: how many at first, then after each failure; the last number stays.
-      devices: CPU devices of each process; None is one GPU each, or one CPU device where there is no GPU.
-      restarts: how often to start again.
+      command: the command of each process.
+      processes: the number of processes of the first attempt, and of each one after a failure; the
+        last number is used for all further attempts.
+      devices: the number of CPU devices of each process. None means one GPU each, or one CPU device
+        on a machine without GPUs.
+      restarts: how often the job restarts after a failure.
     """
 
     command: Sequence[str]
@@ -43,32 +52,37 @@ class Launch:
     restarts: int = 0
 
     def environment(self, process: int, processes: int, port: int) -> dict[str, str]:
-        """What a process is told beside what this one was."""
-        told = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes),
-                "JAX_PROCESS_ID": str(process), "ZEROJAX_LAUNCH": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        """Returns the variables that a process gets in addition to those of the launcher."""
+        variables = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                     "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(process),
+                     "ZEROJAX_LAUNCH": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
         if self.on_cpu:
-            return told | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(self.devices or 1)}
-        return told | {"JAX_LOCAL_DEVICE_IDS": str(process)}
+            devices = str(self.devices or 1)
+            return variables | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices}
+        return variables | {"JAX_LOCAL_DEVICE_IDS": str(process)}
 
     @property
     def on_cpu(self) -> bool:
+        """Whether the processes use CPU devices."""
         platform = os.environ.get("JAX_PLATFORMS")
         return self.devices is not None or platform == "cpu" or not (platform or gpus())
 
     def check(self) -> None:
-        """Raises `ClusterError` for numbers that can't be."""
-        for name, n, least in (*(("-n", n, 1) for n in self.processes), ("--devices", self.devices, 1),
-                               ("--restarts", self.restarts, 0)):
+        """Raises `ClusterError` for invalid numbers."""
+        numbers = [("-n", n, 1) for n in self.processes]
+        numbers += [("--devices", self.devices, 1), ("--restarts", self.restarts, 0)]
+        for name, n, least in numbers:
             if n is not None and n < least:
                 raise ClusterError(f"launch {name} {n}: write a whole number, {least} or more.")
-        there = len(gpus())
-        if not self.on_cpu and there and max(self.processes) > there:
-            raise ClusterError(f"launch -n {max(self.processes)}: each process takes one GPU, and this machine has {there}; write "
-                               f"-n {there}, or --devices 1 for CPU devices.")
+        most = max(self.processes)
+        found = len(gpus())
+        if not self.on_cpu and 0 < found < most:
+            raise ClusterError(f"launch -n {most}: each process takes one GPU, and this machine "
+                               f"has {found}; write -n {found}, or --devices 1 for CPU devices.")
 
 
 def gpus() -> list[str]:
-    """NVIDIA's. Of another maker's, JAX_PLATFORMS has to tell."""
+    """Returns the NVIDIA GPUs of this machine; other GPUs are used if JAX_PLATFORMS names them."""
     return glob.glob("/dev/nvidia[0-9]*")
 
 
@@ -76,21 +90,33 @@ def launch(plan: Launch) -> int:
     """Runs the job to its end; returns its exit status, that of the first failure.
 
     Raises:
-      ClusterError: a plan that can't be.
+      ClusterError: the plan is invalid.
     """
     plan.check()
+    with _log_on_stderr():
+        return _attempts(plan)
+
+
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("zerojax launch: %(message)s"))
+    _LOG.addHandler(handler)
+    try:
+        yield
+    finally:
+        _LOG.removeHandler(handler)
+
+
+def _attempts(plan: Launch) -> int:
     status = 0
     for attempt in range(plan.restarts + 1):
         job = _Job(plan, plan.processes[min(attempt, len(plan.processes) - 1)])
         status = job.run()
-        if status in (0, PREEMPTED) or job.asked or attempt == plan.restarts:
+        if status in (0, PREEMPTED) or job.signals or attempt == plan.restarts:
             break
-        _say(f"starts again, {attempt + 1} of {plan.restarts}")
+        _LOG.warning("starts again, %d of %d", attempt + 1, plan.restarts)
     return status
-
-
-def _say(text: str) -> None:
-    print(f"zerojax launch: {text}", file=sys.stderr, flush=True)
 
 
 def _free_port() -> int:
@@ -100,24 +126,27 @@ def _free_port() -> int:
 
 
 class _Job:
-    """One attempt."""
+    """One attempt to run the job."""
 
     def __init__(self, plan: Launch, processes: int):
-        self.plan, self.n = plan, processes
+        self.plan = plan
+        self.processes = processes
+        self.running: dict[int, subprocess.Popen] = {}
         self.ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # (process, status)
-        self.asked: list[signal.Signals] = []
+        self.signals: list[signal.Signals] = []  # that the launcher has received
+        self.failure: tuple[int, int] | None = None  # (process, status) of the first
+        self.deadline = math.inf  # of the processes that still run after a failure
         self.tails = [collections.deque(maxlen=TAIL) for _ in range(processes)]
         self.readers: list[threading.Thread] = []
-        self.running: dict[int, subprocess.Popen] = {}
 
     def run(self) -> int:
-        before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        before = {number: signal.signal(number, self._pass_on) for number in _SIGNALS}
         try:
             port = _free_port()
-            for process in range(self.n):
-                self._start(process, self.plan.environment(process, self.n, port))
-            if self.asked:  # while they were started
-                self._signal(self.asked[0])
+            for process in range(self.processes):
+                self._start(process, self.plan.environment(process, self.processes, port))
+            if self.signals:  # received while the processes were started
+                self._signal(self.signals[0])
             return self._watch()
         finally:
             self._signal(signal.SIGKILL)
@@ -125,74 +154,87 @@ class _Job:
                 signal.signal(number, handler)
 
     def _pass_on(self, number, frame):
-        """Ctrl-C and SIGTERM are for the processes: they may save. A second one ends them."""
-        self._signal(signal.SIGKILL if self.asked else number)
-        if not self.asked:  # print may not be called while it is at work already
-            os.write(2, f"\nzerojax launch: {signal.Signals(number).name}, waits for the processes; once more ends them\n".encode())
-        self.asked.append(signal.Signals(number))
+        """Passes Ctrl-C and SIGTERM to the processes, which may save; a second one ends them."""
+        self._signal(signal.SIGKILL if self.signals else number)
+        if not self.signals:
+            name = signal.Signals(number).name
+            line = f"\nzerojax launch: {name}: waits for the processes; a second signal ends them\n"
+            os.write(2, line.encode())  # the signal may have interrupted the log
+        self.signals.append(signal.Signals(number))
 
-    def _start(self, process, environment):
-        child = subprocess.Popen(self.plan.command, env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    def _start(self, process: int, environment: dict[str, str]) -> None:
+        child = subprocess.Popen(self.plan.command, env=os.environ | environment,
+                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                  stderr=subprocess.PIPE, start_new_session=True)
         self.running[process] = child
-        for source, sink, keep in ((child.stdout, sys.stdout, None), (child.stderr, sys.stderr, self.tails[process])):
-            reader = threading.Thread(target=_forward, args=(source, sink, f"[{process}] ", keep), daemon=True)
-            reader.start()
-            self.readers.append(reader)
-        threading.Thread(target=lambda: self.ended.put((process, child.wait())), daemon=True).start()
+        prefix = f"[{process}] "
+        self._read(child.stdout, sys.stdout, prefix, None)
+        self._read(child.stderr, sys.stderr, prefix, self.tails[process])
+        threading.Thread(target=self._await, args=(process, child), daemon=True).start()
+
+    def _read(self, *arguments) -> None:
+        reader = threading.Thread(target=_forward, args=arguments, daemon=True)
+        reader.start()
+        self.readers.append(reader)
+
+    def _await(self, process: int, child: subprocess.Popen) -> None:
+        self.ended.put((process, child.wait()))
 
     def _watch(self) -> int:
-        """Until all have ended; after a failure, that is soon."""
-        first, deadline = None, None
+        """Waits until all processes have ended, which is soon after a failure of one of them."""
         while self.running:
             try:
-                process, status = self.ended.get(timeout=0.1 if deadline is None else max(0.01, deadline - time.monotonic()))
+                self._note_end(*self.ended.get(timeout=0.1))
             except queue.Empty:
-                if deadline is not None and time.monotonic() > deadline:
+                if time.monotonic() > self.deadline:
                     self._signal(signal.SIGKILL)
-                continue
-            self._reap(process, status)
-            if status and (first is None or (first[1] == PREEMPTED and status != PREEMPTED)):
-                first = (process, status)
-                if status != PREEMPTED:  # else the others are about to save
-                    if not self.asked:  # they have been told
-                        self._signal(signal.SIGTERM)
-                    deadline = time.monotonic() + GRACE
         for reader in self.readers:
             reader.join(timeout=1)
-        return self._told(first) if first else 0
+        return self._reported(*self.failure) if self.failure else 0
 
-    def _reap(self, process, status):
-        """Of one that failed, also what it has left behind: all that it started is of its session."""
+    def _note_end(self, process: int, status: int) -> None:
+        """Notes that a process has ended; after a failure, ends the others."""
         child = self.running.pop(process)
-        if status:
-            _signal_all(child, signal.SIGKILL)
+        if not status:
+            return
+        _signal_all(child, signal.SIGKILL)  # what it started is of its session, and may still run
+        if self.failure is not None and self.failure[1] != PREEMPTED:
+            return
+        if status == PREEMPTED:  # the others are about to save too
+            self.failure = self.failure or (process, status)
+            return
+        self.failure = (process, status)
+        self.deadline = time.monotonic() + GRACE
+        if not self.signals:  # else the others have received one
+            self._signal(signal.SIGTERM)
 
-    def _signal(self, number):
+    def _signal(self, number: int) -> None:
         for child in list(self.running.values()):
             _signal_all(child, number)
 
-    def _told(self, first) -> int:
-        process, status = first
+    def _reported(self, process: int, status: int) -> int:
+        """Reports a failure; returns the exit status of the launcher."""
         if status == PREEMPTED:
-            _say(f"the processes were told to stop: status {PREEMPTED}")
+            _LOG.warning("the processes stopped on a signal: status %d", status)
             return status
-        if self.asked:
-            return 128 + self.asked[0]
-        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        _say(f"process {process} of {self.n} {how}, the first to fail; the others were ended."
-             + "".join(f"\n[{process}] {line}" for line in _traceback(self.tails[process])))
+        if self.signals:
+            return 128 + self.signals[0]
+        name = signal.Signals(-status).name if status < 0 else ""
+        end = f"was ended by {name}" if name else f"ended with status {status}"
+        lines = "".join(f"\n[{process}] {line}" for line in _traceback(self.tails[process]))
+        _LOG.error("process %d of %d %s, the first to fail; the others were ended.%s",
+                   process, self.processes, end, lines)
         return 128 - status if status < 0 else status
 
 
-def _signal_all(child, number):
+def _signal_all(child: subprocess.Popen, number: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, number)
 
 
-def _traceback(lines: Sequence[str]) -> list[str]:
-    """The last one, with those that led to it; or the last lines."""
-    lines = list(lines)
+def _traceback(tail: Iterable[str]) -> list[str]:
+    """Returns the last traceback with those that led to it; without any, the last ten lines."""
+    lines = list(tail)
     starts = [i for i, line in enumerate(lines) if _TRACEBACK.match(line)]
     if not starts:
         return lines[-10:]
@@ -202,23 +244,27 @@ def _traceback(lines: Sequence[str]) -> list[str]:
     return lines[begin:]
 
 
-def _forward(source: IO[bytes], sink: IO[str], prefix: str, keep: collections.deque | None):
-    """Line by line; a line is what ends in a newline, or is written over (progress bars). What can't be written is dropped: a
-    process whose output nobody reads would wait."""
+def _forward(source: IO[bytes], sink: IO[str], prefix: str, tail: collections.deque | None):
+    """Writes the lines of a process to a stream of the launcher, each with a prefix.
+
+    A line ends in a newline, or in a carriage return, like a progress bar.
+    """
     rest = b""
-    while got := source.read1(2**16):  # pyright: ignore[reportAttributeAccessIssue]
-        rest += got
+    while more := source.read1(2**16):  # pyright: ignore[reportAttributeAccessIssue]
+        rest += more
         found = list(_LINE.finditer(rest))
         rest = rest[found[-1].end():] if found else rest
-        _write([m[1] for m in found if m[1] or m[2] != b"\r"], sink, prefix, keep)
-    _write([rest] * bool(rest), sink, prefix, keep)
+        _write([m[1] for m in found if m[1] or m[2] != b"\r"], sink, prefix, tail)
+    _write([rest] if rest else [], sink, prefix, tail)
 
 
-def _write(lines, sink, prefix, keep):
+def _write(lines: Sequence[bytes], sink, prefix: str, tail: collections.deque | None):
+    """Writes whole lines. Drops what nobody reads, because the process would wait for a reader."""
     texts = [line.decode(errors="replace") for line in lines]
-    if keep is not None:
-        keep.extend(texts)
+    if tail is not None:
+        tail.extend(texts)
     with contextlib.suppress(OSError, ValueError):
         encoding = sink.encoding or "utf-8"
-        sink.buffer.write("".join(f"{prefix}{text}\n" for text in texts).encode(encoding, errors="backslashreplace"))
+        text = "".join(f"{prefix}{text}\n" for text in texts)
+        sink.buffer.write(text.encode(encoding, errors="backslashreplace"))
         sink.flush()

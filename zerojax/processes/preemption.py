@@ -1,7 +1,7 @@
-"""Being told to stop: a signal is noticed between steps, so that a run can save and end with a status of its own.
+"""A request to stop, which a run notices between steps, so that it can save before it ends.
 
-Of several processes, whichever is told tells the others, one step before they stop together. (jax's own sync point can't be used
-beside Orbax, which sets its counter to another number with every save.)
+The process that receives the signal tells the others one step before all stop together. jax's own
+sync point cannot be used beside Orbax, which sets its counter to another number with every save.
 """
 
 import os
@@ -17,18 +17,19 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Preemption:
-    """Within it, SIGTERM and SIGINT (Ctrl-C) end nothing; they make `requested` true. A Ctrl-C after that is a KeyboardInterrupt.
+    """A context in which SIGTERM and SIGINT (Ctrl-C) do not end the process, but set `requested`.
 
-    Training and evaluation ask between steps, as by `until`; what was saved is then what the run goes on from.
-
-    Several processes, one of which gets a signal, stop after the same step: all call `until` alike.
+    A Ctrl-C after the first signal raises KeyboardInterrupt. Training and evaluation check between
+    steps, for example with `until`. If all processes of a job take their items from `until`, a
+    signal to one of them stops all of them after the same step.
 
     Attributes:
-      requested: whether a signal came; of several processes, whether all know that one came to one of them.
-      status: of the process after `exit()`: 75, "try again" in sysexits.h. An error gives 1, a signal that ends it 128 and more.
+      requested: whether a signal came. With several processes, whether all of them know of it.
+      status: the exit status of `exit()`: 75, "try again" in sysexits.h. An error gives 1, and a
+        signal that ends the process gives 128 or more.
 
     Raises:
-      CheckpointError: entered outside of the main thread, to which alone Python gives signals.
+      CheckpointError: entered outside the main thread, the only one that receives signals.
       ClusterError: entered before `initialize`.
 
     >>> with Preemption() as preemption:
@@ -42,15 +43,18 @@ class Preemption:
     status = 75
 
     def __init__(self):
-        self.requested = self._told = False
-        self._devices: exchange.Devices = ()
+        self.requested = False
+        self._signalled = False
+        self._group: exchange.Group = exchange.Alone()
         self._sent = None
 
     def __enter__(self) -> "Preemption":
-        if threading.current_thread() is not threading.main_thread():
-            raise CheckpointError(f"Preemption was entered in thread {threading.current_thread().name!r}; Python gives signals "
-                                  "to the main thread only: enter it there, and hand it over.")
-        self._devices = exchange.everyone()
+        thread = threading.current_thread()
+        if thread is not threading.main_thread():
+            raise CheckpointError(f"Preemption was entered in thread {thread.name!r}, but Python "
+                                  "delivers signals to the main thread only; enter it there, and "
+                                  "pass it to the thread.")
+        self._group = exchange.everyone()
         self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
 
@@ -59,30 +63,41 @@ class Preemption:
             signal.signal(number, handler)
 
     def _note(self, number, frame):
-        if self._told and number == signal.SIGINT:
+        if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._told, self.requested = True, self.requested or not self._devices
-        # print may not be called while it is at work already
+        self._signalled = True
+        self.requested |= self._group.size == 1  # there is nobody to agree with
+        # a signal may interrupt print, which must not be called again before it returns
         os.write(2, f"\n{signal.Signals(number).name}: stops after this step\n".encode())
 
     def until(self, items: Iterable[Any]) -> Iterator[Any]:
-        """The items, up to the signal; none is taken and not handed out."""
-        if not self._devices and exchange.everyone():
-            raise ClusterError("Preemption was entered before zj.initialize(), which takes its signals away; enter it after that.")
-        source, end = iter(items), object()
+        """Yields the items, up to the signal. Takes no item that it does not yield."""
+        if self._group != exchange.everyone():
+            raise ClusterError("Preemption was entered before zj.initialize(), which replaces its "
+                               "signal handlers; enter it after zj.initialize().")
+        source = iter(items)
+        end = object()
         while not self._agreed() and (item := next(source, end)) is not end:
             yield item
 
     def _agreed(self) -> bool:
-        """What was sent a step ago has arrived: reading it keeps no device waiting."""
-        if self._devices and not self.requested:
-            before, self._sent = self._sent, exchange.send(self._devices, [self._told])
-            self.requested = before is not None and any(told[0] for told in exchange.received(self._devices, before).values())
+        """Whether all stop now.
+
+        Reads the words that were sent one step before, so no device waits for them.
+        """
+        if not self.requested:
+            before = self._sent
+            self._sent = self._group.send([self._signalled])
+            words = {} if before is None else self._group.received(before)
+            if any(signalled for signalled, in words.values()):
+                self.requested = True
         return self.requested
 
     def exit(self) -> NoReturn:
-        """Ends the process with `status`; to be called when the state is on disk. SIGTERM, of which schedulers send more than one,
-        does nothing any more."""
+        """Ends the process with `status`; to be called when the state is on disk.
+
+        Schedulers may send SIGTERM more than once; later ones are ignored.
+        """
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(self.status)

@@ -1,14 +1,16 @@
-"""Before jax.distributed, whose failures end the process: all processes meet at the coordinator's address, over plain TCP.
+"""The meeting of all processes at the coordinator's address, over plain TCP, before jax starts.
 
-Process 0 listens there until all have come, compares what they say of themselves, tells each the verdict, and makes room
-for jax's coordinator. Every failure is a Python error that names host and port. Needs no jax.
+jax.distributed aborts a process that it cannot start; here, every failure is a Python error that
+names host and port. Process 0 listens until all have come, compares their fields, and sends each
+the verdict. Then it leaves the port to jax's coordinator. Needs no jax.
 """
 
 import contextlib
+import dataclasses
 import ipaddress
 import json
+import selectors
 import socket
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +18,16 @@ from typing import Any
 from zerojax.errors import ClusterError
 
 _GREETING = b"zerojax rendezvous 1\n"
-_LONGEST = 2**24  # bytes of what a process says
+_LONGEST = 2**24  # bytes of a message
 _NOTE = 5.0  # seconds until a process that waits says so
+_TICK = 0.1  # seconds between looks at the clock
 
-Compare = Callable[[dict[int, Any]], str]  # of what each process said, what differs; "" is nothing
+Compare = Callable[[dict[int, Any]], str]  # the difference between the fields of processes, or ""
 
 
 def split(address: str) -> tuple[str, int]:
-    """
+    """Returns the host and the port of an address.
+
     >>> split("[::1]:80"), split("a:80")
     (('::1', 80), ('a', 80))
     """
@@ -32,197 +36,281 @@ def split(address: str) -> tuple[str, int]:
 
 
 def joined(host: str, port: int) -> str:
+    """Returns an address, the inverse of `split`.
+
+    >>> joined("::1", 80), joined("a", 80)
+    ('[::1]:80', 'a:80')
+    """
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def bind_address(address: str, seconds: float = 0) -> str:
-    """Where process 0 listens: at the address that the others are told, and no other; everywhere if a host's name means loopback
-    on that host itself, as on Debian.
+    """Returns where process 0 listens: at the address that the other processes use, and no other.
+
+    If the name of a host means loopback on that host, as on Debian, process 0 listens on every
+    interface.
+
+    Args:
+      address: "host:port" of process 0.
+      seconds: how long to retry. The names of a cluster may become known after its processes start.
+
+    Raises:
+      ClusterError: the host has no address.
 
     >>> bind_address("localhost:80"), bind_address("127.0.0.1:80")
     ('127.0.0.1:80', '127.0.0.1:80')
-
-    Raises:
-      ClusterError: no such host, for so many seconds: a cluster's names may come later than its processes.
     """
     host, port = split(address)
     found = _resolved(host, port, time.monotonic() + seconds)
-    own_name = ipaddress.ip_address(found).is_loopback and host != "localhost" and host != found
+    own_name = ipaddress.ip_address(found).is_loopback and host not in ("localhost", found)
     return joined("0.0.0.0" if own_name else found, port)
 
 
-def _resolved(host, port, deadline) -> str:
+def _resolved(host: str, port: int, deadline: float) -> str:
     while True:
         try:
-            found = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-            return min(found, key=lambda ip: ":" in ip)  # IPv4 first
+            infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            return min((str(info[4][0]) for info in infos), key=lambda ip: ":" in ip)  # IPv4 first
         except (socket.gaierror, UnicodeError) as error:
             if time.monotonic() > deadline:
-                raise ClusterError(f"the coordinator's host {host!r} (port {port}) has no address: {error}; write one that every "
-                                   "host can resolve, or its IP address.") from None
+                raise ClusterError(
+                    f"the coordinator's host {host!r} (port {port}) has no address: {error}; "
+                    "write a name that every host can resolve, or its IP address.") from None
         time.sleep(0.5)
 
 
-def hold(bind: str, processes: int, said: Any, compare: Compare, seconds: float) -> None:
-    """Process 0: waits for the others, and tells them whether they agree.
+def hold(bind: str, processes: int, fields: Any, compare: Compare, seconds: float) -> None:
+    """Waits in process 0 for all other processes, and sends them the verdict.
 
     Args:
       bind: "ip:port" to listen at.
-      said: JSON values.
-      seconds: to wait.
+      processes: the number of processes.
+      fields: JSON values of process 0.
+      compare: finds the difference between the fields of all processes.
+      seconds: the time limit.
 
     Raises:
-      ClusterError: the port is taken, the address is not of this host; processes did not come, came twice, or differ.
+      ClusterError: the port is in use, or the address is not one of this host; processes did not
+        come, came twice, or differ.
     """
-    guests = _Guests(processes, said)
-    with _listening(bind, processes) as server:
-        trouble = guests.gather(server, bind, time.monotonic() + seconds) or compare(guests.said)
+    with _listening(bind, processes) as server, _Guests(server, processes) as guests:
+        trouble = guests.gathered(bind, time.monotonic() + seconds)
+        trouble = trouble or compare({0: fields} | guests.fields)
         guests.tell(trouble)
     if trouble:
         raise ClusterError(trouble)
 
 
-def _listening(bind, processes) -> socket.socket:
+def _listening(bind: str, processes: int) -> socket.socket:
     host, port = split(bind)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=processes)
+        return socket.create_server((host, port), family=family, backlog=processes)
     except OSError as error:
-        raise ClusterError(f"process 0 can't listen at {bind}: {error.strerror}; take another port, end what uses it, or, if the "
-                           'coordinator\'s address is not one of this host, write initialize(bind_address="0.0.0.0").') from None
+        raise ClusterError(
+            f"process 0 cannot listen at {bind}: {error.strerror}; choose another port, end the "
+            "program that uses it, or, if the coordinator's address is not one of this host, write "
+            'initialize(bind_address="0.0.0.0").') from None
 
 
-class _Guests:
-    """Who has come to process 0, and what they said."""
+@dataclasses.dataclass(eq=False)
+class _Guest:
+    """A connection to process 0, and the process at its other end, once it is known."""
 
-    def __init__(self, processes: int, said: Any):
-        self.processes, self.own = processes, said
-        self.here: dict[int, tuple[socket.socket, Any]] = {}
-        self.sent_off: list[socket.socket] = []
-        self.wrong = ""
+    connection: socket.socket
+    received: bytes = b""
+    process: int | None = None
+    fields: Any = None
+
+
+class _Guests(contextlib.AbstractContextManager):
+    """The processes that have come to process 0. One thread serves all connections."""
+
+    def __init__(self, server: socket.socket, processes: int):
+        server.setblocking(False)
+        self.server = server
+        self.processes = processes
+        self.here: dict[int, _Guest] = {}
+        self.refused: list[_Guest] = []
+        self.trouble = ""
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(server, selectors.EVENT_READ)
 
     @property
-    def said(self) -> dict[int, Any]:
-        return {0: self.own} | {process: words for process, (_, words) in self.here.items()}
+    def fields(self) -> dict[int, Any]:
+        """The fields of the processes that are here."""
+        return {process: guest.fields for process, guest in self.here.items()}
 
-    def gather(self, server, bind, deadline) -> str:
-        """What went wrong, or "" when all are there."""
-        server.settimeout(0.02)
-        while not self.wrong and not self._complete() and time.monotonic() < deadline:
-            with contextlib.suppress(TimeoutError):
-                connection, _ = server.accept()
-                threading.Thread(target=self._receive, args=(connection,), daemon=True).start()
-        missing = sorted(set(range(self.processes)) - self.said.keys())
-        late = (f"processes {missing[:10]} did not come to {bind} in time: {len(missing)} of {self.processes} are missing; "
-                "see their logs.")
-        return self.wrong or (late if missing else "")
+    def gathered(self, bind: str, deadline: float) -> str:
+        """Waits until all are here; returns the reason if that fails, or ""."""
+        complete = False
+        while not self.trouble and time.monotonic() < deadline:
+            ready = self.selector.select(0 if complete else _TICK)
+            if complete and not ready:  # none of them has left in the meantime
+                return ""
+            self._serve([key.data for key, _ in ready])
+            complete = len(self.here) == self.processes - 1
+        missing = sorted(set(range(1, self.processes)) - self.here.keys())
+        late = (f"processes {missing[:10]} did not come to {bind} in time: {len(missing)} of "
+                f"{self.processes} are missing; see their logs.")
+        return self.trouble or (late if missing else "")
 
-    def _complete(self) -> bool:
-        """Those that have come and ended since do not count: they may come again."""
-        if len(self.here) < self.processes - 1:
-            return False
-        self.here = {process: guest for process, guest in self.here.items() if _alive(guest[0])}
-        return len(self.here) == self.processes - 1
+    def _serve(self, ready: list[_Guest | None]) -> None:
+        """Serves connections, or the server (None): those that may leave, before new ones come."""
+        for guest in sorted(ready, key=lambda guest: guest is None or guest.process is None):
+            if guest is None:
+                self._accept()
+            else:
+                self._receive(guest)
 
-    def _receive(self, connection):
-        """One guest. Whoever does not speak the language, as a scanner of ports, is sent off."""
-        try:
-            connection.settimeout(10)
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # it has left already
+            connection, _ = self.server.accept()
+            connection.setblocking(False)
+            self.selector.register(connection, selectors.EVENT_READ, _Guest(connection))
             connection.sendall(_GREETING)
-            words = json.loads(_line(connection))
-            process, number, said = int(words["process"]), int(words["processes"]), words["said"]
-        except (OSError, ValueError, KeyError, TypeError):
-            connection.close()
+
+    def _receive(self, guest: _Guest) -> None:
+        """Takes what has arrived over a connection; drops it when it is closed at the other end."""
+        try:
+            more = guest.connection.recv(2**16)
+        except BlockingIOError:
             return
-        if number != self.processes or not 0 < process < number:
-            self.wrong = (f"process {process} says that there are {number} processes, process 0 says {self.processes}; start all "
-                          "with the same number.")
-        elif process in self.here and _alive(self.here[process][0]):
-            self.wrong = f"two processes say that they are process {process} of {number}; number them 0 to {number - 1}."
-        if self.wrong:
-            self.sent_off.append(connection)
+        except OSError:
+            more = b""
+        guest.received += more
+        if not more or len(guest.received) > _LONGEST:
+            self._drop(guest)
+        elif guest.process is None and guest.received.endswith(b"\n"):
+            self._meet(guest)
+
+    def _drop(self, guest: _Guest) -> None:
+        """Forgets a connection. If it was that of a process, the process may come again."""
+        self.selector.unregister(guest.connection)
+        guest.connection.close()
+        if guest.process is not None:
+            self.here.pop(guest.process, None)
+
+    def _meet(self, guest: _Guest) -> None:
+        """Finds out who a guest is. Drops a program that is no process, such as a port scanner."""
+        try:
+            words = json.loads(guest.received)
+            process, number = int(words["process"]), int(words["processes"])
+            guest.fields = words["said"]
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            self._drop(guest)
+            return
+        refusal = self._refusal(process, number)
+        if refusal:
+            self.trouble = refusal
+            self.refused.append(guest)
         else:
-            self.here[process] = connection, said
+            guest.process = process
+            self.here[process] = guest
+
+    def _refusal(self, process: int, number: int) -> str:
+        """Returns why a process with this number cannot take part, or ""."""
+        if number != self.processes or not 0 < process < number:
+            return (f"process {process} was started as one of {number} processes, and process 0 as "
+                    f"one of {self.processes}; start all with the same number.")
+        if process in self.here:
+            return (f"two processes were started as process {process} of {number}; number them "
+                    f"0 to {number - 1}.")
+        return ""
 
     def tell(self, trouble: str) -> None:
-        connections = [connection for connection, _ in self.here.values()] + self.sent_off
-        for connection in connections:
+        """Sends the verdict, "" for none, to every process."""
+        verdict = json.dumps({"trouble": trouble}).encode() + b"\n"
+        guests = [*self.here.values(), *self.refused]
+        for guest in guests:
             with contextlib.suppress(OSError):
-                connection.settimeout(10)
-                connection.sendall(json.dumps({"trouble": trouble}).encode() + b"\n")
-        for connection in connections:
-            with contextlib.suppress(OSError), connection:  # they close first: the port is then free at once
-                connection.settimeout(1)
-                connection.recv(1)
+                guest.connection.settimeout(10)
+                guest.connection.sendall(verdict)
+        for guest in guests:
+            with contextlib.suppress(OSError):  # the guest closes first: the port is free at once
+                guest.connection.settimeout(1)
+                guest.connection.recv(1)
+
+    def __exit__(self, *_) -> None:
+        for key in list(self.selector.get_map().values()):
+            key.fileobj.close()  # pyright: ignore
+        self.selector.close()
 
 
-def _alive(connection) -> bool:
-    """Whether the other end is open: a guest says nothing until it is told."""
-    try:
-        connection.setblocking(False)
-        return connection.recv(1, socket.MSG_PEEK) != b""
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-
-
-def _line(connection) -> bytes:
-    got = b""
-    while not got.endswith(b"\n") and len(got) < _LONGEST and (more := connection.recv(2**16)):
-        got += more
-    if not got.endswith(b"\n"):
-        raise ValueError("no line")
-    return got
-
-
-def join(address: str, process: int, processes: int, said: Any, connect_timeout: float, seconds: float, note: Callable[[str], None]) -> None:
-    """Every other process: comes to `address`, and waits for the verdict.
+def join(address: str, process: int, processes: int, fields: Any, connect_timeout: float,
+         seconds: float, note: Callable[[str], None]) -> None:
+    """Connects a process other than 0 to process 0, and waits for the verdict.
 
     Args:
-      connect_timeout: seconds until somebody has to listen there.
-      seconds: until all have to have come.
-      note: is given a line when it takes long.
+      address: "host:port" of process 0.
+      process: the index of this process.
+      processes: the number of processes.
+      fields: JSON values, which process 0 compares.
+      connect_timeout: seconds until process 0 must listen.
+      seconds: until all processes must have come.
+      note: takes a line of text if the connection takes long.
 
     Raises:
-      ClusterError: nobody listens there, or not zerojax; process 0 left, or says that the processes differ.
+      ClusterError: process 0 does not listen, has left, or reports a difference; another program
+        listens.
     """
-    with _reached(address, time.monotonic() + connect_timeout, connect_timeout, note) as connection:
+    words = {"process": process, "processes": processes, "said": fields}
+    with _reached(address, process, connect_timeout, note) as connection:
         try:
-            connection.sendall(json.dumps({"process": process, "processes": processes, "said": said}).encode() + b"\n")
-            connection.settimeout(seconds + _NOTE)  # process 0 is the first to give up: it knows who is missing
+            connection.sendall(json.dumps(words).encode() + b"\n")
+            connection.settimeout(seconds + _NOTE)  # process 0 is first: it knows who is missing
             trouble = json.loads(_line(connection))["trouble"]
         except TimeoutError:
-            trouble = f"process 0 at {address} waited for other processes for more than {seconds:g} s."
+            trouble = f"process 0 at {address} waited for the others for more than {seconds:g} s."
         except (OSError, ValueError):
-            trouble = f"process 0 at {address} ended while process {process} waited for the others; its log says why."
+            trouble = (f"process 0 at {address} ended while process {process} waited for the "
+                       "others; see its log for the reason.")
     if trouble:
         raise ClusterError(trouble)
 
 
-def _reached(address, deadline, connect_timeout, note) -> socket.socket:
-    noted = time.monotonic() + _NOTE
+def _reached(address: str, process: int, connect_timeout: float,
+             note: Callable[[str], None]) -> socket.socket:
+    start = time.monotonic()
+    deadline = start + connect_timeout
+    noted = False
     while True:
         try:
             return _greeted(address, deadline)
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or str(error)
-        if time.monotonic() > deadline - 0.1:
+        now = time.monotonic()
+        if now > deadline - 0.1:
             raise ClusterError(
-                f"no process 0 at {address} within {connect_timeout:g} s: {why}. Is that its host and port, and open between the hosts? If "
-                "it starts later than the others, write initialize(connect_timeout=...), or set $ZEROJAX_CONNECT_TIMEOUT, in seconds.") from None
-        if time.monotonic() > noted:
-            note(f"nobody at {address} yet ({why}); tries for {deadline - time.monotonic():.0f} s more")
-            noted = deadline
+                f"no process 0 at {address} within {connect_timeout:g} s: {why}. Is that its host "
+                "and port, and is the port open between the hosts? If process 0 starts later than "
+                "the others, write initialize(connect_timeout=...), or set "
+                "$ZEROJAX_CONNECT_TIMEOUT, in seconds.") from None
+        if not noted and now > start + _NOTE:
+            note(f"process {process} gets no answer from process 0 at {address} yet ({why}); "
+                 f"it retries for {deadline - now:.0f} s more")
+            noted = True
         time.sleep(0.1)
 
 
-def _greeted(address, deadline) -> socket.socket:
+def _greeted(address: str, deadline: float) -> socket.socket:
     left = max(0.1, deadline - time.monotonic())
     connection = socket.create_connection(split(address), timeout=min(left, 5))
-    try:
-        if _line(connection) != _GREETING:
-            raise ValueError("what listens there is not zerojax's process 0")
-    except (OSError, ValueError) as error:
+    greeting = b""
+    with contextlib.suppress(OSError, ValueError):
+        greeting = _line(connection)
+    if greeting != _GREETING:
         connection.close()
-        raise ValueError("what listens there is not zerojax's process 0, or is about to end") from error
+        raise ValueError("the program that listens there is not zerojax's process 0, "
+                         "or is about to end")
     return connection
+
+
+def _line(connection: socket.socket) -> bytes:
+    received = b""
+    while not received.endswith(b"\n"):
+        more = connection.recv(2**16)
+        received += more
+        if not more or len(received) > _LONGEST:
+            raise ValueError(f"no end of a line in {len(received)} bytes")
+    return received

@@ -1,1 +1,4 @@
-"""Training: a loss differentiated, the state it updates, and the steps and verbs that a loop calls."""
+"""Training: differentiating a loss, updating the state, and the steps and verbs that a loop calls.
+
+The only wing that knows losses and optimizers: the wings below it also serve evaluation and plans.
+"""

@@ -1,134 +1,199 @@
-"""`zero.jit`: jax.jit for a training loop of the user's own. Shardings follow the state, the batch is split over the devices."""
+"""`zero.jit`: `jax.jit` for a training loop of the user's own.
+
+Shardings follow the state that the function is called with; the batch is split over the devices.
+"""
 
 import functools
 import inspect
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from zerojax import trees
 from zerojax.data import batch as batches
-from zerojax.gather import rewrite
+from zerojax.gather import uses
 from zerojax.layout import rules
 from zerojax.plan.plan import Plan
-from zerojax.processes import agreement, fingerprint
-from zerojax.train import donation, frame
+from zerojax.policy import Policy
+from zerojax.processes import fingerprint
+from zerojax.train import argument_shardings, planning
+from zerojax.train.preflight import Preflight
+
+_PRODUCTS = {"dot_general", "conv_general_dilated", "gather"}
 
 
 class Jitted:
-    """What `Zero.jit` returns: `fn`, jitted; the first argument is the state."""
+    """A function of a state and other arguments, jitted; made by `Zero.jit`, which documents it."""
 
-    def __init__(self, policy: Any, fn, *, batch_argnums: int | Collection[int] | Mapping[int, Any], **options):
+    def __init__(self, policy: Policy, fn, *,
+                 batch_argnums: int | Collection[int] | Mapping[int, Any], **options):
         functools.update_wrapper(self, fn)
-        self.policy, self.fn, self._options = policy, fn, options
+        self.policy = policy
+        self.fn = fn
+        self._options = options
+        self._donates = bool(options["donate_argnums"])
         numbers = (batch_argnums,) if isinstance(batch_argnums, int) else batch_argnums
-        self._splits = dict(numbers) if isinstance(numbers, Mapping) else dict.fromkeys(numbers)
+        # how each batch is split, by argument number; None: by the first dimension of its arrays
+        self._specs = dict(numbers) if isinstance(numbers, Mapping) else dict.fromkeys(numbers)
         self._names = list(inspect.signature(fn).parameters)
-        self._jitted = {}  # by layout: jit traces for shapes alone
-        self._agreed, self._fresh = agreement.Once(), False
+        self._jitted = {}  # by shardings: jit itself traces once per shape
+        self._uses = {}  # by shardings: how often the last trace needed each argument
+        self._preflight = Preflight(policy, "zero.jit", donate=self._donates)
+        self._is_new = False  # whether the function was traced since the last warning
 
     def __call__(self, state, *args, **kwargs):
-        split = [x for i, x in enumerate(args, 1) if i in self._splits]
-        batches.check_given(self.policy, split + [x for k, x in kwargs.items() if self._split_of(k) is not None])
-        if self._options["donate_argnums"]:
-            state = donation.ready("zero.jit", self.policy.mesh, state, others=(args, kwargs))
-        else:
-            donation.check_alive("zero.jit", state)
-        self._agreed(self.policy, "zero.jit", lambda: {
-            "fn": fingerprint.of_function(self.fn),
-            "program": fingerprint.of_program(self.of(state, *args, **kwargs), state, *args, **kwargs)}, state, args, kwargs)
+        state = self._preflight(state, args, kwargs, batch=self._batches(args, kwargs),
+                                fields=lambda state: self._fields(state, args, kwargs))
         result = self.of(state, *args, **kwargs)(state, *args, **kwargs)
-        self._tell(state, *args, **kwargs)
+        self._warn_of_products(state, *args, **kwargs)
         return result
 
     def lower(self, state, *args, **kwargs):
-        """As jit's; `state` as from `Zero.abstract` or `jax.eval_shape` with shardings."""
+        """Lowers as `jax.jit` does.
+
+        `state` may be shapes with shardings, such as `Zero.abstract` returns.
+        """
         lowered = self.of(state, *args, **kwargs).lower(state, *args, **kwargs)
-        self._tell(state, *args, **kwargs)
+        self._warn_of_products(state, *args, **kwargs)
         return lowered
 
     def plan(self, state, *args, accumulate: int = 1, cache: bool = True, **kwargs) -> Plan:
-        """What a call needs and moves; as `Zero.plan`."""
-        return self.policy.plan(self, state, *args, accumulate=accumulate, cache=cache,
-                                compiler_options=self._options["compiler_options"], **kwargs)
+        """Returns the memory, collectives and time of a call; see `Zero.plan`."""
+        batches.check_mesh(self.policy, (state, args, kwargs))
+        placed = batches.placed(self.policy, (args, kwargs))
+        program = self.of(state, *placed[0], **placed[1])
+        program.trace(state, *placed[0], **placed[1])  # notes the uses; jax keeps the trace
+        uses = self._uses.get(self._shardings(state, *placed), ())
+        return planning.planned(self.policy, program, state, args, kwargs, accumulate=accumulate,
+                                uses=planning.of_model(state, uses), cache=cache,
+                                compiler_options=self._options["compiler_options"])
 
     def of(self, state, *args, **kwargs):
-        """The jitted function for arguments that are placed as these."""
-        known = jax.tree.leaves(self._placed(state, args, kwargs))
-        key = tuple(getattr(x, "sharding", None) for x in known)
-        if key not in self._jitted:
-            self._jitted[key] = jax.jit(functools.partial(self._traced, key), **self._options)
-        return self._jitted[key]
+        """Returns the jitted function for arguments with these shardings."""
+        shardings = self._shardings(state, args, kwargs)
+        if shardings not in self._jitted:
+            traced = functools.partial(self._traced, shardings)
+            self._jitted[shardings] = jax.jit(traced, **self._options)
+        return self._jitted[shardings]
 
-    def _placed(self, state, args, kwargs):
-        """The arguments that are no batch."""
-        return (state, *(x for i, x in enumerate(args, 1) if i not in self._splits),
-                {k: x for k, x in kwargs.items() if self._split_of(k) is None and k not in self._static})
+    def _shardings(self, state, args, kwargs) -> tuple[Sharding | None, ...]:
+        leaves = jax.tree.leaves(self._not_batches(state, args, kwargs))
+        return tuple(getattr(x, "sharding", None) for x in leaves)
+
+    def _fields(self, state, args, kwargs) -> dict:
+        program = self.of(state, *args, **kwargs)
+        return {"fn": fingerprint.of_function(self.fn),
+                "program": fingerprint.of_program(program, state, *args, **kwargs)}
+
+    def _batches(self, args, kwargs) -> list:
+        by_position = [x for i, x in enumerate(args, 1) if i in self._specs]
+        return by_position + [x for name, x in kwargs.items() if self._number(name) is not None]
+
+    def _not_batches(self, state, args, kwargs) -> tuple:
+        """Returns the state and the other arguments that are not batches; no static ones."""
+        by_position = (x for i, x in enumerate(args, 1) if i not in self._specs)
+        by_name = {name: x for name, x in kwargs.items()
+                   if self._number(name) is None and name not in self._static}
+        return (state, *by_position, by_name)
 
     @property
     def _static(self) -> Collection[str]:
         names = self._options.get("static_argnames") or ()
         return {names} if isinstance(names, str) else set(names)
 
-    def _split_of(self, name: str) -> int | None:
-        return next((i for i in self._splits if self._names[i:i + 1] == [name]), None)
+    def _number(self, name: str) -> int | None:
+        """Returns the number of the batch with that name; None for any other argument."""
+        return next((i for i in self._specs if self._names[i:i + 1] == [name]), None)
 
-    def _traced(self, shardings, state, *args, **kwargs):
-        self._fresh = True
-        given = self._placed(state, args, kwargs)
-        flat, treedef = jax.tree.flatten(state)
-        known = treedef.unflatten([jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=s)
-                                   for x, s in zip(flat, shardings, strict=False)])  # the state's are the first
-        args = [self._spread(i, x) if i in self._splits else x for i, x in enumerate(args, 1)]
-        kwargs = {k: x if (i := self._split_of(k)) is None else self._spread(i, x) for k, x in kwargs.items()}
-        with frame.within(given, shardings):
-            return _kept(self.fn(state, *args, **kwargs), known)
+    def _traced(self, shardings: Sequence[Sharding | None], state, *args, **kwargs):
+        """Runs the function on traced arguments; `shardings` are of those that are not batches."""
+        self._is_new = True
+        others = self._not_batches(state, args, kwargs)
+        old = _with_shardings(state, shardings)
+        args = [self._spread(i, x) for i, x in enumerate(args, 1)]
+        kwargs = {name: self._spread(self._number(name), x) for name, x in kwargs.items()}
+        with argument_shardings.tracing(others, shardings) as known:
+            result = self.fn(state, *args, **kwargs)
+        self._uses[shardings] = [known.uses.get(id(x)) for x in jax.tree.leaves(others)]
+        return _placed_as(old, result)
 
-    def _spread(self, index: int, batch):
-        """A batch over the devices: by its first dimension, or as the specs say."""
-        specs = self._splits[index]
+    def _spread(self, number: int | None, x):
+        """Returns an argument, split over the devices if it is a batch."""
+        if number is None or number not in self._specs:
+            return x
+        specs = self._specs[number]
         if specs is None:
-            return batches.spread(self.policy, batch)
-        put = lambda spec, x: jax.lax.with_sharding_constraint(x, NamedSharding(self.policy.mesh, spec))
-        return jax.tree.map(lambda spec, tree: jax.tree.map(functools.partial(put, spec), tree), specs, batch,
-                            is_leaf=lambda x: isinstance(x, P))
+            return batches.spread(self.policy, x)
 
-    def _tell(self, state, *args, **kwargs):
-        """Warns, once a trace, of parameters that the function multiplies without a verb of ours."""
-        if not self._fresh:
+        def put(spec: P, tree):
+            sharding = NamedSharding(self.policy.mesh, spec)
+            return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)
+
+        return jax.tree.map(put, specs, x, is_leaf=lambda x: isinstance(x, P))
+
+    def _warn_of_products(self, state, *args, **kwargs):
+        """Warns, once per trace, of parameters that the function multiplies in shards."""
+        if not self._is_new:
             return
-        self._fresh = False
+        self._is_new = False
         traced = self.of(state, *args, **kwargs).trace(state, *args, **kwargs).jaxpr
-        jaxpr = getattr(traced, "jaxpr", traced)
-        paths = [(trees.path_of(path), x) for path, x in jax.tree.leaves_with_path(state)]
-        held = {var: name for (name, x), var in zip(paths, jaxpr.invars, strict=False) if _is_read(self.policy, name, x)}
-        bare = sorted(set().union(*(names for eqn, names in rewrite.uses(jaxpr, held) if eqn.primitive.name in _PRODUCTS)))
-        if bare:
-            names, name = ", ".join(bare[:3]) + " and others" * (len(bare) > 3), getattr(self.fn, "__name__", self.fn)
-            warnings.warn(f"zero.jit({name}): {names} are multiplied without having been gathered, so that XLA may "
-                          "move activations in their place (tensor parallelism). Write zero.value_and_grad(loss)(params, batch) "
-                          "for jax.value_and_grad, or zero.gathered(fn)(params, ...) for fn.", stacklevel=3)
+        names = sorted(set(self._multiplied(state, getattr(traced, "jaxpr", traced))))
+        if not names:
+            return
+        some = ", ".join(names[:3]) + " and others" * (len(names) > 3)
+        warnings.warn(f"zero.jit({getattr(self.fn, '__name__', self.fn)}): {some} are multiplied "
+                      "without having been gathered, so that XLA may move activations instead of "
+                      "them (tensor parallelism). Write zero.value_and_grad(loss)(params, batch) "
+                      "in place of jax.value_and_grad, or zero.gathered(fn)(params, ...) in place "
+                      "of fn.", stacklevel=3)
+
+    def _multiplied(self, state, jaxpr) -> Iterator[str]:
+        """Yields the paths of sharded arrays of the state that a product in the program reads."""
+        flat = jax.tree.leaves_with_path(state)
+        paths = {var: trees.path_of(path) for (path, x), var in
+                 zip(flat, jaxpr.invars, strict=False) if self._is_sharded(path, x)}
+        for eqn, names in uses.of(jaxpr, paths):
+            if eqn.primitive.name in _PRODUCTS:
+                yield from names
+
+    def _is_sharded(self, path, x) -> bool:
+        """Whether ZeRO shards an array of the state that a model reads: no optimizer state."""
+        spec = getattr(getattr(x, "sharding", None), "spec", P())
+        return (bool(set(rules.axes_of(spec)) & set(self.policy.axes))
+                and "opt_state" not in trees.path_of(path).split("/")
+                and jnp.issubdtype(x.dtype, jnp.floating))
 
 
-def _is_read(policy, name: str, x) -> bool:
-    """Whether an array of the state is one that ZeRO spreads for a model to read: not optimizer state."""
-    spread = set(rules.axes_of(getattr(getattr(x, "sharding", None), "spec", P()))) & set(policy.axes)
-    return bool(spread) and "opt_state" not in name.split("/") and jnp.issubdtype(x.dtype, jnp.floating)
+def _with_shardings(state, shardings: Sequence[Sharding | None]):
+    """Returns a traced state as shapes; the first shardings are those of its leaves."""
+    flat, treedef = jax.tree.flatten(state)
+    return treedef.unflatten(
+        [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=sharding)
+         for x, sharding in zip(flat, shardings, strict=False)])
 
 
-_PRODUCTS = {"dot_general", "conv_general_dilated", "gather"}
+def _placed_as(old, result):
+    """Returns `result` with every state in it placed as `old`, the state that was given.
+
+    A gradient or an update may have other shardings than the state.
+    """
+    wanted = _shapes(old)
+
+    def is_state(x) -> bool:
+        return jax.tree.structure(x) == jax.tree.structure(old) and _shapes(x) == wanted
+
+    def put(x, like):
+        named = isinstance(like.sharding, NamedSharding)
+        return jax.lax.with_sharding_constraint(x, like.sharding) if named else x
+
+    return jax.tree.map(lambda x: jax.tree.map(put, x, old) if is_state(x) else x, result,
+                        is_leaf=is_state)
 
 
-def _kept(result, known):
-    """`result` with every state in it where the old one was: a gradient or update may be elsewhere."""
-    of = lambda tree: (jax.tree.structure(tree), [(jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)])
-    wanted = of(known)
-    is_state = lambda x: jax.tree.structure(x) == wanted[0] and of(x) == wanted
-    named = lambda x: isinstance(getattr(x, "sharding", None), NamedSharding)
-    put = lambda new, old: jax.lax.with_sharding_constraint(new, old.sharding) if named(old) else new
-    return jax.tree.map(lambda x: jax.tree.map(put, x, known) if is_state(x) else x, result, is_leaf=is_state)
+def _shapes(tree) -> list:
+    return [(jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)]

@@ -1,7 +1,9 @@
-"""Loss scaling: float16 gradients below 6e-8 vanish, so the loss is multiplied before and divided after.
+"""Loss scaling for float16, in which gradients below 6e-8 vanish.
 
-The rule is DeepSpeed's and jmp's: start at 2^16; a gradient that is not finite costs one of `hysteresis`, then halves the
-scale; `window` finite steps in a row double it (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2).
+The loss is multiplied by a scale, and its gradients are divided by it. The scale follows the rule
+of DeepSpeed and jmp (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2): it starts at 2^16;
+`window` consecutive finite steps double it; the first `hysteresis` - 1 non-finite steps are only
+counted, and each later one halves it, until the scale doubles again.
 """
 
 import jax
@@ -10,30 +12,38 @@ from flax import struct
 
 
 class NoScale(struct.PyTreeNode):
-    """For dtypes with float32's range: does nothing."""
+    """No loss scaling, for dtypes with the range of float32."""
 
     def seed(self, weight):
-        """The cotangent of a total, given the weight it will be divided by."""
+        """Returns the cotangent of a total, given the weight by which it will be divided."""
         return jnp.float32(1)
 
     def unscale(self, grads, weight):
-        """Gradients of the total, given those that `seed(weight)` led to."""
+        """Returns gradients of the total, given those that `seed(weight)` led to."""
         return grads
 
     def update(self, finite) -> "NoScale":
+        """Returns the scale after a step whose gradient was finite or not."""
         return self
 
     def metrics(self) -> dict:
+        """Returns what a step reports of the scale."""
         return {}
 
 
 class LossScale(struct.PyTreeNode):
-    """A loss scale that looks for the largest that does not overflow.
+    """A dynamic loss scale, which approaches the largest one that does not overflow.
 
-    The seed is also divided by the weight, so that float16 sees the gradient of the mean.
+    The seed is also divided by the weight, so that float16 holds the gradient of the mean.
 
-    >>> s = LossScale.start()
-    >>> float(s.update(False).value), float(s.update(False).update(False).value)
+    Attributes:
+      value: the scale.
+      good: number of consecutive finite steps.
+      left: number of non-finite steps up to and including the one that halves the scale.
+      window, hysteresis: see the module.
+
+    >>> scale = LossScale.start()
+    >>> float(scale.update(False).value), float(scale.update(False).update(False).value)
     (65536.0, 32768.0)
     """
 
@@ -45,32 +55,40 @@ class LossScale(struct.PyTreeNode):
 
     @classmethod
     def start(cls, value: float = 2.0**16, window: int = 1000, hysteresis: int = 2) -> "LossScale":
+        """Returns the scale before the first step."""
         return cls(jnp.float32(value), jnp.int32(0), jnp.int32(hysteresis), window, hysteresis)
 
-    def _nonzero(self, weight):
-        return jnp.where(weight == 0, 1.0, weight)
-
     def seed(self, weight):
-        return self.value / self._nonzero(weight)
+        """See `NoScale.seed`."""
+        return self.value / _nonzero(weight)
 
     def unscale(self, grads, weight):
-        factor = self._nonzero(weight) / self.value
+        """See `NoScale.unscale`."""
+        factor = _nonzero(weight) / self.value
         return jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), grads)
 
     def update(self, finite) -> "LossScale":
-        """After a step whose gradient was finite or not."""
+        """See `NoScale.update`."""
         finite = jnp.asarray(finite)
         good = jnp.where(finite, self.good + 1, 0)
-        grow = good >= self.window
+        double = good >= self.window
         halve = ~finite & (self.left <= 1)
-        value = jnp.where(grow, self.value * 2, jnp.where(halve, self.value / 2, self.value))
-        left = jnp.where(grow, self.hysteresis, jnp.where(finite, self.left, jnp.maximum(self.left - 1, 1)))
-        return self.replace(value=jnp.clip(value, 1.0, 2.0**24), good=jnp.where(grow, 0, good), left=left)
+        smaller = jnp.where(halve, self.value / 2, self.value)
+        value = jnp.where(double, self.value * 2, smaller)
+        left = jnp.where(finite, self.left, jnp.maximum(self.left - 1, 1))
+        return self.replace(value=jnp.clip(value, 1.0, 2.0**24),
+                            good=jnp.where(double, 0, good),
+                            left=jnp.where(double, self.hysteresis, left))
 
     def metrics(self) -> dict:
+        """See `NoScale.metrics`."""
         return {"loss_scale": self.value}
 
 
+def _nonzero(weight):
+    return jnp.where(weight == 0, 1.0, weight)
+
+
 def for_dtype(compute: str) -> NoScale | LossScale:
-    """float16 needs scaling, nothing else does."""
+    """Returns the scale for a compute dtype; only float16 needs one."""
     return LossScale.start() if compute == "float16" else NoScale()

@@ -1,4 +1,4 @@
-"""Whether a loss's total is a mean, as its program shows: it would be divided by the weight a second time."""
+"""Recognises a loss whose total is a mean, by its program: the weight would divide it again."""
 
 import math
 from typing import Any
@@ -9,7 +9,13 @@ _SAME = {"convert_element_type", "copy", "reshape", "squeeze"}
 
 
 def is_mean(jaxpr: Any, total: int, weight: int) -> bool:
-    """Whether result number `total` is a sum over its number of terms, or over another sum, and result `weight` is not 1.
+    """Whether one result of a jaxpr is a mean, and another, its weight, is not the constant 1.
+
+    A mean is a sum divided by the number of its terms. A sum divided by another sum is one as well,
+    if the weight is also a sum.
+
+    Args:
+      total, weight: the numbers of the two results.
 
     >>> import jax, jax.numpy as jnp
     >>> is_mean(jax.make_jaxpr(lambda x: (x.mean(), 4.0))(jnp.ones(4)), 0, 1)
@@ -18,32 +24,43 @@ def is_mean(jaxpr: Any, total: int, weight: int) -> bool:
     False
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    value, weigher = _made(jaxpr, jaxpr.outvars[total]), _made(jaxpr, jaxpr.outvars[weight])
-    if not _is(value, "div") or (isinstance(weigher, jex.Literal) and weigher.val == 1):
+    quotient = _origin(jaxpr, jaxpr.outvars[total])
+    weight_origin = _origin(jaxpr, jaxpr.outvars[weight])
+    is_one = isinstance(weight_origin, jex.Literal) and weight_origin.val == 1
+    if is_one or not _is_made_by(quotient, "div"):
         return False
-    where, eqn = value
-    above, below = (_made(where, v) for v in eqn.invars)
-    if not _is(above, "reduce_sum"):
+    body, eqn = quotient
+    above, below = (_origin(body, v) for v in eqn.invars)
+    if not _is_made_by(above, "reduce_sum"):
         return False
     if isinstance(below, jex.Literal):
-        shape, axes = above[1].invars[0].aval.shape, above[1].params["axes"]
-        return float(below.val) == math.prod(shape[i] for i in axes)
-    return _is(below, "reduce_sum") and _is(weigher, "reduce_sum")
+        return float(below.val) == _terms(above[1])
+    return _is_made_by(below, "reduce_sum") and _is_made_by(weight_origin, "reduce_sum")
 
 
-def _is(made: Any, name: str) -> bool:
-    return isinstance(made, tuple) and made[1].primitive.name == name
+def _terms(eqn) -> int:
+    """Returns the number of terms of each sum of a reduce_sum."""
+    shape = eqn.invars[0].aval.shape
+    return math.prod(shape[i] for i in eqn.params["axes"])
 
 
-def _made(jaxpr: Any, var: Any) -> Any:
-    """A literal, (jaxpr, equation) that makes a variable, or None; through casts, and within calls."""
+def _is_made_by(origin: Any, name: str) -> bool:
+    return isinstance(origin, tuple) and origin[1].primitive.name == name
+
+
+def _origin(jaxpr: Any, var: Any) -> Any:
+    """Returns where a variable comes from, through casts and calls.
+
+    That is a literal, (jaxpr, equation), or None if it is an argument.
+    """
     while not isinstance(var, jex.Literal):
         eqn = next((e for e in jaxpr.eqns if var in e.outvars), None)
         if eqn is None:
             return None
         bodies = list(jex.jaxprs_in_params(eqn.params))
         if eqn.primitive.name in ("jit", "pjit") and bodies:
-            jaxpr, var = bodies[0], bodies[0].outvars[eqn.outvars.index(var)]
+            jaxpr = bodies[0]
+            var = jaxpr.outvars[eqn.outvars.index(var)]
         elif eqn.primitive.name in _SAME:
             var = eqn.invars[0]
         else:

@@ -1,11 +1,11 @@
-"""Which parameters are trained; the others are frozen: they are sharded and gathered alike, and have no gradient.
+"""Which parameters are trained. The others are frozen: sharded and gathered, but without gradient.
 
-| `trainable` | trained are |
+| `trainable` | the trained parameters |
 |---|---|
 | None | all |
-| "lora/.*", a regex | those whose whole path it matches |
-| a function of (path, array) | those for which it returns True; paths are as "blocks/0/kernel" |
-| any other nnx filter, as nnx.LoRAParam | those that it chooses of an NNX module |
+| a regex, such as "lora/.*" | those whose whole path it matches |
+| a function of (path, array) | those for which it returns True; a path is like "blocks/0/kernel" |
+| any other nnx filter, such as nnx.LoRAParam | those that it selects in an NNX module |
 """
 
 import dataclasses
@@ -20,46 +20,58 @@ from zerojax.layout.rules import Leaf
 
 
 def flags(trainable: Any, model: Any, paths: Sequence[str], params: Sequence[Any]) -> list[bool]:
-    """Whether each of a model's parameters is trained.
+    """Returns, for each of a model's parameters, whether it is trained.
 
     Raises:
-      LayoutError: none is. PolicyError: `trainable` is none of the above.
+      LayoutError: no parameter is trained.
+      PolicyError: `trainable` is of no kind in the table above.
 
     >>> flags("b|c", {}, ["a", "b"], [0, 0])
     [False, True]
     """
+    chosen = _chosen(trainable, model, paths, params)
+    if any(chosen) or trainable is None:
+        return chosen
+    if isinstance(trainable, str):
+        rules.check_patterns("trainable", [trainable], paths)
+    raise LayoutError(f"trainable={trainable!r} selects none of the {len(paths)} parameters, such "
+                      f"as {', '.join(paths[:3])}, so that there is nothing to train.")
+
+
+def marked(leaves: Sequence[Leaf], trainable: Any, model: Any,
+           params: Sequence[Any]) -> tuple[Leaf, ...]:
+    """Returns the leaves of a model's parameters, each marked as trained or frozen."""
+    chosen = flags(trainable, model, [leaf.path for leaf in leaves], params)
+    return tuple(dataclasses.replace(leaf, group="trained" if flag else "frozen")
+                 for leaf, flag in zip(leaves, chosen, strict=True))
+
+
+def _chosen(trainable: Any, model: Any, paths: Sequence[str], params: Sequence[Any]) -> list[bool]:
     if trainable is None:
         return [True] * len(paths)
     if isinstance(trainable, str):
-        chosen = [rules.find_rule(path, [trainable]) is not None for path in paths]
-    elif callable(trainable) and not isinstance(trainable, type) and not type(trainable).__module__.startswith("flax."):
-        chosen = [bool(trainable(path, x)) for path, x in zip(paths, params, strict=True)]
-    else:
-        kept = _of_filter(trainable, model)
-        chosen = [path in kept for path in paths]
-    if not any(chosen):
-        if isinstance(trainable, str):
-            rules.check_patterns("trainable", [trainable], paths)
-        raise LayoutError(f"trainable={trainable!r} chooses none of {len(paths)} parameters, as {', '.join(paths[:3])}: there is "
-                          "nothing to train.")
-    return chosen
+        return [rules.find_rule(path, [trainable]) is not None for path in paths]
+    if _is_predicate(trainable):
+        return [bool(trainable(path, x)) for path, x in zip(paths, params, strict=True)]
+    selected = _selected(trainable, model)
+    return [path in selected for path in paths]
 
 
-def marked(leaves: Sequence[Leaf], trainable: Any, model: Any, params: Sequence[Any]) -> tuple[Leaf, ...]:
-    """`leaves`, of a model's parameters, with those that are not trained marked as frozen."""
-    chosen = flags(trainable, model, [leaf.path for leaf in leaves], params)
-    group = lambda flag: "trained" if flag else "frozen"
-    return tuple(dataclasses.replace(leaf, group=group(flag)) for leaf, flag in zip(leaves, chosen, strict=True))
+def _is_predicate(trainable: Any) -> bool:
+    """Whether it is a function of the user's; nnx filters can be callable too."""
+    is_nnx = type(trainable).__module__.startswith("flax.")
+    return callable(trainable) and not isinstance(trainable, type) and not is_nnx
 
 
-def _of_filter(trainable: Any, model: Any) -> set[str]:
-    """The paths of the parameters that an nnx filter chooses."""
-    wrong = PolicyError(f"trainable={trainable!r}, of a {type(model).__name__}: write a regex of paths, as \"lora/.*\", a function "
-                        "of (path, array), or, of an NNX module, a filter, as nnx.LoRAParam.")
+def _selected(trainable: Any, model: Any) -> set[str]:
+    """Returns the paths of the parameters that an nnx filter selects."""
+    wrong = PolicyError(f"trainable={trainable!r} is not possible for a {type(model).__name__}; "
+                        'write a regex for paths, such as "lora/.*", a function of (path, array), '
+                        "or, for an NNX module, a filter, such as nnx.LoRAParam.")
     if not isinstance(model, nnx.Module):
         raise wrong
     try:
-        chosen = nnx.filter_state(nnx.state(model, nnx.Param), trainable)
+        state = nnx.filter_state(nnx.state(model, nnx.Param), trainable)
     except TypeError:
         raise wrong from None
-    return {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(chosen)}
+    return {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)}

@@ -1,0 +1,96 @@
+"""A directory of checkpoints: a folder for each step, and the remains of killed runs."""
+
+import contextlib
+import os
+import uuid
+
+from etils import epath
+
+from zerojax.errors import CheckpointError
+from zerojax.processes.exchange import Group
+
+
+def located(directory: str | os.PathLike) -> epath.Path:
+    """Returns an absolute path; a URL, such as gs://bucket/runs, stays as it is."""
+    path = epath.Path(directory).expanduser()
+    return path if "://" in str(directory) else epath.Path(os.path.abspath(path))
+
+
+def steps(directory: str | os.PathLike) -> list[int]:
+    """Returns the steps in a directory of checkpoints, lowest first."""
+    path = located(directory)
+    if not path.exists():
+        return []
+    return sorted(int(p.name) for p in path.iterdir() if _is_step(p.name) and p.is_dir())
+
+
+def _is_step(name: str) -> bool:
+    """Whether a name is a number without leading zeros."""
+    return name.isdecimal() and str(int(name)) == name
+
+
+def step_path(directory: str | os.PathLike, step: int | None = None) -> epath.Path:
+    """Returns the path of one step, by default the newest.
+
+    Args:
+      directory: a directory of steps, or the directory of a step itself.
+
+    Raises:
+      CheckpointError: there is no such step.
+    """
+    path = located(directory)
+    if step is None and path.name.isdecimal() and (path / "manifest").exists():
+        return path
+    if step is not None and (path / str(step)).is_dir():  # a file system may list it only later
+        return path / str(step)
+    found = steps(directory)
+    if step is not None or not found:
+        wanted = "step" if step is None else f"step {step}"
+        raise CheckpointError(f"{directory} has no {wanted}; it has {found or 'none'}.")
+    return path / str(found[-1])
+
+
+def check_shared(path: epath.Path, group: Group) -> None:
+    """Checks that every process can write into a directory, and that it is the same for all.
+
+    A save waits for the files of the other processes. The directory is created if it is missing.
+
+    Raises:
+      CheckpointError: it is not writable, or is not the directory of process 0.
+    """
+    name = group.of_first(f".zerojax-{uuid.uuid4().hex}")
+    own = path / f"{name}_{group.process}"
+    try:
+        group.everywhere(lambda: _check_writable(own), [CheckpointError])
+        group.everywhere(lambda: _check_visible(path / f"{name}_0", group), [CheckpointError])
+    finally:
+        with contextlib.suppress(OSError):  # it was not written
+            own.unlink()
+
+
+def _check_writable(probe: epath.Path):
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+    except OSError as error:
+        raise CheckpointError(f"{probe.parent} is not writable: {error}. Give a directory that is "
+                              "writable.") from error
+
+
+def _check_visible(probe: epath.Path, group: Group):
+    if not probe.exists():
+        raise CheckpointError(f"{probe.parent} is not the same directory for process "
+                              f"{group.process} as for process 0: {probe.name}, which process 0 "
+                              "wrote, is missing. Give a directory that all hosts share.")
+
+
+def set_aside(path: epath.Path, step: int) -> None:
+    """Renames a step that does not load; its files stay, for the user to examine."""
+    (path / str(step)).rename(path / f"{step}.unreadable-{uuid.uuid4().hex[:8]}")
+
+
+def remove_unfinished(path: epath.Path) -> None:
+    """Removes the files of saves that were not completed, except those that cannot be removed."""
+    for unfinished in path.glob("*.orbax-checkpoint-tmp*"):
+        with contextlib.suppress(OSError):
+            unfinished.rmtree()
