@@ -51,6 +51,6 @@ def test_per_device_the_communication_is_zeros(stage, accumulate):
 def test_with_one_loss_the_gradient_is_reduced_whole_and_the_plan_says_why():
     plan = _plan(2, "one loss")
     assert plan.memory.state == pytest.approx(12 * 2 * KEPT / 8, rel=0.001)
-    text = r"summed whole, as that of embed is, which is padded \(Zero\(uneven='pad'\)\)"
+    text = r"summed whole, for example that of embed, which is padded \(Zero\(uneven='pad'\)\)"
     with pytest.raises(zj.PlanError, match=text):
         plan.check()

@@ -118,7 +118,7 @@ def test_a_plan_names_a_frozen_leaf_that_is_reduced():
         _, grads = zero.value_and_grad(loss)(state.params, x)
         return state, grads
 
-    text = r"base/kernel is frozen, and a gradient of it is reduced"
+    text = r"base/kernel is frozen, but a gradient of it is reduced"
     with pytest.raises(zj.PlanError, match=text):
         zero.plan(zero.jit(step), state, X).check()
 

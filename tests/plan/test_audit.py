@@ -17,10 +17,11 @@ REPLICA = tuple((i, i + 8) for i in range(8))
 BATCH = tuple(tuple(r * 8 + d * 2 + m for r in range(2) for d in range(4)) for m in range(2))
 MODEL = tuple((i, i + 1) for i in range(0, 16, 2))
 NESTED = Leaf("nested", (5, 6, 96, 128), "float32", P(*[None] * 4))
-UP, ODD = Leaf("blocks/up", (6, 1024, 4096), "float32", P(None, None, "model")), Leaf("odd", (333,
-777), "float32", P(None, None)) LEAVES = (NESTED, UP, ODD)
-PLACES = (Placement(P(None, None, "data", None), P(*[None] * 4)), Placement(P(None, "data",
-"model"), P(None, None, "model")),
+UP = Leaf("blocks/up", (6, 1024, 4096), "float32", P(None, None, "model"))
+ODD = Leaf("odd", (333, 777), "float32", P(None, None))
+LEAVES = (NESTED, UP, ODD)
+PLACES = (Placement(P(None, None, "data", None), P(*[None] * 4)),
+          Placement(P(None, "data", "model"), P(None, None, "model")),
           Placement(P(None, None), P(None, None), "indivisible"))
 
 
@@ -37,7 +38,8 @@ def moved(kind, dims, groups=DATA, dtype="bf16", trips=6, backward=False, ours=T
           path="jit(step)/jvp(M)/blocks/up"):
     path = "jit(step)/transpose(jvp(M))/blocks/up" if backward else path
     frames = (Frame(str(provenance.PAIR), 1, "top"),) if ours else ()
-    return Collective(name or kind, kind, (Shape(dtype, dims),), groups, trips, True, "body", path, frames)
+    return Collective(name or kind, kind, (Shape(dtype, dims),), groups, trips, True, "body",
+                      path, frames)
 
 
 OPTIMIZER = "jit(step)/zerojax_optimizer/dot"
@@ -58,9 +60,8 @@ RIGHT = {
 WRONG = {
     "fp32 gathered": ([moved("all-gather", LAYER, dtype="f32")], "gathered as f32, not as bf16"),
     "fp64 reduced": ([moved("reduce-scatter", LAYER, dtype="f64")], "reduced as f64, not as f32"),
-    "gathered over the copies too": ([moved("all-gather", LAYER, BATCH)], r"over \['data', "
-                                                                           "'replica'\], not over "
-                                                                           "\['data'\]"),
+    "gathered over the copies too": ([moved("all-gather", LAYER, BATCH)],
+                                     r"over \['data', 'replica'\], not over \['data'\]"),
     "in groups that are no axis": ([moved("all-gather", LAYER, ((0, 3), (1, 2)))], "other groups"),
     "an all-to-all": ([moved("all-to-all", LAYER)], "moves nothing this way"),
     "a permutation": ([moved("collective-permute", LAYER)], "moves nothing this way"),
@@ -74,15 +75,17 @@ WRONG = {
                                                                                             "shards"),
     "in each of 100 turns": ([moved("all-gather", LAYER, trips=600)], "50 times as much as in "
                                                                       "stage 3"),
-    "outside of the loss": ([moved("all-reduce", LAYER, DATA, "f32", ours=False, path="jit(step)/muon/dot")],
-                            "something else in the step communicates"),
+    "outside of the loss": (
+        [moved("all-reduce", LAYER, DATA, "f32", ours=False, path="jit(step)/muon/dot")],
+        "something else in the step communicates"),
     "a whole gradient, under the optimizer's name": (
         [moved("all-reduce", LAYER, DATA, "f32", ours=False, path=OPTIMIZER)], "something else in "
                                                                                "the step"),
     "a ragged all-to-all": ([moved("ragged-all-to-all", LAYER)], "moves nothing this way"),
     "a broadcast": ([moved("collective-broadcast", LAYER)], "moves nothing this way"),
     "many small arrays": ([moved("all-reduce", (96, 128), BATCH, trips=6000)], "6000 x"),
-    "a gradient of another dtype": ([moved("all-reduce", LAYER, BATCH, "f32", backward=True)], "give its layers that dtype"),
+    "a gradient of another dtype": ([moved("all-reduce", LAYER, BATCH, "f32", backward=True)],
+                                    "give its layers that dtype"),
     "small, in a long loop": ([moved("all-reduce", (128, 128), BATCH, trips=100_000)], "100000 x"),
 }
 
@@ -104,10 +107,12 @@ def test_zero_does_not_explain(name):
 @pytest.mark.parametrize("stage, accumulate, found, right", [
     (1, 4, [moved("all-gather", LAYER)], True),
     (1, 4, [moved("all-gather", LAYER, trips=24)], False),
-    (2, 4, [moved("all-gather", LAYER, backward=True, ours=False)], True),  # the compiler gathers late
+    # the compiler gathers late
+    (2, 4, [moved("all-gather", LAYER, backward=True, ours=False)], True),
     (1, 4, [moved("reduce-scatter", LAYER, dtype="f32", trips=24)], False),
     (2, 4, [moved("reduce-scatter", LAYER, dtype="f32", trips=24)], True),
-    (3, 4, [moved("all-gather", LAYER, trips=24), moved("all-gather", LAYER, trips=24, backward=True)], True),
+    (3, 4, [moved("all-gather", LAYER, trips=24),
+            moved("all-gather", LAYER, trips=24, backward=True)], True),
     (3, 1, [moved("all-gather", LAYER, trips=12)], True),  # a pipelined loop joins both passes
     (3, 1, [moved("all-gather", LAYER, trips=18)], False),
     (3, 1, [moved("all-gather", LAYER, trips=12), moved("all-gather", LAYER, ours=False)], False),
@@ -117,7 +122,8 @@ def test_as_often_as_the_stage_says(stage, accumulate, found, right):
 
 
 def test_of_two_of_a_shape_the_foreign_one_is_named():
-    found = [moved("all-gather", LAYER), moved("all-gather", LAYER, trips=1, name="foreign", ours=False)]
+    found = [moved("all-gather", LAYER),
+             moved("all-gather", LAYER, trips=1, name="foreign", ours=False)]
     finding, = audit.communication(demand(uses=(ONCE, ONCE, ONCE)), found)
     assert ", 1 x," in finding.what
 
@@ -125,9 +131,13 @@ def test_of_two_of_a_shape_the_foreign_one_is_named():
 @pytest.mark.parametrize("uses, found, right", [
     (Use(1, 1), [moved("all-gather", LAYER), moved("all-gather", LAYER, ours=False)], False),
     (Use(3, 1), [moved("all-gather", LAYER, trips=18)], True),  # remat within remat
-    (Use(4, 2), [moved("all-gather", LAYER, trips=24), moved("reduce-scatter", LAYER, trips=12)], True),  # applied twice
-    (Use(2, 1), [moved("all-gather", LAYER, trips=12), moved("reduce-scatter", LAYER, trips=12)], False),
-    (Use(2, 0), [moved("all-gather", LAYER, trips=12), moved("reduce-scatter", LAYER)], False),  # never updated
+    # applied twice
+    (Use(4, 2), [moved("all-gather", LAYER, trips=24),
+                 moved("reduce-scatter", LAYER, trips=12)], True),
+    (Use(2, 1), [moved("all-gather", LAYER, trips=12),
+                 moved("reduce-scatter", LAYER, trips=12)], False),
+    # never updated
+    (Use(2, 0), [moved("all-gather", LAYER, trips=12), moved("reduce-scatter", LAYER)], False),
 ])
 def test_as_often_as_the_program_reads(uses, found, right):
     assert (audit.communication(demand(uses=(AGAIN, uses, ONCE)), found) == []) is right
@@ -136,7 +146,8 @@ def test_as_often_as_the_program_reads(uses, found, right):
 def test_where_the_program_is_not_known_the_formula_is_the_budget():
     twice = [moved("all-gather", LAYER, trips=12)]
     assert audit.communication(demand(uses=None), twice) == []
-    assert audit.communication(demand(uses=None), [*twice, moved("all-gather", LAYER, trips=1)]) != []
+    more = [*twice, moved("all-gather", LAYER, trips=1)]
+    assert audit.communication(demand(uses=None), more) != []
 
 
 def test_an_optimizer_that_communicates_is_explained_once_gradients_are_scattered():
@@ -157,7 +168,8 @@ def test_a_thousandth_of_zeros_bytes_is_reported_and_is_no_fault():
 
 
 def test_scalars_that_the_compiler_joins_to_whole_gradients_are_no_excess():
-    assert audit.communication(demand(), [moved("all-reduce", (333 * 777 + 3,), BATCH, "f32", 1)]) == []
+    joined = moved("all-reduce", (333 * 777 + 3,), BATCH, "f32", 1)
+    assert audit.communication(demand(), [joined]) == []
 
 
 def _program(text=""):
@@ -182,9 +194,9 @@ GATHERED = [moved("all-gather", (96, 128), trips=30), moved("all-gather", LAYER)
 UNREADABLE = {
     "a line": ("  %x = some new syntax", "could not be read, the first: '%x = some new syntax'"),
     "a dtype": ("  %x = f2e1[8]{0} copy(%p)", "x has the dtype f2e1, whose size is not known"),
-    "an operation": ("  %x = f32[8]{0} all-shuffle(%p), replica_groups={{0,1}}", "x "
-                                                                                 "\\(all-shuffle\\) names groups"),
-    "a channel": ("  %x = f32[8]{0} send(%p), channel_id=3", "x \\(send\\) names groups"),
+    "an operation": ("  %x = f32[8]{0} all-shuffle(%p), replica_groups={{0,1}}",
+                     r"x \(all-shuffle\) names groups"),
+    "a channel": ("  %x = f32[8]{0} send(%p), channel_id=3", r"x \(send\) names groups"),
 }
 
 

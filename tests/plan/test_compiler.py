@@ -1,6 +1,7 @@
 """What goes wrong in the process that compiles, or before it, is an error here that says what to
 do."""
 
+import functools
 import stat
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -24,8 +25,10 @@ def zero():
 
 
 def _plan(zero, fn=lambda state, batch: state["params"]["w"] * batch.sum(), cache=False, **options):
-    state = {"params": {"w": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=NamedSharding(zero.mesh, P("data")))}}
-    return zero.plan(jax.jit(fn), state, jax.ShapeDtypeStruct((8,), jnp.float32), compiler_options=options, cache=cache)
+    sharding = NamedSharding(zero.mesh, P("data"))
+    state = {"params": {"w": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding)}}
+    return zero.plan(jax.jit(fn), state, jax.ShapeDtypeStruct((8,), jnp.float32),
+                     compiler_options=options, cache=cache)
 
 
 def test_it_compiles_without_a_variable_in_this_process(zero, monkeypatch):
@@ -36,14 +39,16 @@ def test_it_compiles_without_a_variable_in_this_process(zero, monkeypatch):
 
 
 def test_an_option_that_is_none_names_it_and_the_exit_status(zero):
-    with pytest.raises(zj.CompileError, match=r"1x2 ended with exit status 1(.|\n)*xla_no_such': 3(.|\n)*No such compile opt"):
+    text = r"1x2 ended with exit status 1(.|\n)*xla_no_such': 3(.|\n)*No such compile opt"
+    with pytest.raises(zj.CompileError, match=text):
         _plan(zero, xla_no_such=3)
 
 
 def test_a_compiler_that_ends_the_process_ends_its_own(zero, monkeypatch):
     jnp.ones(1).block_until_ready()  # this process has read its flags by now
     monkeypatch.setenv("XLA_FLAGS", "--xla_no_such_flag=1")
-    with pytest.raises(zj.CompileError, match=r"exit status 1(.|\n)*Unknown flag in XLA_FLAGS: --xla_no_such_flag"):
+    text = r"exit status 1(.|\n)*Unknown flag in XLA_FLAGS: --xla_no_such_flag"
+    with pytest.raises(zj.CompileError, match=text):
         _plan(zero)
 
 
@@ -56,7 +61,8 @@ def _as_compiler(monkeypatch, tmp_path, script):
 
 def test_out_of_memory_is_said_to_be_that(zero, monkeypatch, tmp_path):
     _as_compiler(monkeypatch, tmp_path, "echo assigning buffers; kill -9 $$")
-    with pytest.raises(zj.CompileError, match=r"signal SIGKILL. It probably ran out of memory(.|\n)*assigning buffers"):
+    text = r"signal SIGKILL. It probably ran out of memory(.|\n)*assigning buffers"
+    with pytest.raises(zj.CompileError, match=text):
         _plan(zero)
     _as_compiler(monkeypatch, tmp_path, "echo 'terminate called: std::bad_alloc'; kill -ABRT $$")
     with pytest.raises(zj.CompileError, match=r"signal SIGABRT. It probably ran out of memory"):
@@ -104,8 +110,10 @@ def test_without_the_extra_the_error_names_it(monkeypatch):
 
 
 def test_a_plugin_of_another_jax_is_named_with_both_versions(monkeypatch):
-    monkeypatch.setattr(topology, "version", lambda name: "0.9.1" if "plugin" in name else jax.__version__)
-    with pytest.raises(zj.PolicyError, match=rf"jax is {jax.__version__}, but jax-cuda13-plugin is 0.9.1.*=={jax.__version__}"):
+    monkeypatch.setattr(topology, "version",
+                        lambda name: "0.9.1" if "plugin" in name else jax.__version__)
+    text = rf"jax is {jax.__version__}, but jax-cuda13-plugin is 0.9.1.*=={jax.__version__}"
+    with pytest.raises(zj.PolicyError, match=text):
         zj.make_mesh(topology="h200:1x8")
 
 
@@ -127,24 +135,33 @@ def test_a_batch_that_does_not_divide(zero):
 
 def test_what_is_not_used_keeps_its_place_and_its_key(zero):
     """jax drops unused inputs from a program; their bytes are there all the same."""
-    loss = lambda params, batch: (batch["x"] @ params["w"]).mean()
-    step, state = zero.train_step(loss, optax.sgd(0.1)), zero.abstract(lambda: {"w": jnp.ones((8, 4))}, optax.sgd(0.1))
-    x, mask = jax.ShapeDtypeStruct((16, 8), jnp.float32), jax.ShapeDtypeStruct((16, 4096), jnp.int32)
+    def loss(params, batch):
+        return (batch["x"] @ params["w"]).mean()
+
+    step = zero.train_step(loss, optax.sgd(0.1))
+    state = zero.abstract(lambda: {"w": jnp.ones((8, 4))}, optax.sgd(0.1))
+    x = jax.ShapeDtypeStruct((16, 8), jnp.float32)
+    mask = jax.ShapeDtypeStruct((16, 4096), jnp.int32)
     without, with_mask = step.plan(state, {"x": x}), step.plan(state, {"x": x, "mask": mask})
     assert with_mask.memory.peak - without.memory.peak == pytest.approx(16 * 4096 * 4 / 2, rel=0.01)
-    assert with_mask.memory.kinds["other arguments and results"] == without.memory.kinds["other arguments and results"]
+    other = "other arguments and results"
+    assert with_mask.memory.kinds[other] == without.memory.kinds[other]
 
 
 def test_a_numpy_batch_is_counted_as_jax_will_have_it(zero):
     step = zero.train_step(lambda params, i: params["w"][i].mean(), optax.sgd(0.1))
-    plan = step.plan(zero.abstract(lambda: {"w": jnp.ones((8, 4))}, optax.sgd(0.1)), np.zeros(4096, np.int64))
+    state = zero.abstract(lambda: {"w": jnp.ones((8, 4))}, optax.sgd(0.1))
+    plan = step.plan(state, np.zeros(4096, np.int64))
     assert plan.memory.kinds["batch"] == 4096 * 4 / 2 and min(plan.memory.kinds.values()) >= 0
 
 
 def test_static_and_python_arguments_stay_what_they_are(zero):
     state = zero.abstract(lambda: {"w": jnp.ones((64, 64))}, optax.sgd(0.1))
-    step = zero.jit(lambda state, x, lr, way="plain": state.params["w"] * x.sum() * lr if way == "twice" else None,
-                    static_argnames="way", donate=False)
+
+    @functools.partial(zero.jit, static_argnames="way", donate=False)
+    def step(state, x, lr, way="plain"):
+        return state.params["w"] * x.sum() * lr if way == "twice" else None
+
     plan = step.plan(state, jax.ShapeDtypeStruct((8,), jnp.bfloat16), 0.5, way="twice", cache=False)
     assert "64" in plan.hlo and plan.memory.kinds["batch"] == 8 * 2 / 2
 
@@ -152,7 +169,8 @@ def test_static_and_python_arguments_stay_what_they_are(zero):
 def test_a_state_of_another_mesh_is_an_error(zero):
     other = zj.Zero(zj.make_mesh(topology="h200:1x4"), min_shard=1)
     step = zero.train_step(lambda params, x: (x @ params["w"]).mean(), optax.sgd(0.1))
-    state, x = other.abstract(lambda: {"w": jnp.ones((8, 4))}, optax.sgd(0.1)), jax.ShapeDtypeStruct((16, 8), jnp.float32)
+    state = other.abstract(lambda: {"w": jnp.ones((8, 4))}, optax.sgd(0.1))
+    x = jax.ShapeDtypeStruct((16, 8), jnp.float32)
     with pytest.raises(zj.PolicyError, match=r"h200:1x4.*h200:1x2"):
         step.plan(state, x)
     with pytest.raises(zj.PolicyError, match="nothing can run on them"):
@@ -170,8 +188,10 @@ def test_a_state_that_lies_whole_is_not_zeros(zero):
         grads = jax.grad(lambda p: (x @ p["w"]).mean())(state["params"])
         return {"params": jax.tree.map(lambda p, g: p - g, state["params"], grads)}
 
-    plan = zero.plan(jax.jit(step, donate_argnums=0, out_shardings=whole), state, jax.ShapeDtypeStruct((64, 512), jnp.float32))
-    with pytest.raises(zj.PlanError, match=r"1 leaves are whole on every device.*against the policy"):
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=whole)
+    plan = zero.plan(jitted, state, jax.ShapeDtypeStruct((64, 512), jnp.float32))
+    text = r"1 leaves are whole on every device.*against the policy"
+    with pytest.raises(zj.PlanError, match=text):
         plan.check()
     assert plan.check(allow="against the policy") is plan
 
@@ -196,7 +216,8 @@ def test_real_cpus_are_planned_but_not_judged():
     """Memory is the CPU compiler's; its collectives are not ZeRO's to judge."""
     zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:2]), min_shard=1)
     step = zero.train_step(lambda params, x: (x @ params["w"]).mean(), optax.sgd(0.1))
-    plan = step.plan(zero.abstract(lambda: {"w": jnp.ones((8, 64))}, optax.sgd(0.1)), jax.ShapeDtypeStruct((8, 8), jnp.float32))
+    state = zero.abstract(lambda: {"w": jnp.ones((8, 64))}, optax.sgd(0.1))
+    plan = step.plan(state, jax.ShapeDtypeStruct((8, 8), jnp.float32))
     assert plan.memory.kinds["parameters"] == 8 * 64 * 4 / 2
     assert plan.compute is None and plan.fits is None and "peak" in str(plan)
     with pytest.raises(zj.PlanError, match="compiled for CPUs"):
