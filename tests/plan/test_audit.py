@@ -65,22 +65,22 @@ WRONG = {
     "in groups that are no axis": ([moved("all-gather", LAYER, ((0, 3), (1, 2)))], "other groups"),
     "an all-to-all": ([moved("all-to-all", LAYER)], "moves nothing this way"),
     "a permutation": ([moved("collective-permute", LAYER)], "moves nothing this way"),
-    "an activation gathered": ([moved("all-gather", (64, 512, 1024))], "no parameter has this "
-                                                                       "shape"),
-    "an activation summed": ([moved("all-reduce", (64, 512, 1024), BATCH)], "as in tensor "
-                                                                            "parallelism"),
-    "a gradient summed whole": ([moved("all-reduce", LAYER, BATCH, "f32")], "reduce-scatter would "
-                                                                            "leave each its shard"),
-    "whole gradients over the copies": ([moved("all-reduce", (6, *LAYER), REPLICA, "f32")], "only "
-                                                                                            "shards"),
-    "in each of 100 turns": ([moved("all-gather", LAYER, trips=600)], "50 times as much as in "
-                                                                      "stage 3"),
+    "an activation gathered": ([moved("all-gather", (64, 512, 1024))],
+                               "no parameter has this shape"),
+    "an activation summed": ([moved("all-reduce", (64, 512, 1024), BATCH)],
+                             "as in tensor parallelism"),
+    "a gradient summed whole": ([moved("all-reduce", LAYER, BATCH, "f32")],
+                                "reduce-scatter would leave each its shard"),
+    "whole gradients over the copies": ([moved("all-reduce", (6, *LAYER), REPLICA, "f32")],
+                                        "only shards"),
+    "in each of 100 turns": ([moved("all-gather", LAYER, trips=600)],
+                             "50 times as much as in stage 3"),
     "outside of the loss": (
         [moved("all-reduce", LAYER, DATA, "f32", ours=False, path="jit(step)/muon/dot")],
         "something else in the step communicates"),
     "a whole gradient, under the optimizer's name": (
-        [moved("all-reduce", LAYER, DATA, "f32", ours=False, path=OPTIMIZER)], "something else in "
-                                                                               "the step"),
+        [moved("all-reduce", LAYER, DATA, "f32", ours=False, path=OPTIMIZER)],
+        "something else in the step"),
     "a ragged all-to-all": ([moved("ragged-all-to-all", LAYER)], "moves nothing this way"),
     "a broadcast": ([moved("collective-broadcast", LAYER)], "moves nothing this way"),
     "many small arrays": ([moved("all-reduce", (96, 128), BATCH, trips=6000)], "6000 x"),
