@@ -1,4 +1,4 @@
-"""The manifest as JSON: what it is made of comes back, and nothing else is accepted."""
+"""The manifest as JSON: every field returns from disk, and other values are refused."""
 
 import json
 

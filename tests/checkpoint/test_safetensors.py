@@ -1,4 +1,4 @@
-"""Safetensors: exports have what was saved, and each device reads its part of an import."""
+"""Safetensors: exports equal the saved arrays, and each device reads its part of an import."""
 
 import json
 import os

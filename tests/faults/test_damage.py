@@ -1,4 +1,4 @@
-"""Files that are not what was written: bits flipped, and files truncated, deleted or replaced."""
+"""Damaged files: flipped bits, and files that were truncated, deleted or replaced."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def test_bits_flipped_anywhere_do_no_harm(damaged):
 
 
 def test_a_bit_flipped_in_the_manifest(damaged):
-    """The manifest's own digest covers what no leaf has, such as the position in the data."""
+    """The own digest of the manifest covers the fields beside the leaves, such as the position."""
     directory, _ = damaged
     path = directory / "2/manifest/metadata"
     content = path.read_bytes()

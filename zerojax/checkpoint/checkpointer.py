@@ -179,7 +179,7 @@ class Checkpointer:
             folder.set_aside(self.directory, step)
 
     def _attempt(self, act: Callable[[], Any]):
-        """Calls a function that saves; if it fails, removes what it wrote, and raises."""
+        """Calls a function that saves; if it fails, removes its files, and raises."""
         try:
             act()
         except Exception as error:
@@ -241,8 +241,8 @@ class Checkpointer:
         Raises:
           CheckpointError: there is no such step, or it does not fit the target; leaves that differ
             are named.
-          CorruptCheckpointError: the manifest is damaged, or a leaf is unreadable or not what was
-            saved.
+          CorruptCheckpointError: the manifest or a leaf is unreadable, or differs from the saved
+            one.
         """
         self.wait()
         return self._restore(step, target, only, params_only, cast)

@@ -227,7 +227,7 @@ def _sum_in_chunks(strides, part, first) -> jax.Array:
 
 
 def _mixed(part: jax.Array, positions: jax.Array) -> jax.Array:
-    """Returns uint32[..., words of an element]: what each word contributes to the digest."""
+    """Returns uint32[..., words of an element]: the term of each word in the digest."""
     words = _words(part)
     n = words.shape[-1]
     within = jax.lax.broadcasted_iota(jnp.uint32, words.shape, words.ndim - 1)

@@ -18,7 +18,7 @@ from zerojax.checkpoint.manifest import Manifest
 from zerojax.checkpoint.target import MODEL, Target
 from zerojax.errors import CheckpointError
 
-Leaves = Mapping[str, Entry]  # what is written, by path
+Leaves = Mapping[str, Entry]  # the shape and dtype to write, by path
 _PIECE = 2**24  # elements converted and written at once
 
 
@@ -46,7 +46,7 @@ def export_safetensors(checkpoint: str | os.PathLike, to: str | os.PathLike, *,
     Raises:
       CheckpointError: a file already exists, two leaves have the same name, safetensors does not
         have a dtype, or there is no such step.
-      CorruptCheckpointError: a leaf is not what was saved.
+      CorruptCheckpointError: a leaf differs from the saved one.
     """
     to = _destination(to)
     path = directory.step_path(checkpoint, step)

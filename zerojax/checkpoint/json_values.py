@@ -16,7 +16,7 @@ def encoded(name: str, value: Any) -> Any:
     {'at': {'__bytes__': 'AA=='}, 'n': [1, 2]}
 
     Args:
-      name: what the value is, for errors.
+      name: the name of the value in errors.
 
     Raises:
       CheckpointError: a value that JSON cannot represent.

@@ -32,7 +32,7 @@ def read_manifest(path: epath.Path) -> Manifest:
     """Returns the manifest in a step's directory.
 
     Raises:
-      CorruptCheckpointError: the manifest is missing, unreadable or not what was saved, or the
+      CorruptCheckpointError: the manifest is missing, unreadable or not the saved one, or the
         directory contains a link.
     """
     try:
@@ -70,7 +70,7 @@ def checked(path: epath.Path, manifest: Manifest, sources: Mapping[str, Any]) ->
     Processes that share a mesh of the shardings read the arrays together.
 
     Args:
-      sources: what to read by path; see `Entry.source`.
+      sources: the arrays to read by path; see `Entry.source`.
 
     Raises:
       CorruptCheckpointError: an array is unreadable or has another digest, on any of the processes.

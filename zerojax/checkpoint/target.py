@@ -116,7 +116,10 @@ class Target:
                    for a, b in pairs)
 
     def sources(self, manifest: Manifest) -> dict[str, Any]:
-        """Returns what to read for each wanted leaf, in the dtype on disk; see `Entry.source`."""
+        """Returns the array to read for each wanted leaf, in its dtype on disk.
+
+        See `Entry.source`.
+        """
         return {p: manifest.leaves[p].source(getattr(x, "sharding", None),
                                              x.kept.shape if padded.is_padded(x) else None)
                 for p, x in self.wanted.items()}
