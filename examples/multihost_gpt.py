@@ -39,9 +39,9 @@ def arguments():
 
 
 def own_part(zero, text, rows, seed, stop):
-    """Returns batches int32[rows / processes, SEQ + 1], this process's part of each whole batch.
+    """Returns batches int32[rows / processes, SEQ + 1], this process's share of each batch.
 
-    A whole batch depends only on its number, not on the number of processes.
+    The whole batch depends only on its number, not on the number of processes.
     """
     share, of = zero.share()
     own = np.split(np.arange(rows), of)[share]
@@ -64,7 +64,7 @@ def train(args, zero, checkpoints, preemption):
     # the checkpoint may have been saved by another number of processes
     state, position = gpt.resumed(checkpoints, zero, tx, resume=False)
     text, held_out = gpt.read_text()
-    batches = zj.feed(own_part(zero, text, args.batch, 0, args.steps), zero)  # <-- its own part
+    batches = zj.feed(own_part(zero, text, args.batch, 0, args.steps), zero)  # <-- its own share
     batches.set_state(position)
     first, prints = int(state.step), jax.process_index() == 0  # <-- only one process prints
     progress = tqdm(preemption.until(batches), initial=first, total=args.steps, unit="step",
@@ -79,7 +79,7 @@ def train(args, zero, checkpoints, preemption):
         checkpoints.wait()
     if preemption.requested:
         preemption.exit()
-    norm = float(optax.global_norm(state.params))  # on all processes, because each has a part
+    norm = float(optax.global_norm(state.params))  # on all processes, because each has some shards
     if prints:
         print(f"{jax.process_count()} processes, {jax.device_count()} devices, "
               f"step {int(state.step)}: held-out text {loss / math.log(2):.4f} bits per byte, "
