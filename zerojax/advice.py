@@ -26,7 +26,7 @@ class Choice:
     Attributes:
       stage: the ZeRO stage.
       accumulate: the number of microbatches.
-      remat: the name of the recipe's loss, which says how it rematerialises.
+      remat: the name of the recipe's loss, which determines the rematerialization.
       replica: the number of copies of the state.
     """
 
@@ -118,19 +118,19 @@ def advise(recipe: Recipe, topology: str | Topology, *, stages: Iterable[int] = 
 
     Args:
       recipe: the training run; if it has a dict of losses, each is tried.
-      topology: the cluster, as for `make_mesh`, with one GPU or more.
+      topology: the cluster, as for `make_mesh`.
       stages: the stages to try.
       accumulate: the numbers of microbatches to try. The default is 1, 2, 4 and 8 for a fixed
         batch, and 1 for a batch that grows.
       replica: the numbers of copies of the state to try. The default is one copy, and one copy per
         host.
-      precision: as for `Zero`.
+      precision: as for `Zero`. The default computes in bfloat16.
       min_shard: as for `Zero`.
       cache: as for `TrainStep.plan`.
 
     Raises:
       PolicyError: the topology is invalid, or none of the layouts to try is possible.
-      RecipeError: `recipe` is no `Recipe`.
+      RecipeError: `recipe` is not a `Recipe`.
     """
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"advise was given a {type(recipe).__name__}; "

@@ -17,7 +17,7 @@ class LayoutError(ZeroError, ValueError):
 
 
 class BatchError(ZeroError, ValueError):
-    """A batch that does not divide over devices and microbatches."""
+    """An invalid batch, such as one that does not divide over devices and microbatches."""
 
 
 class LossError(ZeroError, ValueError):
@@ -57,7 +57,7 @@ class CorruptCheckpointError(CheckpointError):
 
 
 class ClusterError(ZeroError, RuntimeError):
-    """Processes that cannot connect, or that are about to run different programs."""
+    """Processes that cannot connect or would run different programs, or a failure of another."""
 
 
 class MissingExtraError(ZeroError, ImportError):

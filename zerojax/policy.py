@@ -41,11 +41,11 @@ class Precision:
         A dtype other than `compute` requires `gradients="per_device"`, where each device
         differentiates its own part of the batch.
       accumulate: dtype in which gradients of microbatches are added; not float16.
-      keep: regex for a parameter's whole path, such as "router/.*", to the dtype in which that
-        parameter is stored, computed and reduced.
+      keep: from a regex for a parameter's whole path, such as "router/.*", to the dtype in which
+        that parameter is stored, computed and reduced.
 
     Raises:
-      PolicyError: a dtype that is unknown or not possible in that field.
+      PolicyError: a dtype is unknown or not possible in its field, or a regex is invalid.
 
     >>> precision = Precision(compute="bfloat16", keep={"router/.*": "float32"})
     >>> precision.reduce_dtype, precision.computed("mlp/kernel", "float32")

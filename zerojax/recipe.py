@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import importlib.machinery
 import importlib.util
@@ -26,7 +27,7 @@ class Recipe:
       init_fn: a function of no arguments that returns the model, as for `Zero.init`:
         `lambda: model.init(jax.random.key(0), x)`.
       loss_fn: a loss, as for `Zero.train_step`; or a dict of losses that differ in their
-        rematerialisation, by names of your choice, such as
+        rematerialization, by names of your choice, such as
         `{"none": loss, "block": loss_with_remat}`. `advise` tries each of them.
       tx: an optax transform.
       batch: arrays or `ShapeDtypeStruct`s of a whole batch, over all devices and microbatches; or,
@@ -104,10 +105,10 @@ def load(where: str) -> Recipe:
     import, `sys.path` starts with `folder(where)`; afterwards that entry is removed. A function of
     the recipe that imports a neighbouring file only when it is called needs the entry again.
     The module stays in `sys.modules`, because dataclasses and pickle look it up there; the module
-    of "train.py" has the name "recipe_train".
+    of "train.py" has the name "recipe_train_", followed by a digest of the file's path.
 
     Raises:
-      RecipeError: the file, the module or the name does not exist, or is no `Recipe`.
+      RecipeError: the file, the module or the name does not exist, or is not a `Recipe`.
     """
     place, name = _split(where)
     if not place or place.startswith("."):
@@ -168,10 +169,12 @@ def _execute(path: pathlib.Path) -> ModuleType:
     """Returns the module of a file, which is imported again even if it has been imported before."""
     if not path.is_file():
         raise RecipeError(f"there is no file {str(path)!r}.")
-    loader = importlib.machinery.SourceFileLoader(f"recipe_{path.stem}", str(path.resolve()))
-    spec = importlib.util.spec_from_file_location(loader.name, path.resolve(), loader=loader)
+    path = path.resolve()
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]  # other folders have the same names
+    loader = importlib.machinery.SourceFileLoader(f"recipe_{path.stem}_{digest}", str(path))
+    spec = importlib.util.spec_from_file_location(loader.name, path, loader=loader)
     if spec is None or spec.loader is None:
-        raise RecipeError(f"{str(path)!r} is no Python file.")
+        raise RecipeError(f"{str(path)!r} is not a Python file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
@@ -183,7 +186,7 @@ def _execute(path: pathlib.Path) -> ModuleType:
 
 
 def _problem(module: ModuleType, place: str, name: str) -> str:
-    """Returns why a name is no recipe, and what to write instead."""
+    """Returns why a name is not a recipe, and what to write instead."""
     found = getattr(module, name, None)
     what = f"there is no {name} in it" if found is None else f"{name} is a {type(found).__name__}"
     others = [n for n, value in vars(module).items() if isinstance(value, Recipe)]

@@ -1,4 +1,4 @@
-"""`Zero`: a policy with verbs. The wings below have their mechanisms; this file documents them."""
+"""`Zero`: a policy with methods. This file documents them; the wings below implement them."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +26,9 @@ class Zero(Policy):
       mesh: a `jax.sharding.Mesh` whose axes are of type Auto; `zj.make_mesh()` builds one.
       stage: which arrays are whole, and when, within a step. Between steps, stages 1 to 3 keep
         the same shards. 0: everything is always whole. 1: parameters are gathered once per step,
-        gradients are reduced once per step. 2: gradients are reduced where they arise.
-        3: parameters are gathered where the model reads them.
+        gradients are reduced once per step (with one loss over the batch: as in stage 2).
+        2: gradients are reduced where they arise. 3: parameters are gathered where the model reads
+        them.
       precision: the dtypes, see `Precision`.
       axis: the mesh axis or axes over which one copy of the state is sharded.
       replica_axis: the axis of copies (hybrid sharding); "replica" if the mesh has one.
@@ -38,12 +39,13 @@ class Zero(Policy):
         such as batch statistics, and the loss's program has no convolution, shard_map or
         constraint over ZeRO's axes, cond, while_loop, callback, or closed-over array of the
         batch's length; otherwise "global".
-      rules: regex for a parameter's whole path, such as "blocks/.*/kernel", to its spec.
+      rules: from a regex for a parameter's whole path, such as "blocks/.*/kernel", to its spec.
       min_shard: leaves with fewer elements stay whole.
-      uneven: "pad": `init` keeps a parameter that has no divisible dimension as a `zj.Padded`, with
-        rows of zeros at its end, sharded to within one row; the model, numpy, checkpoints and
-        exports see its own shape. An optimizer that would see the padding is refused, and with
-        one loss over the batch the parameter's gradient is reduced whole. None: it stays whole.
+      uneven: "pad": `init` keeps a parameter that has no divisible dimension as a `zj.Padded`,
+        sharded, with rows of zeros at its end (fewer than there are devices); the model, numpy,
+        checkpoints and exports see its own shape. An optimizer that would see the padding is
+        refused, and with one loss over the batch, the parameter's gradient is reduced whole.
+        None: it stays whole.
 
     Raises:
       PolicyError: an invalid argument, or a combination that cannot work.
@@ -66,8 +68,8 @@ class Zero(Policy):
         Over simulated GPUs, returns the same as `abstract`.
 
         Args:
-          init_fn: returns a pytree of parameters, linen's dict of variables, or an NNX module; or
-            is such a model itself, without `args`.
+          init_fn: a function that returns a pytree of parameters, linen's dict of variables, or an
+            NNX module; or such a model itself, without `args`.
           tx: an optax transform.
           *args: arrays for `init_fn`.
           trainable: the parameters to train. None: all; a regex for whole paths, such as
@@ -75,7 +77,7 @@ class Zero(Policy):
             `nnx.LoRAParam`. The others are frozen: they are sharded and gathered too, keep the
             dtype from `init_fn`, and have no gradient or optimizer state; `tx` sees None instead.
           rng: the key from which steps draw; None derives one from the first key in `args`, or
-            takes key(0).
+            uses `jax.random.key(0)` if there is none.
 
         Raises:
           ModelError: `init_fn` returned no floating array, or a trained parameter is not floating.
@@ -95,19 +97,21 @@ class Zero(Policy):
         return creation.maker(self, init_fn, tx, args, trainable, rng).abstract(*args)
 
     def create(self, make: Callable[[], Any]) -> Any:
-        """Creates `make()` in shards: a training state of your own, such as flax's `TrainState`.
+        """Creates a training state of your own, such as flax's `TrainState`, in shards.
 
-        The parameters are the leaves under the key or attribute `params`. A leaf with the shape of
-        a parameter, whose path ends in the parameter's path, is sharded like the parameter.
+        `make` returns the state. The parameters are the leaves under the key or attribute `params`.
+        A leaf with the shape of a parameter, whose path ends in the parameter's path, is sharded
+        like the parameter.
         """
         return creation.create(self, lambda: creation.maker_of_own(self, make))
 
     def gathered(self, fn: Callable, argnums: int | Sequence[int] = 0) -> Callable:
         """Returns `fn` with parameters gathered where it reads them, according to the stage.
 
-        For evaluation, sampling, teachers, or several models in a step, within `zero.jit` or
-        `jax.jit`. Also for `jax.grad`, which then sees one loss over the whole batch: gradients are
-        sharded, are reduced in the compute dtype, and can be differentiated again in reverse mode.
+        Use it within `zero.jit` or `jax.jit`, for evaluation, sampling, teachers, or several models
+        in one step. `jax.grad` can differentiate it, as one loss over the whole batch: gradients
+        are sharded, are reduced in the compute dtype, and can be differentiated again in reverse
+        mode.
 
         Args:
           fn: takes any arguments, and parameters as whole arrays in the compute dtype.
@@ -126,7 +130,7 @@ class Zero(Policy):
     def value_and_grad(self, loss_fn: Callable, *, accumulate: int = 1, has_aux: bool = False,
                        batch_argnums: int | Sequence[int] = 1, scale: LossScale | None = None,
                        trainable: Any = None) -> Callable:
-        """Like `jax.value_and_grad`, with parameters gathered and gradients reduced by the stage.
+        """Like `jax.value_and_grad`, but gathers and reduces according to the stage.
 
         Args:
           loss_fn: `loss_fn(params, batch, ...)`; returns a floating scalar, the mean, or
@@ -149,7 +153,7 @@ class Zero(Policy):
           as for `nnx.grad`.
 
         Raises:
-          BatchError, LossError, PolicyError: as `train_step`.
+          BatchError, LossError, PolicyError: as for `train_step`.
 
         >>> import jax.numpy as jnp, zerojax as zj
         >>> zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:2]), min_shard=1)
@@ -170,7 +174,7 @@ class Zero(Policy):
         """Jits `fn(state, batch, ...)`: shardings follow the state, the batch is split.
 
         Args:
-          fn: a state among its results keeps the shardings of the given one.
+          fn: the function. A state among its results keeps the shardings of the given state.
           donate: whether the state's memory is reused; write False for a function that does not
             return the state, such as an evaluation.
           batch_argnums: the arguments that are batches, also when passed by name. Their arrays are
@@ -193,15 +197,15 @@ class Zero(Policy):
         """Returns a jitted `step(state, batch) -> (state, metrics)`, which donates the state.
 
         Args:
-          loss_fn: `loss_fn(model, batch)` or `loss_fn(model, batch, rng)`, where `model` is what
-            `init_fn` returned, and the batch is whole (or a device's part). The key is passed to a
-            parameter named `rng`, or to a third parameter without a default. It returns a floating
-            scalar, the mean, or `zj.Loss(total, weight)`.
+          loss_fn: `loss_fn(model, batch)` or `loss_fn(model, batch, rng)`, where `model` is the
+            result of `init_fn`, and the batch is a whole microbatch or one device's part of it. The
+            key is passed to a parameter named `rng`, or to a third parameter without a default. The
+            loss is a floating scalar, the mean, or `zj.Loss(total, weight)`.
           tx: the optax transform that was given to `init`.
           accumulate: microbatches; examples a, a + accumulate, ... form microbatch a.
           clip_norm: gradients with a larger global norm are scaled to this norm.
-          max_skipped: raises after this many consecutive non-finite steps, detected up to two calls
-            later; None never raises.
+          max_skipped: this many consecutive non-finite steps raise `NonFiniteError`, up to two
+            calls later; None never raises.
           compiler_options: options for XLA, as in `jax.jit`.
 
         Returns:
@@ -211,9 +215,9 @@ class Zero(Policy):
           waits for its step: read those of the previous step.
 
         Raises:
-          BatchError: a batch that does not divide by devices x accumulate.
-          LossError: a loss that is not a floating scalar.
-          PolicyError: a setting that the way to differentiate does not support.
+          BatchError: the number of examples is not divisible by devices x accumulate.
+          LossError: the loss is not a floating scalar.
+          PolicyError: the way to differentiate does not support a setting.
           NonFiniteError: see `max_skipped`.
         """
         return TrainStep(self, loss_fn, tx, accumulate=accumulate, clip_norm=clip_norm,
@@ -222,7 +226,8 @@ class Zero(Policy):
     def eval_step(self, loss_fn: Callable, *, compiler_options: dict | None = None) -> EvalStep:
         """Returns a jitted `evaluate(state, batch) -> metrics` (`loss`, `weight`, `aux`).
 
-        It changes nothing. `loss_fn` is as for `train_step`; model state in its result is dropped.
+        The state is not changed. `loss_fn` is the same as for `train_step`; model state in its
+        result is dropped.
         """
         return EvalStep(self, loss_fn, compiler_options)
 
@@ -232,19 +237,20 @@ class Zero(Policy):
         Every value stays the same.
 
         Args:
-          state: of this policy. It and the new state both take memory until it is released. For a
-            state of your own (`create`), `other` places leaves by shape and rules alone, because
+          state: a state of this policy. Both states take memory until this one is released. For
+            a state of your own (`create`), `other` places leaves by shape and rules alone, because
             only `create` can see which dimension a scan slices. Where that matters, write rules, or
             restore a checkpoint into a state that `other` created.
-          other: has the same parameter dtype; with float16 compute it starts a new loss scale.
+          other: a policy with the same parameter dtypes. If only it computes in float16, the loss
+            scale starts anew.
 
         Raises:
-          PolicyError: `other` has another parameter dtype, or no devices.
+          PolicyError: `other` has other parameter dtypes, or no devices.
         """
         return state_layout.moved(self, state, other)
 
     def layout(self, state: Any) -> Layout:
-        """Returns who holds what: each leaf's shape, spec, bytes per device, and why it is whole.
+        """Returns the placement of each leaf: shape, spec, bytes per device, and why it is whole.
 
         It prints as a table.
         """
@@ -259,7 +265,8 @@ class Zero(Policy):
 
         Args:
           fn: a `jax.jit`ted function of `state`, `args` and `kwargs`.
-          state: has the parameters as its `params`; arrays or `ShapeDtypeStruct`s with shardings.
+          state: a state with the attribute or key `params`, of arrays or of `ShapeDtypeStruct`s
+            with shardings.
           *args, **kwargs: arrays or shapes. Those without a sharding are split over the batch's
             devices where they divide.
           accumulate: the number of microbatches in `fn`.
@@ -268,7 +275,7 @@ class Zero(Policy):
 
         Raises:
           ModelError: `state` has no params.
-          CompileError: the compiler failed; has its last lines.
+          CompileError: the compiler failed; the text has its last lines.
         """
         if isinstance(fn, TrainStep):
             return fn.plan(state, *args, cache=cache)
@@ -296,5 +303,5 @@ class Zero(Policy):
         return batches.share(self)
 
     def batch_sharding(self) -> NamedSharding:
-        """Returns the sharding of a batch: its first dimension is split over every device."""
+        """Returns a batch's sharding: the first dimension is split over replicas and shards."""
         return batches.sharding(self)

@@ -102,6 +102,22 @@ def test_a_feed_starts_again_if_its_source_can(prefetch):
         list(once)
 
 
+NOT_PADDED = {
+    "a scalar": ({"x": np.float32(3)}, r"batch\['x'\] has no dimension"),
+    "no array": ({}, "holds no array"),
+    "text": ({"x": "abc"}, r"batch\['x'\] is a builtins.str"),
+    "a list": ({"x": [1, 2, 3]}, r"batch\['x'\]\[0\] has no dimension"),
+    "other lengths": ({"x": X, "y": X[:5]}, "differ in their number of examples"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_PADDED)
+def test_a_batch_that_cannot_be_padded(name):
+    batch, text = NOT_PADDED[name]
+    with pytest.raises(zj.BatchError, match=text):
+        next(zj.feed([batch], _zero(), pad=True))
+
+
 MEANS = {
     "mean, rows": (lambda y: zj.Loss(jnp.square(y).mean(), 16), True),
     "mean, size": (lambda y: zj.Loss(jnp.mean(jnp.square(y)), y.size), True),

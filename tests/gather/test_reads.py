@@ -33,6 +33,16 @@ def by_calls(w):
     return first(w) + jax.jit(lambda w: X @ w[0].T)(w)
 
 
+def by_calls_at_indices(w):
+    layer = jax.jit(lambda w, i: X @ jax.lax.dynamic_index_in_dim(w, i, keepdims=False))
+    return sum(layer(w, i) for i in range(3))
+
+
+def by_a_layer_that_is_dropped(w):
+    X @ w[0]
+    return X @ w[1]
+
+
 PROGRAMS = {
     "a loop over its layers": (layers, {1}, Use(1, 1)),
     "the same, rematerialised": (lambda w: layers(w, jax.checkpoint(layer)), {1}, Use(2, 1)),
@@ -44,6 +54,8 @@ PROGRAMS = {
     "layers of a sharded dimension": (lambda w: X @ w[0] + X @ w[1], {0}, Use(1, 1)),
     "a constant of a loop": (in_a_loop, {1}, Use(1, 1)),
     "one layer by two calls": (by_calls, {1}, Use(0.125, 0.125)),
+    "three layers by one call": (by_calls_at_indices, {1}, Use(0.375, 0.375)),
+    "for a result that is dropped": (by_a_layer_that_is_dropped, {1}, Use(0.125, 0.125)),
     "never": (lambda w: X, {1}, Use(0, 0)),
 }
 

@@ -1,7 +1,4 @@
-"""Processes that die, stop, raise or get a signal, and runs that continue after them.
-
-These are the faults 2, 14, 15, 17 and 21.
-"""
+"""Processes that die, stop, raise or get a signal, and runs that continue after them."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Each process's own part of a batch, and sources that differ between processes (fault 22)."""
+"""Each process's own part of a batch, and sources that differ between processes."""
 
 import json
 import re

@@ -1,7 +1,7 @@
-"""Real processes that join once, too late, or with other settings or programs (fault 18).
+"""Real processes that join once, too late, or with other settings or programs.
 
-The errors come before they compile. The meeting itself is tested without jax, in
-tests/processes/test_rendezvous.py.
+Processes that differ raise an error before they compile. The meeting itself is tested without jax,
+in tests/processes/test_rendezvous.py.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Two hosts, simulated by network namespaces: a cut cable, and a slow host (fault 20)."""
+"""Two hosts, simulated by network namespaces: a cut cable, and a slow host."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Processes that see different checkpoints (fault 19).
+"""Processes that see different checkpoints.
 
 The first process decides which steps exist, and an error on one process is an error on all.
 """

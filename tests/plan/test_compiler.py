@@ -84,11 +84,14 @@ def test_an_interrupted_plan_leaves_no_process(zero, monkeypatch, tmp_path):
         __import__("os").kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_a_torn_cache_entry_is_made_anew(zero, monkeypatch, tmp_path):
+@pytest.mark.parametrize("damage", [
+    lambda whole: whole[:100],
+    lambda whole: whole[:100] + bytes(b ^ 255 for b in whole[100:200]) + whole[200:]])
+def test_a_torn_cache_entry_is_made_anew(zero, monkeypatch, tmp_path, damage):
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     first = _plan(zero, cache=True)
     entry, = (tmp_path / "programs").iterdir()
-    entry.write_bytes(entry.read_bytes()[:100])
+    entry.write_bytes(damage(entry.read_bytes()))
     again = _plan(zero, cache=True)
     assert not again.cached and again.hlo == first.hlo
     assert _plan(zero, cache=True).cached

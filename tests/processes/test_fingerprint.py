@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.custom_partitioning import custom_partitioning
 
 from zerojax.processes import fingerprint
 
@@ -60,6 +61,30 @@ def test_programs_that_differ(name):
     a, b = PROGRAMS[name]
     assert of_program(a, X) != of_program(b, X)
     assert of_program(a, X) == of_program(lambda x: a(x), X)
+
+
+def doubled_in_parts(mesh):
+    """Returns a function with a `custom_partitioning` call, as in cuDNN's attention."""
+    @custom_partitioning
+    def doubled(x):
+        return x * 2
+
+    def partition(mesh, args, result):
+        return mesh, lambda x: x * 2, result.sharding, (args[0].sharding,)
+
+    doubled.def_partition(partition=partition, sharding_rule="i j -> i j",
+                          infer_sharding_from_operands=lambda mesh, args, result: args[0].sharding)
+    sharding = jax.NamedSharding(mesh, jax.P("a"))
+    return lambda x: doubled(jax.lax.with_sharding_constraint(x, sharding))
+
+
+def test_addresses_are_not_part_of_a_program():
+    """The text of a call with custom partitioning has one, which every process chooses anew."""
+    mesh = jax.make_mesh((2,), ("a",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    first, second = doubled_in_parts(mesh), doubled_in_parts(mesh)
+    texts = [jax.jit(fn).lower(X).as_text() for fn in (first, second)]
+    assert all("@CustomSPMDPartitioning" in text for text in texts) and texts[0] != texts[1]
+    assert of_program(first, X) == of_program(second, X)
 
 
 def test_functions_by_their_code():

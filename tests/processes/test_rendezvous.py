@@ -1,12 +1,12 @@
 """The meeting at process 0, in threads of one process: who arrives, who is refused, and the errors.
-
-Covers processes that cannot meet (fault 16).
 """
 
 import concurrent.futures
+import contextlib
 import json
 import re
 import socket
+import threading
 import time
 
 import pytest
@@ -223,6 +223,27 @@ def test_a_stranger_is_refused(pool, address):
         assert stranger.recv(100) == b""
     assert_met(first, pool.submit(join, address, 1, 2))
     assert silent.recv(100) == b""
+
+
+def test_a_stranger_that_never_stops_sending_delays_nobody(pool, address):
+    first = pool.submit(hold, address, 3)
+    stop = threading.Event()
+
+    def flood():
+        where = rendezvous.split(address)
+        while not stop.is_set():
+            with contextlib.suppress(OSError), socket.create_connection(where, 5) as stranger:
+                while not stop.is_set():
+                    stranger.sendall(bytes(2**16))
+
+    for _ in range(2):
+        pool.submit(flood)
+    started = time.monotonic()
+    try:
+        assert_met(first, *(pool.submit(join, address, process, 3) for process in (1, 2)))
+        assert time.monotonic() - started < 10
+    finally:
+        stop.set()
 
 
 def test_the_port_is_free_after_the_meeting(pool, address):

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import zerojax as zj
+from zerojax.train import planning
 
 X = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
 
@@ -81,6 +82,20 @@ def test_jit_takes_arguments_by_name_and_static_ones():
     state = zero.create(_make)
     np.testing.assert_allclose(run(state, X, scale=2.0, train=True), 2 * X.sum(), rtol=1e-4)
     assert run(state, X, scale=2.0, train=False) == 0
+
+
+def test_a_plan_counts_the_reads_with_its_own_static_argument(monkeypatch):
+    monkeypatch.setattr(planning, "planned", lambda *args, uses, **options: uses)
+    zero = _zero()
+
+    @functools.partial(zero.jit, donate=False, static_argnames="calls")
+    def run(state, x, *, calls):
+        product = zero.gathered(lambda p, x: (x @ p["w"]).sum())
+        return sum(product(state["params"], i * x) for i in range(calls))
+
+    state = zero.create(_make)
+    uses = [run.plan(state, X, calls=n) for n in (3, 5, 3)]
+    assert [use.gathers for use, in uses] == [3, 5, 3]
 
 
 def test_a_scalar_argument_is_not_split_as_a_batch():
@@ -170,3 +185,29 @@ def test_rules_place_the_parameters_of_an_nnx_state():
     zero = _zero(rules={"kernel": P("data")})
     state = zero.create(lambda: nnx.state(nnx.Linear(8, 16, rngs=nnx.Rngs(0))))
     assert state["kernel"].sharding.spec == P("data")
+
+
+def _linear_in_model():
+    model = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+    return model, nnx.Optimizer(model, optax.trace(0.9), wrt=nnx.Param)
+
+
+def _linear_in_optimizer():
+    model = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+    return nnx.ModelAndOptimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+
+
+@pytest.mark.parametrize("make, rule, kernels", [
+    (_linear_in_model, "0/kernel", 2), (_linear_in_optimizer, "model/kernel", 3)])
+def test_momenta_of_an_nnx_state_follow_the_rule_of_their_parameter(make, rule, kernels):
+    state = _zero(rules={rule: P("data")}).create(lambda: nnx.state(make()))
+    specs = [x.sharding.spec for x in jax.tree.leaves(state) if x.shape == (16, 16)]
+    assert specs == [P("data")] * kernels
+
+
+def test_layout_and_move_of_a_state_with_a_python_number():
+    zero = _zero()
+    state = {**zero.create(_make), "rate": 0.5}
+    row = _rows(zero, state)["rate"]
+    assert (row.shape, row.dtype, row.bytes) == ((), "float32", 4)
+    assert float(zero.move(state, _zero(4))["rate"]) == 0.5

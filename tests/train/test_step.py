@@ -111,6 +111,21 @@ def test_float16_overflow_halves_the_scale_and_training_continues():
     np.testing.assert_allclose(metrics["grad_norm"], unscaled, rtol=1e-2)
 
 
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_float16_reduces_the_gradient_of_a_total_that_it_cannot_hold(stage, accumulate):
+    def loss(p, x):  # the gradient of the mean is 1, that of the total 2**25
+        y = (x @ p["w"]).astype(jnp.float32)
+        return zj.Loss(y.sum() * 2**20, x.shape[0] * 2.0**20)
+
+    zero = _zero(stage=stage, precision=zj.Precision(compute="float16"))
+    state, step = _started(zero, loss, accumulate=accumulate)
+    for _ in range(8):
+        state, metrics = step(state, np.ones((32, 8), np.float16))
+    assert int(metrics["skipped"]) == 0
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(8 * 16), rtol=1e-3)
+
+
 def _draws(p, x, rng):
     u = jax.random.uniform(rng)
     return zj.Loss((x @ p["w"]).sum(), 1.0, {"u": u, "u2": u * u})

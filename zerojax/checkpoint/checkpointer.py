@@ -30,9 +30,10 @@ class Restored(NamedTuple):
 
     Attributes:
       state: the state, on its devices.
-      step: its step.
-      data_state: the data state that this process saved with it.
-      metrics: the metrics that were saved with it.
+      step: the state's step.
+      data_state: the data state from which this process continues; None if none was saved, or if
+        only some leaves are restored and the processes saved different data states.
+      metrics: the metrics that were saved with the state.
     """
 
     state: Any
@@ -45,8 +46,8 @@ class Checkpointer:
     """Saves and restores training states, zerojax's or the user's own, in one directory.
 
     Only one job at a time may save into a directory, because its first save removes the remains of
-    interrupted saves. Others may restore from it meanwhile. All processes of a job must make the
-    checkpointer and call its methods alike, and must see the same directory.
+    interrupted saves. Others may restore from it meanwhile. All processes of a job must create the
+    checkpointer, call its methods in the same order, and see the same directory.
 
     Args:
       directory: created if it is missing.
@@ -58,7 +59,7 @@ class Checkpointer:
       zero: the `Zero` whose stage and precision the manifest records.
 
     Raises:
-      CheckpointError: the directory is not writable.
+      CheckpointError: the directory is not writable, or `keep` or `every` is invalid.
 
     >>> import tempfile, jax, jax.numpy as jnp, optax, zerojax as zj
     >>> zero, tx = zj.Zero(zj.make_mesh(devices=jax.devices()[:2])), optax.sgd(0.1)
@@ -101,7 +102,7 @@ class Checkpointer:
           force: whether to save even if `every` does not divide the step.
 
         Returns:
-          Whether a save was begun. A step that the directory already has is not saved again.
+          Whether a save was started. A step that the directory already has is not saved again.
 
         Raises:
           CheckpointError: this save or an earlier one failed, the directory has later steps, or

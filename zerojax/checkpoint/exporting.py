@@ -29,23 +29,24 @@ def export_safetensors(checkpoint: str | os.PathLike, to: str | os.PathLike, *,
     """Writes a checkpoint's parameters and model state, after comparing each leaf's digest.
 
     The host needs memory for a few times the largest leaf, not for the model. The files get their
-    names only when all of them are complete.
+    final names only when all of them are complete.
 
     Args:
       checkpoint: a directory of steps, or the directory of one step.
-      to: a path such as "model.safetensors". If there are more than `shard_bytes`, the files are
-        "model-00001-of-00003.safetensors" and so on, and "model.safetensors.index.json".
-      step: by default the newest.
+      to: a path such as "model.safetensors". If the leaves have more than `shard_bytes` bytes, the
+        files are "model-00001-of-00003.safetensors" and so on, and "model.safetensors.index.json".
+      step: the step to export; by default, the newest.
       dtype: the dtype to convert floating leaves to; None converts none.
       only: a regex for the paths of the leaves to write. Random keys are never written.
-      rename: from a regex to its replacement, in names such as "blocks.mlp.kernel".
+      rename: from a regex to its replacement, applied to names such as "blocks.mlp.kernel".
+      shard_bytes: the most bytes in one file, unless a single leaf has more.
 
     Returns:
       The files; the index is the last.
 
     Raises:
       CheckpointError: a file already exists, two leaves have the same name, safetensors does not
-        have a dtype, or there is no such step.
+        support a dtype, or there is no such step.
       CorruptCheckpointError: a leaf differs from the saved one.
     """
     to = _destination(to)

@@ -35,7 +35,7 @@ def load_safetensors(path: str | os.PathLike, target: Any, *,
       path: a file, an index (.index.json), or a directory that has one of either.
       target: a tree of arrays, or of `ShapeDtypeStruct`s with shardings. In a `TrainState`, only
         parameters and model state are replaced.
-      rename: see `export_safetensors`; from a leaf's name to its name in the files.
+      rename: as for `export_safetensors`; it turns a leaf's name into its name in the files.
       cast: whether floating leaves may have another dtype in the files.
       follow_links: whether the files of an index may be links that lead elsewhere, as in the cache
         of huggingface_hub.

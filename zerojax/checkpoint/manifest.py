@@ -60,10 +60,10 @@ class Manifest(Printed):
 
     @classmethod
     def from_json(cls, values: dict) -> "Manifest":
-        """Returns the manifest that `to_json` made JSON values of.
+        """Returns the manifest for which `to_json` returned these values.
 
         Raises:
-          ValueError, TypeError, KeyError, AttributeError: `to_json` did not make these values.
+          ValueError, TypeError, KeyError, AttributeError: `to_json` did not return these values.
         """
         values = dict(values)
         if values.pop("digest", None) != sha256(values):

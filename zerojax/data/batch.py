@@ -74,28 +74,35 @@ def check_share(policy: Policy, arrays: Any) -> None:
     _check_divides(arrays, n, over)
 
 
-def _check_divides(batch: Any, n: int, over: str) -> None:
+def count(batch: Any) -> int:
+    """Returns the number of examples in a batch.
+
+    Raises:
+      BatchError: the batch holds no array, an array has no dimension, or their numbers differ.
+    """
     leaves = jax.tree.leaves_with_path(batch)
     if not leaves:
         raise BatchError(f"the batch {batch!r} holds no array; give arrays whose first dimension "
                          "is that of the examples.")
     for path, x in leaves:
-        _check_examples(_name(path), getattr(x, "shape", ()), n, over)
+        if not getattr(x, "shape", ()):
+            raise BatchError(f"{_name(path)} has no dimension; give arrays whose first dimension "
+                             "is that of the examples.")
     sizes = {_name(path): x.shape[0] for path, x in leaves}
     if len(set(sizes.values())) > 1:
         raise BatchError(f"the arrays of a batch differ in their number of examples: {sizes}; "
                          "the first dimension of each must be that of the examples.")
+    return next(iter(sizes.values()))
 
 
-def _check_examples(name: str, shape: tuple[int, ...], n: int, over: str) -> None:
-    if not shape:
-        raise BatchError(f"{name} has no dimension; give arrays whose first dimension is that of "
-                         "the examples.")
-    if shape[0] % n or not shape[0]:
-        near = max(n, shape[0] // n * n)
-        raise BatchError(f"{name} has {shape[0]} examples (shape {tuple(shape)}), which do not "
-                         f"divide evenly over {over}; give batches of {near}, and drop a shorter "
-                         "last batch or pad it: zj.feed(..., pad=True).")
+def _check_divides(batch: Any, n: int, over: str) -> None:
+    rows = count(batch)
+    if rows % n or not rows:
+        path, x = jax.tree.leaves_with_path(batch)[0]
+        near = max(n, rows // n * n)
+        raise BatchError(f"{_name(path)} has {rows} examples (shape {tuple(x.shape)}), which do "
+                         f"not divide evenly over {over}; give batches of {near}, and drop a "
+                         "shorter last batch or pad it: zj.feed(..., pad=True).")
 
 
 def check_arrays(batch: Any) -> None:

@@ -23,7 +23,7 @@ class Indexed(Iterator):
     Args:
       make: returns the batch of a number, for example with random numbers from
         `numpy.random.default_rng((seed, number))`.
-      stop: the number of batches; None means that they do not end.
+      stop: the number of batches; None means no limit.
 
     >>> source = Indexed(lambda i: i * i, stop=4)
     >>> next(source), next(source), source.get_state()
@@ -80,7 +80,7 @@ class Feed(Iterator):
         self._error: Exception | None = None
 
     def __iter__(self) -> "Feed":
-        """Returns itself; after its end, it starts again, if `batches` can be read again.
+        """Returns itself. If it has ended, it starts again, if `batches` can be read again.
 
         Raises:
           BatchError: it has ended, and `batches` can be read only once.
@@ -213,9 +213,10 @@ def feed(batches: Iterable, zero: Policy, *, prefetch: int = 2, pad: bool | int 
 
     Args:
       batches: an iterable of pytrees of arrays `[B, ...]`, all with the same B, which must be
-        divisible by the number of mesh devices in this process. The batch consists of the shares of
-        the processes in the order of the mesh's devices, see `zero.share()`. A second `for` loop
-        starts again, if the iterable can be iterated over again.
+        divisible by the number of parts of the batch that this process's devices hold (one per
+        device, except with tensor parallelism). The batch consists of the shares of the processes
+        in the order of the mesh's devices, see `zero.share()`. A second `for` loop starts again if
+        the iterable can be iterated over again.
       zero: the policy of the steps that use the batches.
       prefetch: the number of batches that are made in advance; with 0, the caller's thread makes
         each when it is asked for.
@@ -225,8 +226,8 @@ def feed(batches: Iterable, zero: Policy, *, prefetch: int = 2, pad: bool | int 
         of the source, 0 for padding. Multiply the losses by it.
 
     Raises:
-      BatchError: B is not divisible by the number of devices, or differs between arrays or
-        processes.
+      BatchError: B is not divisible by that number, or differs between arrays or processes; or
+        an array has a dtype or values that the devices cannot hold.
       ClusterError: another process could not make its share.
 
     >>> import numpy as np, zerojax as zj

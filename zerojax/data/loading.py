@@ -55,7 +55,7 @@ class Loaded:
 class Loader:
     """Makes a batch per call from a source of shares; does not raise, but returns errors.
 
-    After the source has ended or failed, every further call returns this again.
+    After the source has ended or failed, every further call returns the same end or error.
 
     Args:
       pad: whether to pad short shares, or the number of examples to pad them to.
@@ -117,7 +117,8 @@ class Loader:
 
     def _padded(self, share: Any) -> tuple[Any, np.ndarray]:
         """Returns the padded share, and float32[rows]: 1 for its examples, 0 for padding."""
-        n = len(jax.tree.leaves(share)[0])
+        batches.check_arrays(share)
+        n = batches.count(share)
         if self._filler is None:
             self._start_padding(share, n)
         if n > self._rows:

@@ -38,7 +38,7 @@ class Prefetcher:
         return self._worker.take()
 
     def stop(self) -> None:
-        """Lets the thread begin no more calls; a call under way continues."""
+        """Prevents further calls on the thread; a call under way continues."""
         if self._worker is not None:
             self._worker.stop()
 

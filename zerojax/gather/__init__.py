@@ -4,5 +4,5 @@
 parameters, `uses` finds the equations that use a variable, and `reads` counts the reads for a plan.
 `models` splits linen, NNX and plain pytrees into parameters and state, and joins them again.
 
-Nothing here knows about training: training, evaluation and planning all use the same pair.
+Independent of training: training, evaluation and planning all use the same pair.
 """

@@ -1,8 +1,8 @@
 """How often a program needs each sharded parameter whole, counted on the user's own program.
 
 `rewrite` places the gathers; the proof compares the compiled program with this count, which does
-not look at what `rewrite` placed. One read per scope: the body of a loop that slices the parameter
-and each rematerialised block are scopes of their own.
+not depend on the gathers that `rewrite` placed. There is one read per scope: the body of a loop
+that slices the parameter and each rematerialized block are scopes of their own.
 """
 
 import dataclasses
@@ -101,7 +101,7 @@ class _Scope:
 
     def visit(self, jaxpr, views: dict) -> list[_View | None]:
         """Counts the reads of a jaxpr; returns the views among its results."""
-        for eqn in jaxpr.eqns:
+        for eqn in _needed(jaxpr):
             mine = {i: views[v] for i, v in enumerate(eqn.invars)
                     if not isinstance(v, jex.Literal) and v in views}
             if mine:
@@ -172,8 +172,21 @@ class _Scope:
                     for shape in shapes for d in param.dims if d in view.dims)
         if not whole or not param.least or min(map(math.prod, shapes)) < param.least:
             return None
-        static = eqn.primitive.name, str(eqn.params), tuple(map(id, eqn.invars[1:]))
+        # the same equation may cut other pieces at indices, such as in a jit that is called twice
+        place = object() if len(eqn.invars) > 1 else None
+        static = eqn.primitive.name, str(eqn.params), place
         share = view.share / math.prod(view.shape)
         return [_View(view.index, param, dims, shape, share * math.prod(shape),
                       (*view.part, static, n))
                 for n, shape in enumerate(shapes)]
+
+
+def _needed(jaxpr) -> list:
+    """Returns the equations that have effects or that the results depend on; XLA drops the rest."""
+    live = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not live.isdisjoint(eqn.outvars):
+            kept.append(eqn)
+            live.update(uses.variables(eqn))
+    return kept[::-1]

@@ -19,6 +19,7 @@ Groups = tuple[tuple[int, ...], ...]  # device numbers, one row per group
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all",
          "collective-permute", "collective-broadcast")
 _COMMUNICATES = re.compile(r"\b(?:replica_groups|source_target_pairs|channel_id)=")
+_GROUPS = re.compile(r"\b(?:replica_groups|source_target_pairs)=(?!\{\})")  # {}: all devices
 _SPELLING = re.compile(r"(?:replica_groups|source_target_pairs)="
                        r"(?:mesh\[.*?\].*? \{.*?\}"
                        r"|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
@@ -35,7 +36,7 @@ class Collective:
 
     Attributes:
       kind: one of `KINDS`.
-      shapes: of the whole arrays: the results of a gather, the operands of a reduction.
+      shapes: the shapes of the whole arrays: results of a gather, operands of a reduction.
       groups: the numbers of the devices that take part together, one row per group.
       trips: how often it runs in one execution of the program.
       asynchronous: whether it has a start and a done, so that other instructions can run between.
@@ -183,13 +184,28 @@ def of(program: Program, wanted: Callable[[Frame], bool] = bool) -> tuple[Collec
 
 
 def unknown(program: Program) -> tuple[Instruction, ...]:
-    """Returns the instructions that run and name groups of devices, but have no known kind.
+    """Returns the instructions that run and name groups of devices, but have no known kind, or
+    spell the groups in an unknown way.
 
     The starts and dones of asynchronous collectives have a known kind.
     """
     known = {f"{name}{part}" for name in KINDS for part in ("", "-start", "-done")}
     return tuple(inst for _, inst in _running(program)
-                 if inst.op not in known and _COMMUNICATES.search(inst.attributes))
+                 if _COMMUNICATES.search(inst.attributes)
+                 and (inst.op not in known or _misspelled(inst)))
+
+
+def unreached(program: Program) -> tuple[Instruction, ...]:
+    """Returns the instructions that name groups of devices in computations that nothing calls, as
+    far as the program could be read."""
+    return tuple(inst for computation, body in program.computations.items()
+                 if not program.times[computation]
+                 for inst in body if _COMMUNICATES.search(inst.attributes))
+
+
+def _misspelled(inst: Instruction) -> bool:
+    named = _GROUPS.search(inst.attributes)
+    return bool(named) and not _SPELLING.search(inst.attributes)
 
 
 def _running(program: Program) -> Iterator[tuple[str, Instruction]]:

@@ -138,7 +138,7 @@ class Program:
       entry: the name of the computation that the program starts with.
       devices: how many devices run the program together.
       tables: the tables of source lines at the start of the text.
-      unread: the lines inside computations that are no instruction to this parser.
+      unread: the lines that this parser does not know, such as a new form of instruction.
     """
 
     computations: Mapping[str, tuple[Instruction, ...]]
@@ -180,7 +180,7 @@ class Program:
 
     @functools.cached_property
     def flops(self) -> dict:
-        """What `cost` has counted so far, by computation."""
+        """The operations that `cost` has counted so far, by computation."""
         return {}
 
     def frames(self, inst: Instruction) -> Iterator[Frame]:
@@ -220,6 +220,8 @@ def parse(text: str) -> Program:
             table[int(row[1])] = row[2] if row[2] is not None else row[3]
         elif line.isalpha():
             table = tables.setdefault(line, {})
+        elif line.strip() not in ("", "}") and not line.startswith("HloModule "):
+            unread.append(line)
     bodies = {name: tuple(body) for name, body in computations.items()}
     return Program(bodies, entry, _devices(text), tables, tuple(unread))
 

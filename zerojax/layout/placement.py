@@ -6,6 +6,7 @@ own shape.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -109,23 +110,35 @@ def place_state(policy: Policy, params: Sequence[Leaf], tree: Tree) -> list[Plac
     """
     known = {}
     for leaf in params:
-        for ending in endings(leaf.path):
-            candidate = leaf.path.removesuffix(ending), place(policy, leaf)
-            known.setdefault((ending, leaf.shape), []).append(candidate)
-    return [_inherit(known, leaf) or place_other(policy, leaf) for leaf in describe(tree)]
+        for keys, ending in _cuts(leaf.path):
+            known.setdefault((ending, leaf.shape), []).append((keys, place(policy, leaf)))
+    shared = _shared_keys(params)
+    return [_inherit(known, shared, leaf) or place_other(policy, leaf) for leaf in describe(tree)]
 
 
-def _inherit(known: dict, leaf: Leaf) -> Placement | None:
+def _inherit(known: dict, shared: set[str], leaf: Leaf) -> Placement | None:
     """Returns the placement of the parameter to which a leaf of optimizer state belongs.
 
-    The leaf's path is the parameter's with keys added before it or inserted into it.
+    The leaf's path is the parameter's with keys added before it or inserted into it. It may lack
+    the leading keys that all parameters share, and may end in the "value" of an NNX variable.
     """
-    for ending in endings(leaf.path):
-        lead = leaf.path.removesuffix(ending).split("/")
+    for keys, ending in (*_cuts(leaf.path), *_cuts(leaf.path.removesuffix("/value"))):
         for before, inherited in known.get((ending, leaf.shape), ()):
-            if set(before.split("/")) <= set(lead):
+            if before - shared <= keys:
                 return inherited
     return None
+
+
+def _cuts(path: str) -> Iterator[tuple[set[str], str]]:
+    """Yields each ending of a path, longest first, with the set of the keys before it."""
+    for ending in endings(path):
+        yield set(path.removesuffix(ending).split("/")), ending
+
+
+def _shared_keys(params: Sequence[Leaf]) -> set[str]:
+    """Returns the leading keys that all parameters share, such as "model" in nnx's optimizer."""
+    levels = zip(*(leaf.path.split("/")[:-1] for leaf in params), strict=False)
+    return {keys[0] for keys in itertools.takewhile(lambda keys: len(set(keys)) == 1, levels)}
 
 
 def fitting(policy: Policy, ruled: Placement, x: Any) -> Placement:

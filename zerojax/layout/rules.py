@@ -1,6 +1,6 @@
 """The spec of one leaf, by shape or by a user's rule: which dimension is sharded, or why none is.
 
-Needs no devices. `shard` is the one default rule of the whole library.
+Needs no devices. `shard` is the library's only default rule.
 """
 
 import dataclasses

@@ -30,8 +30,8 @@ class Gpu:
     Attributes:
       name: the name that the driver reports.
       cores: number of streaming multiprocessors.
-      fpus_per_core: number of float32 units of each.
-      clock_ghz: clock rate.
+      fpus_per_core: number of float32 units in each multiprocessor.
+      clock_ghz: clock rate in GHz.
       memory: bytes of device memory.
       bandwidth: bytes/s of device memory.
       l2: bytes of the L2 cache.
@@ -39,11 +39,11 @@ class Gpu:
         block can request.
       threads_per_core: the most threads resident on a core.
       cc: compute capability.
-      tensor_flops: dense bfloat16 or float16 operations per second by the vendor, with each
-        multiply-add counted as two. The rate for float32 (as TensorFloat-32, jax's default for
+      tensor_flops: dense bfloat16 or float16 operations per second, according to the vendor, with
+        each multiply-add counted as two. The rate for float32 (as TensorFloat-32, jax's default for
         matrix products) is half of it.
-      link: bytes/s that each GPU sends to the others of its host, in one direction.
-      network: bytes/s that each GPU sends to other hosts.
+      link: bytes/s that each GPU can send to the other GPUs of its host.
+      network: bytes/s that each GPU can send to other hosts.
     """
 
     name: str
@@ -113,7 +113,8 @@ GPUS = {
 class Topology:
     """A cluster of `hosts` x `per_host` GPUs of one kind.
 
-    For your own interconnect: `Topology(dataclasses.replace(GPUS["h200"], network=25e9), 8, 8)`.
+    To use your own interconnect, write
+    `Topology(dataclasses.replace(GPUS["h200"], network=25e9), 8, 8)`.
 
     Raises:
       PolicyError: the number of hosts or GPUs is not a positive integer.

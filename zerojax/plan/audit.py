@@ -1,19 +1,19 @@
 """Which collectives of a compiled step ZeRO explains, and what is wrong with the others.
 
-ZeRO's are gathers and reductions of parameters, over its own axes, in the policy's dtypes, as
-often as the stage and the reads of the program allow. An array counts as a parameter's if it has
-the dimensions of the parameter, or of one layer of a stack, as the compiler may merge or split
-them; where the compiler put it does not matter. Collectives over other axes (tensor parallelism)
-belong to the model.
+ZeRO's collectives gather parameters and reduce their gradients, over its own axes, in the policy's
+dtypes, as often as the stage and the reads of the program allow. An array counts as a parameter's
+if it has the dimensions of the parameter, or of one layer of a stack, as the compiler may merge or
+split them; where the compiler put it does not matter. Collectives over other axes (tensor
+parallelism) belong to the model.
 
-Whatever is not understood is a finding: a line that cannot be read, an unknown dtype or operation,
-a sharded parameter that nothing gathers.
+Anything that is not understood is a finding: a line that cannot be read, an unknown dtype or
+operation, a sharded parameter that nothing gathers.
 """
 
 import collections
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax.numpy as jnp
 
@@ -53,13 +53,25 @@ def of(demand: Demand, program: Program, found: Sequence[Collective]) -> list[Fi
 
 def communication(demand: Demand, found: Sequence[Collective]) -> list[Finding]:
     """Returns a finding for each instruction that moves arrays which ZeRO does not explain."""
-    ours = [(c, s) for c in found for s in c.shapes if _over_batch(demand, c)]
-    scattered = {leaf for c, s in ours if c.kind == "reduce-scatter" for leaf in demand.owners(s)}
+    ours = [pair for c in found if _over_batch(demand, c) for pair in _arrays(c)]
+    reduced = _is_scattered(demand, ours)
     groups: dict[bool, list[Pair]] = {True: [], False: []}
     for pair in ours:
-        groups[_by_optimizer(demand, pair, scattered)].append(pair)
+        groups[_by_optimizer(pair, reduced)].append(pair)
     odd = _judged(demand, groups[False])
     return [*_by_instruction(_weighed(demand, odd)), *_communicating_optimizer(groups[True])]
+
+
+def _arrays(c: Collective) -> Iterator[Pair]:
+    """Yields each array of an instruction, with a collective that has the name of its own operation
+    if the compiler kept one for each: a/(b:c)."""
+    common, _, rest = c.op_name.partition("/(")
+    names = rest.removesuffix(")").split(":")
+    if len(names) != len(c.shapes):
+        yield from ((c, s) for s in c.shapes)
+        return
+    for name, s in zip(names, c.shapes, strict=True):
+        yield dataclasses.replace(c, op_name=f"{common}/{name}") if rest else c, s
 
 
 def _judged(demand: Demand, pairs: Sequence[Pair]) -> list[Finding]:
@@ -75,9 +87,11 @@ def _judged(demand: Demand, pairs: Sequence[Pair]) -> list[Finding]:
 
 
 def _class(demand: Demand, c: Collective, s: Shape) -> tuple:
-    """Returns what shares a budget: arrays of one parameter's shape, or all whole gradients."""
-    shape = key(s.dims) if demand.owners(s) else ()
-    return c.kind, shape, c.axes(demand.policy.mesh.shape) if c.kind == "all-reduce" else None
+    """Returns what shares a budget: all reductions over the same axes, or arrays of one parameter's
+    shape."""
+    if c.kind == "all-reduce":
+        return c.kind, c.axes(demand.policy.mesh.shape)
+    return c.kind, key(s.dims)
 
 
 def _weighed(demand: Demand, odd: list[Finding]) -> list[Finding]:
@@ -136,7 +150,7 @@ def _foreign_reduction(demand: Demand, c: Collective, s: Shape, owners: Mapping[
     if axes == {demand.policy.replica_axis}:
         return "" if s.elements <= whole + _shards(demand) else (
             "only shards of gradients are summed over the copies")
-    if not owners and s.elements <= whole:
+    if s.elements <= whole and (not owners or demand.is_whole(s)):
         return ""
     if c.op_name and not c.differentiated and not provenance.by_the_pair(c.frames):
         return "it is outside of the loss and its gradient: something else in the step communicates"
@@ -180,10 +194,11 @@ def _whole(demand: Demand) -> int:
 
 
 def _shards(demand: Demand) -> float:
-    """Returns the elements of one device's shards of the trained parameters."""
-    trained = [math.prod(demand.local(leaf, place)) for leaf, place in demand.sharded
-               if leaf.trained]
-    return sum(trained) / demand.policy.shards
+    """Returns the elements of one device's shards of the trained parameters, as often as their
+    gradients are reduced per step."""
+    reduced = [demand.reductions(leaf) * math.prod(demand.local(leaf, place))
+               for leaf, place in demand.sharded]
+    return sum(reduced) / demand.policy.shards
 
 
 def hlo_name(dtype: str) -> str:
@@ -226,10 +241,11 @@ def _most(demand: Demand, c: Collective, shape: Shape) -> float:
     loops."""
     owners = demand.owners(shape)
     if c.kind == "all-reduce":
-        # with one loss, XLA reduces each use of a tied weight
-        again = 1 if demand.per_device else 2
-        shards = _shards(demand) if demand.policy.replicas > 1 else 0
-        return demand.accumulate * (again * (_whole(demand) + SMALL // 4) + shards)
+        # per device, once per step; with one loss, XLA reduces each use of a tied weight
+        times = 1 if demand.per_device else 2 * demand.accumulate
+        over_copies = c.axes(demand.policy.mesh.shape) == (demand.policy.replica_axis,)
+        shards = _shards(demand) if over_copies else 0
+        return times * (_whole(demand) + SMALL // 4) + shards
     if c.kind == "all-gather":
         return sum(demand.gathers(leaf) * n for leaf, n in owners.items())
     return sum(demand.reductions(leaf) * n for leaf, n in owners.items())
@@ -242,7 +258,8 @@ def missing(demand: Demand, program: Program, found: Sequence[Collective]) -> It
     XLA then computes with shards, as in tensor parallelism. A loop whose count is not known hides
     how much is gathered, so that any gather will do.
     """
-    pairs = [(c, s) for c in found if c.kind == "all-gather" for s in c.shapes]
+    pairs = [(c, s) for one in found if _gathers_parameters(demand, one)
+             for c, s in _arrays(one) if not _in_optimizer(c)]
     unknown = any(i.trips_unknown for body in program.computations.values() for i in body)
     groups = collections.defaultdict(list)
     for leaf, place in demand.sharded:
@@ -253,6 +270,11 @@ def missing(demand: Demand, program: Program, found: Sequence[Collective]) -> It
         share = sum(min(1.0, demand.gathers(leaf)) for leaf in leaves)
         if not there or (not unknown and there * SLACK < share * math.prod(dims)):
             yield _ungathered(demand, leaves, there / math.prod(dims), share)
+
+
+def _gathers_parameters(demand: Demand, c: Collective) -> bool:
+    axes = set(c.axes(demand.policy.mesh.shape) or ())
+    return c.kind == "all-gather" and axes == set(demand.policy.axes)
 
 
 def _ungathered(demand: Demand, leaves: Sequence[Leaf], there: float, share: float) -> Finding:
@@ -277,20 +299,33 @@ def unreadable(program: Program) -> Iterator[Finding]:
         yield Finding(f"{name} has the dtype {dtype}, whose size is not known: bytes are counted "
                       "as 64 bits per element.", instruction=name, wrong=True)
     for inst in collectives.unknown(program):
-        yield Finding(f"{inst.name} ({inst.op}) names groups of devices, and is no collective "
-                      f"that is known ({', '.join(collectives.KINDS)}): it may communicate.",
+        yield Finding(f"{inst.name} ({inst.op}) names groups of devices, but is no known "
+                      f"collective ({', '.join(collectives.KINDS)}), or its groups cannot be read: "
+                      "it may communicate.", float(inst.bytes), inst.name, wrong=True)
+    for inst in collectives.unreached(program):
+        yield Finding(f"{inst.name} ({inst.op}) names groups of devices, but no instruction that "
+                      "could be read calls its computation: it may communicate.",
                       float(inst.bytes), inst.name, wrong=True)
 
 
-def _by_optimizer(demand: Demand, pair: Pair, scattered: Collection[Leaf]) -> bool:
-    """Whether the optimizer moves an array. A whole gradient that nothing reduce-scatters is not
-    its own."""
+def _by_optimizer(pair: Pair, reduced: bool) -> bool:
+    """Whether the optimizer moves an array. Unless all gradients are `reduced` to shards before, a
+    sum in it may be that of a whole gradient."""
     c, s = pair
-    if OPTIMIZER not in c.op_name.split("/") or s.bytes <= SMALL:
-        return False
-    if c.kind != "all-reduce":
-        return True
-    return all(leaf in scattered for leaf in demand.owners(s) if leaf.trained)
+    return _in_optimizer(c) and s.bytes > SMALL and (reduced or c.kind != "all-reduce")
+
+
+def _in_optimizer(c: Collective) -> bool:
+    return OPTIMIZER in c.op_name.split("/")
+
+
+def _is_scattered(demand: Demand, pairs: Sequence[Pair]) -> bool:
+    """Whether the gradients of all sharded parameters are reduce-scattered, by their elements."""
+    there = sum(s.elements * c.trips for c, s in pairs
+                if c.kind == "reduce-scatter" and demand.owners(s))
+    wanted = sum(min(1.0, demand.reductions(leaf)) * math.prod(demand.local(leaf, place))
+                 for leaf, place in demand.sharded)
+    return there * SLACK >= wanted
 
 
 def _communicating_optimizer(pairs: Sequence[Pair]) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import tempfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,10 +46,10 @@ def path_of(lowered: jax.stages.Lowered, request: Mapping[str, Any], target: str
 
 
 def load(path: pathlib.Path) -> dict[str, Any] | None:
-    """Returns the answer in a file; None if there is none, or it is torn or of another version."""
+    """Returns the answer in a file; None if there is none, or it is torn."""
     if not path.is_file():
         return None
-    with contextlib.suppress(OSError, EOFError, ValueError):
+    with contextlib.suppress(OSError, EOFError, ValueError, zlib.error):
         return unpacked(path.read_bytes())
     return None
 

@@ -1,8 +1,9 @@
-"""Compiles a jitted function, also for absent GPUs: then in a child process, so that an abort is
-an error here.
+"""Compiles a jitted function for the devices at hand, or in a child process for absent GPUs.
+
+An abort of the compiler ends only the child and is an exception here.
 
     here    jitted --jax.export, over an AbstractMesh--> bytes, with the user's source lines
-    child   bytes --deserialise, jit with the same shardings and donation--> the GPU compiler
+    child   bytes --deserialize, jit with the same shardings and donation--> the GPU compiler
             -> text, memory figures
 
 Only the child has the environment variable that lets the CUDA plugin start without a GPU.
@@ -69,7 +70,7 @@ class Compiled:
     """The compiler's answer.
 
     Attributes:
-      text: the optimised, scheduled program.
+      text: the optimized, scheduled program.
       memory: the compiler's figures in bytes per device, by the names of `MEMORY`.
       seconds: how long the compiler took.
       cached: whether it is the answer of an earlier, identical call.

@@ -1,5 +1,5 @@
-"""The collectives that ZeRO allows a compiled step: how often each parameter moves, and the bytes
-in total."""
+"""The collectives that ZeRO allows a compiled step: how often each parameter moves, and the total
+bytes."""
 
 import collections
 import dataclasses
@@ -45,8 +45,9 @@ class Demand:
       policy: the stage, mesh and precision.
       leaves, places: the parameters and the model state that the step reads, and where they are.
       accumulate: the number of microbatches.
-      per_device: whether each device differentiates its own part; `why`: the reason, for people.
-      uses: of each leaf, by the program that was traced; None where the program is not known.
+      per_device: whether each device differentiates its own part.
+      why: the reason for that, as text.
+      uses: the use of each leaf in the traced program; None where the program is not known.
     """
 
     policy: Policy
@@ -121,9 +122,17 @@ class Demand:
         return {leaf: size for one, leaf, size in self._known.get(shape.elements, ())
                 if _alike(one, dims)}
 
+    def is_whole(self, shape: Shape) -> bool:
+        """Whether an array may be the gradient of a parameter that is whole on every device."""
+        pairs = zip(self.leaves, self.places, strict=True)
+        whole = [self.local(leaf, place) for leaf, place in pairs
+                 if leaf.trained and not place.sharded]
+        return any(math.prod(dims) == shape.elements and _alike(key(dims), key(shape.dims))
+                   for dims in whole)
+
     @functools.cached_property
     def total(self) -> float:
-        """Bytes that each device sends per step by ZeRO's theory, of shards and of whole leaves."""
+        """Bytes that each device sends per step by ZeRO's theory, for sharded and whole leaves."""
         pairs = zip(self.leaves, self.places, strict=True)
         return sum(self._sent(leaf, place) for leaf, place in pairs)
 

@@ -1,4 +1,4 @@
-"""One thing that a user should know of a compiled step."""
+"""One thing that a user should know about a compiled step."""
 
 import dataclasses
 
@@ -10,10 +10,10 @@ class Finding:
     """Something that a user should know.
 
     Attributes:
-      what: a sentence, with what to do about it.
-      bytes: sent or kept on each device.
-      instruction: in the compiled program; empty for a finding about the whole program.
-      source: the user's line, "file:line"; empty if it is not known.
+      what: a sentence that describes it, with advice.
+      bytes: the bytes that each device sends or keeps because of it.
+      instruction: its name in the compiled program; empty for a finding about the whole program.
+      source: the user's line that causes it, "file:line"; empty if it is not known.
       wrong: whether ZeRO does not explain it, so that `Plan.check` raises.
     """
 

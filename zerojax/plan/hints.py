@@ -1,7 +1,7 @@
-"""What else a user should know of a compiled step: leaves left whole, weights kept, state not
-donated, reads repeated.
+"""Other notes for the user on a compiled step: leaves left whole, weights kept, state not donated,
+reads repeated.
 
-Only a state that was made against the policy is a fault.
+Only a state whose leaves are whole against the policy is a fault.
 """
 
 import collections
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from zerojax.hlo.program import Program
 from zerojax.layout.placement import ELSEWHERE, computed
 from zerojax.layout.report import Layout
+from zerojax.layout.rules import Leaf, Placement
 from zerojax.plan import provenance
 from zerojax.plan.demand import Demand
 from zerojax.plan.finding import Finding
@@ -99,13 +100,7 @@ def _combined(reading: Reading, account: Memory) -> Iterator[Finding]:
 def _repeated(demand: Demand) -> Iterator[Finding]:
     """Parameters that the model reads in more scopes than one, which moves more than ZeRO's
     formula."""
-    wire = demand.wire
-    extra = {}
-    for leaf, place in demand.sharded:
-        times = max(0, demand.gathers(leaf) - wire.gathered)
-        times += max(0, demand.reductions(leaf) - wire.reduced) if leaf.trained else 0
-        size_of = math.prod(demand.local(leaf, place)) * itemsize(computed(demand.policy, leaf))
-        extra[leaf] = times * size_of
+    extra = {leaf: _extra(demand, leaf, place) for leaf, place in demand.sharded}
     sent = sum(extra.values())
     if sent > AGAIN * demand.total:
         first = max(extra, key=lambda leaf: extra[leaf])
@@ -114,8 +109,19 @@ def _repeated(demand: Demand) -> Iterator[Finding]:
             f"{count} parameters move more often than ZeRO's formula counts, {size(sent)} in all, "
             f"because the model reads them in several places: {first.path} is gathered "
             f"{demand.gathers(first):.3g} and reduced {demand.reductions(first):.3g} times per "
-            "step. A module applied several times, or a block rematerialised within another, "
+            "step. A module applied several times, or a block rematerialized within another, "
             "does that.", sent)
+
+
+def _extra(demand: Demand, leaf: Leaf, place: Placement) -> float:
+    """Returns the bytes that each device sends of a parameter beyond ZeRO's formula."""
+    policy, wire = demand.policy, demand.wire
+    gathers = max(0, demand.gathers(leaf) - wire.gathered)
+    reductions = max(0, demand.reductions(leaf) - wire.reduced)
+    moved = (gathers * itemsize(computed(policy, leaf))
+             + reductions * itemsize(policy.precision.reduced(leaf.path, leaf.dtype)))
+    size_of = math.prod(demand.local(leaf, place))
+    return moved * size_of * (policy.shards - 1) / policy.shards
 
 
 def _constants(program: Program) -> Iterator[Finding]:

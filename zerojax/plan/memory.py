@@ -38,11 +38,11 @@ class Memory:
 
     Attributes:
       kinds: compiled bytes by kind; they add up to `peak`.
-      zero: ZeRO's formula for some of the kinds; None for the others.
+      zero: the bytes by ZeRO's formula; None or missing for the kinds that have no formula.
       peak: arguments, results that do not take an argument's place, temporaries, constants.
       host: bytes in the host's memory.
-      capacity: of the device; None if it is not known.
-      paper: the ZeRO paper's count for this stage: 16-bit parameters and gradients, and optimizer
+      capacity: bytes of device memory; None if they are not known.
+      paper: the ZeRO paper's bytes for this stage: 16-bit parameters and gradients, and optimizer
         state with an fp32 copy.
     """
 
@@ -55,6 +55,7 @@ class Memory:
 
     @property
     def usable(self) -> float | None:
+        """The capacity less `MARGIN`; None if the capacity is not known."""
         return None if self.capacity is None else (1 - MARGIN) * self.capacity
 
     @property

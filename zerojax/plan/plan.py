@@ -35,9 +35,9 @@ class Compute:
     """An estimate of the time of a step on one device, from its schedule (`schedule.ASSUMPTIONS`).
 
     Attributes:
-      flops: operations of products, those of rematerialised blocks included; `model_flops`:
-        without them.
-      seconds: per step.
+      flops: operations of products per step, including those that rematerialization repeats.
+      model_flops: `flops` without the repeated operations.
+      seconds: seconds per step.
       busy: seconds bound by "compute", by "memory", by the "launch" of kernels, and waiting for the
         "network".
       arithmetic: seconds that `flops` take at the GPU's peak for their dtypes.
@@ -53,7 +53,7 @@ class Compute:
 
     @property
     def bound(self) -> str:
-        """The resource that takes most of the time, of `busy`."""
+        """The key of `busy` with the most seconds."""
         return max(self.busy, key=self.busy.__getitem__)
 
 
@@ -64,10 +64,11 @@ class Plan(tables.Printed):
     Attributes:
       title: stage, devices, dtypes.
       memory: bytes by kind, beside ZeRO's formula, and whether they fit.
-      communication: rows by kind, dtype, axes and place; `zero_bytes` is ZeRO's total.
+      communication: the bytes sent, by kind, dtype, axes and place.
+      zero_bytes: the bytes that each device sends per step by ZeRO's formula.
       compute: an estimate of the time; None for devices whose speed is not known.
-      findings: what ZeRO does not explain, and what else a user should know.
-      reading: the compiled step that all of this was read off.
+      findings: everything that ZeRO does not explain, and notes for the user.
+      reading: the compiled step that the plan was read off.
     """
 
     title: str
@@ -85,6 +86,7 @@ class Plan(tables.Printed):
 
     @property
     def fits(self) -> bool | None:
+        """See `Memory.fits`."""
         return self.memory.fits
 
     @property
@@ -94,11 +96,12 @@ class Plan(tables.Printed):
 
     @property
     def topology(self) -> Topology | None:
+        """The GPUs that the step was compiled for; None for devices whose speed is not known."""
         return self.reading.topology
 
     @property
     def hlo(self) -> str:
-        """The optimised program, as the compiler prints it."""
+        """The optimized program, as the compiler prints it."""
         return self.reading.compiled.text
 
     @property
@@ -108,7 +111,7 @@ class Plan(tables.Printed):
 
     @property
     def compile_seconds(self) -> float:
-        """How long the compiler took, perhaps in an earlier, identical plan (`cached`)."""
+        """The compiler's time, in seconds; if `cached`, that of the earlier, identical plan."""
         return self.reading.compiled.seconds
 
     @property
@@ -128,15 +131,15 @@ class Plan(tables.Printed):
         return self.reading.runs
 
     def check(self, allow: str | None = None) -> "Plan":
-        """Returns the plan if ZeRO explains everything that is communicated and where the state is.
+        """Returns the plan if ZeRO explains all communication and the placement of the state.
 
         Args:
           allow: regex for findings to accept, searched in their text:
             `allow="dot_general|model.py:12"`.
 
         Raises:
-          PlanError: otherwise; names each instruction, the reason why it is not ZeRO's, and the
-            user's line that it comes from.
+          PlanError: otherwise. The text has up to ten findings, each with the reason why ZeRO does
+            not explain it, and the user's line that it comes from.
         """
         wrong = [f for f in self.findings if f.wrong and not (allow and re.search(allow, str(f)))]
         if wrong:

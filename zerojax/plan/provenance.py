@@ -1,4 +1,4 @@
-"""Which lines of Python are the user's, which are zerojax's: a finding names the former."""
+"""Which lines of Python are the user's and which are zerojax's: a finding names the former."""
 
 import itertools
 import linecache
@@ -15,7 +15,7 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "equinox")
 
 
 def is_users(frame: Frame) -> bool:
-    """Whether a line is outside of Python's start-up, jax, flax, optax, equinox and zerojax."""
+    """Whether a line is outside Python's start-up, jax, flax, optax, equinox and zerojax."""
     path = pathlib.Path(frame.file)
     if frame.file.startswith("<frozen ") or path.parent == pathlib.Path(runpy.__file__).parent:
         return False
@@ -25,12 +25,12 @@ def is_users(frame: Frame) -> bool:
 
 
 def within(frames: Iterable[Frame]) -> Iterator[Frame]:
-    """Yields the frames inside of the planned function."""
+    """Yields the frames inside the planned function."""
     return itertools.takewhile(lambda frame: frame.file != str(ENTRY), frames)
 
 
 def source(frames: Iterable[Frame]) -> str:
-    """Returns the innermost line of the user's, "file:line"; empty if there is none.
+    """Returns the user's innermost line, "file:line"; empty if there is none.
 
     >>> source([Frame(str(PAIR), 90, "read"), Frame("/home/me/model.py", 7, "loss")])
     '/home/me/model.py:7'
@@ -44,8 +44,9 @@ def by_the_pair(frames: Iterable[Frame]) -> bool:
 
 
 def readable(source: str) -> str:
-    """Returns "file:line" with the line's text; a file below the working directory by its path
-    from there, a notebook's as "cell".
+    """Returns "file:line" with the line's text.
+
+    A file below the working directory is named by its path from there, a notebook's cell as "cell".
     """
     file, _, line = source.rpartition(":")
     code = linecache.getline(file, int(line)).strip()

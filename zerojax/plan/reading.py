@@ -1,5 +1,5 @@
-"""A compiled step, read once: its program, collectives and simulated schedule, with the demand
-that it is judged by."""
+"""A compiled step, read once: its program, collectives and simulated schedule, and the demand by
+which it is judged."""
 
 import dataclasses
 import functools
@@ -21,8 +21,10 @@ class Reading:
 
     Attributes:
       demand: the collectives that ZeRO allows it.
-      layout: of the state among its arguments; `batch_bytes`: of the batch, on one device.
-      compiled: the compiler's answer; `topology`: the GPUs it is for, None for other devices.
+      layout: the layout of the state among its arguments.
+      batch_bytes: the bytes of the batch on one device.
+      compiled: the compiler's answer.
+      topology: the GPUs that it was compiled for; None for other devices.
     """
 
     demand: Demand

@@ -9,12 +9,12 @@ import dataclasses
 
 
 def paper_bytes(params: float, devices: int, stage: int, *, optimizer: float = 12) -> float:
-    """Bytes per device of parameters, gradients and optimizer state, as the paper counts them for
-    16-bit training.
+    """Returns the paper's bytes per device: parameters, gradients and optimizer state of 16-bit
+    training.
 
     Args:
-      params: number of parameters, Psi.
-      devices: number that share a copy.
+      params: the number of parameters, Psi.
+      devices: the number of devices that share a copy.
       optimizer: bytes of optimizer state per parameter (fp32 copy, momentum and variance of Adam:
         12).
 
@@ -27,11 +27,10 @@ def paper_bytes(params: float, devices: int, stage: int, *, optimizer: float = 1
 
 def rest_bytes(params: float, devices: int, stage: int, *, param_bytes: int = 4,
                optimizer: float = 8) -> float:
-    """Bytes per device of zerojax's state between steps: parameters and optimizer state, in shards
-    from stage 1 on.
+    """Returns the bytes per device of zerojax's parameters and optimizer state between steps.
 
-    The paper keeps a 16-bit copy of the parameters between steps of stages 1 and 2; zerojax makes
-    it anew in each.
+    They are sharded from stage 1 on. At stages 1 and 2, the paper keeps a 16-bit copy of the
+    parameters between steps; zerojax makes this copy anew in each step.
 
     >>> rest_bytes(8, 4, 3), rest_bytes(8, 4, 0)
     (24.0, 96.0)
@@ -41,11 +40,11 @@ def rest_bytes(params: float, devices: int, stage: int, *, param_bytes: int = 4,
 
 @dataclasses.dataclass(frozen=True)
 class Wire:
-    """Elements each device sends in a step, a parameter, but for the factor (N - 1) / N.
+    """The elements that each device sends per step and parameter, without the factor (N - 1) / N.
 
     Attributes:
-      gathered: in the compute dtype.
-      reduced: in the reduce dtype; an all-reduce counts twice, as a reduction and a gather.
+      gathered: those in the compute dtype.
+      reduced: those in the reduce dtype; an all-reduce counts twice, as a reduction and a gather.
     """
 
     gathered: int
@@ -56,7 +55,7 @@ class Wire:
         return self.gathered + self.reduced
 
     def bytes(self, params: float, devices: int, *, compute: int = 2, reduce: int = 2) -> float:
-        """Bytes each device sends in a step, for itemsizes `compute` and `reduce`."""
+        """Returns the bytes that each device sends per step, for these itemsizes."""
         return params * (self.gathered * compute + self.reduced * reduce) * (devices - 1) / devices
 
 
@@ -65,10 +64,10 @@ def wire(stage: int, accumulate: int = 1, *, per_device: bool = True,
     """Returns the cost of a parameter on the wire per step.
 
     Args:
-      stage: 0 to 3.
-      accumulate: microbatches, A.
-      per_device: each device differentiates its own part; with one loss, stage 1 reduces where
-        stage 2 does.
+      stage: the ZeRO stage, 0 to 3.
+      accumulate: the number of microbatches, A.
+      per_device: whether each device differentiates its own part; with one loss, stage 1 reduces
+        where stage 2 does.
       regathered: whether stage 3 gathers it again for the backward pass (a block under
         `jax.checkpoint`); a parameter that is kept, such as the head next to the loss, is gathered
         once.

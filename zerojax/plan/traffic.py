@@ -14,14 +14,16 @@ class Traffic:
     """Collectives of one kind, dtype, mesh axes and place.
 
     Attributes:
-      axes: mesh axes; None if the groups are no axes.
-      trips: how often the place runs per step: 1 is once, more is a loop.
-      backward: whether it belongs to the backward pass.
-      count: instructions.
-      bytes: sent by each device per step.
+      kind: the kind of collective, such as "all-gather".
+      dtype: HLO's name of the dtype, such as "bf16".
+      axes: the mesh axes that the groups of devices span; None if the groups match no axes.
+      trips: the number of times that each instruction runs per step; more than 1 in a loop.
+      backward: whether the place belongs to the backward pass.
+      count: the number of instructions.
+      bytes: the bytes that each device sends per step.
       asynchronous: how many of the instructions have a start and a done.
-      seconds, exposed: per step, at the topology's bandwidths; `exposed` with nothing else running.
-        None if the bandwidths are not known.
+      seconds: the time per step at the topology's bandwidths; None if they are not known.
+      exposed: the part of `seconds` in which nothing else runs, or None.
       beside: names of the instructions that run at the same time.
     """
 

@@ -1,4 +1,4 @@
-"""Fingerprints of what a process is about to run, as fields that processes can compare."""
+"""Fingerprints of a process's programs and settings, as fields that processes can compare."""
 
 import functools
 import hashlib
@@ -18,6 +18,8 @@ from zerojax.policy import Policy
 
 _PACKAGES = ("zerojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
+# jax identifies the Python functions of a custom_partitioning call by their address
+_PARTITIONING = re.compile(r'(custom_call @CustomSPMDPartitioning\(.*backend_config = )"\d+"')
 _SAMPLE = 2**16  # elements of an array that are hashed
 
 
@@ -117,9 +119,11 @@ def _constant(value: Any) -> bytes:
 def of_program(jitted: Callable, *args: Any, **kwargs: Any) -> str:
     """Returns the number of lines of a jitted function's program, and a digest of its text.
 
-    A later call neither traces nor lowers again.
+    A later call neither traces nor lowers again. Of a `custom_partitioning` function, the text has
+    the call, but not the body.
     """
     text = jitted.lower(*args, **kwargs).as_text()  # pyright: ignore[reportFunctionMemberAccess]
+    text = _PARTITIONING.sub(r"\1", text)
     return f"{text.count(chr(10))} lines, {of_text(text)[:12]}"
 
 

@@ -34,9 +34,9 @@ def initialize(address: str | None = None, processes: int | None = None,
     Must be the first call of a program that uses jax. Does nothing if the process is alone.
 
     Arguments that are not given are read from the environment of the process: the variables
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, then those of SkyPilot, torchrun
-    and SLURM; otherwise jax's own detection is used. The logger "zerojax" reports the decision at
-    level INFO, and warns if process 0 does not answer within 5 s.
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, then those of SkyPilot, torchrun,
+    SLURM and Open MPI; otherwise jax's own detection is used. The logger "zerojax" reports the
+    decision at level INFO, and warns if process 0 does not answer within 5 s.
 
     The processes first meet over plain TCP, because jax.distributed aborts a process that it cannot
     start.
@@ -46,18 +46,19 @@ def initialize(address: str | None = None, processes: int | None = None,
     would wait for the other processes.
 
     Args:
-      address: "host:port" of process 0. Nobody is authenticated there: the network must be private.
+      address: "host:port" of process 0, which authenticates nobody: the network must be private.
       processes, process: the number of processes, and the index of this one, from 0.
       local_devices: the devices of this host to use. None means all, or those that the launcher
         assigns.
       config: your settings. If they differ between processes, every process raises an error.
       bind_address: the IP address at which process 0 listens. None means that of `address`;
         "0.0.0.0" means every interface.
-      connect_timeout: seconds until process 0 must listen. None means $ZEROJAX_CONNECT_TIMEOUT; if
-        that is not set, `initialization_timeout` for an address that a scheduler wrote, and 5 for
-        any other.
-      initialization_timeout: seconds until all processes must have come.
-      heartbeat_timeout: seconds after which a dead, stopped or disconnected process ends all.
+      connect_timeout: seconds within which process 0 must listen. None means
+        $ZEROJAX_CONNECT_TIMEOUT; if that is not set, `initialization_timeout` for an address that a
+        scheduler wrote, and 5 for any other.
+      initialization_timeout: seconds within which all processes must arrive.
+      heartbeat_timeout: seconds after which all processes end if one is dead, suspended or
+        disconnected.
       shutdown_timeout: seconds that a finished process waits for the others.
 
     Returns:

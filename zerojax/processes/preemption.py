@@ -24,7 +24,8 @@ class Preemption:
     signal to one of them stops all of them after the same step.
 
     Attributes:
-      requested: whether a signal came. With several processes, whether all of them know of it.
+      requested: whether a signal has arrived; with several processes, whether all of them know
+        about it.
       status: the exit status of `exit()`: 75, "try again" in sysexits.h. An error gives 1, and a
         signal that ends the process gives 128 or more.
 

@@ -1,7 +1,7 @@
 """The meeting of all processes at the coordinator's address, over plain TCP, before jax starts.
 
 jax.distributed aborts a process that it cannot start; here, every failure is a Python error that
-names host and port. Process 0 listens until all have come, compares their fields, and sends each
+names host and port. Process 0 listens until all have arrived, compares their fields, and sends each
 the verdict. Then it leaves the port to jax's coordinator. Needs no jax.
 """
 
@@ -143,13 +143,12 @@ class _Guests(contextlib.AbstractContextManager):
 
     def gathered(self, bind: str, deadline: float) -> str:
         """Waits until all are here; returns the reason if that fails, or ""."""
-        complete = False
-        while not self.trouble and time.monotonic() < deadline:
-            ready = self.selector.select(0 if complete else _TICK)
-            if complete and not ready:  # none of them has left in the meantime
-                return ""
+        looks = 0  # since the last one came
+        while not self.trouble and looks < 2 and time.monotonic() < deadline:
+            ready = self.selector.select(0 if looks else _TICK)
             self._serve([key.data for key, _ in ready])
-            complete = len(self.here) == self.processes - 1
+            # the second look finds out whether one has left in the meantime
+            looks = looks + 1 if len(self.here) == self.processes - 1 else 0
         missing = sorted(set(range(1, self.processes)) - self.here.keys())
         late = (f"processes {missing[:10]} did not come to {bind} in time: {len(missing)} of "
                 f"{self.processes} are missing; see their logs.")
@@ -246,9 +245,9 @@ def join(address: str, process: int, processes: int, fields: Any, connect_timeou
       process: the index of this process.
       processes: the number of processes.
       fields: JSON values, which process 0 compares.
-      connect_timeout: seconds until process 0 must listen.
-      seconds: until all processes must have come.
-      note: takes a line of text if the connection takes long.
+      connect_timeout: seconds within which process 0 must listen.
+      seconds: seconds within which all processes must arrive.
+      note: takes a line of text if the connection takes a long time.
 
     Raises:
       ClusterError: process 0 does not listen, has left, or reports a difference; another program

@@ -1,4 +1,4 @@
-"""Training: differentiating a loss, updating the state, and the steps and verbs that a loop calls.
+"""Training: differentiating a loss, updating the state, and the functions that a loop calls.
 
-The only wing that knows losses and optimizers: the wings below it also serve evaluation and plans.
+The only wing that deals with losses and optimizers: those below it also serve evaluation and plans.
 """

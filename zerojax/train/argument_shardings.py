@@ -1,8 +1,8 @@
 """The arrays that a function under `zero.jit` was called with, while jax traces it.
 
-Traced arrays have no shardings; `transforms` looks up here where the parameters that it is given
-are at rest, and notes how often the function needs them, which its plan compares with the compiled
-program.
+Traced arrays have no shardings, so `transforms` looks up here the shardings at rest of the
+parameters that it is given. It also notes how often the function needs them; the function's plan
+compares this with the compiled program.
 """
 
 import contextlib

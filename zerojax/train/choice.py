@@ -1,9 +1,9 @@
 """The choice between the two ways to differentiate a loss.
 
-global       One loss over the whole microbatch; XLA finds the partial sums and reduces them. Right
-             for any loss.
+global       One loss over the whole microbatch; XLA finds the partial sums and reduces them.
+             Correct for any loss.
 per device   vmap over the batch's parts, one part per device; each reduction is an operation of the
-             program. Right for sums over examples whose program can be split into parts.
+             program. Correct for sums over examples whose program can be split into parts.
 
 An obstacle is a reason why a device cannot differentiate its own part alone. Its text is a
 predicate whose subject is the loss: "has a convolution".

@@ -1,6 +1,6 @@
 """Donation: a step takes the memory of the state it is given for the state it returns.
 
-The state must therefore be one that no earlier step took, hold no array twice, and be on the mesh.
+The state must therefore be on the mesh, hold no array twice, and not have been donated before.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Gradients of a batch: over microbatches, in either way to differentiate, reduced by the stage.
+"""Gradients of a batch, in microbatches and either way to differentiate, reduced as the stage says.
 
     params (shards)        -> gathered once (stages 1, 2), or where the program reads them (3)
     for each microbatch    -> gradients, scattered where they arise (2, 3) or kept as they are (1)
@@ -63,7 +63,7 @@ class Differentiator:
         gathered = parameters.gather_once(self.policy, self.pairs, params)
         differentiate = self._accumulated if self.accumulate > 1 else self._microbatch
         grads, loss, aux = differentiate(params, gathered, model_state, inputs, scale)
-        return self._reduced(grads, loss.weight), loss, aux
+        return self._reduced(grads, loss.weight, scale), loss, aux
 
     def uses(self, still: Sequence[bool] = ()) -> tuple[Use, ...]:
         """Returns how often a microbatch needs each leaf of the parameters and of the state.
@@ -215,11 +215,15 @@ class Differentiator:
         return [pair.constrain(x, spec) for pair, x, spec
                 in zip(self._of_trained(self.pairs), grads, specs, strict=True)]
 
-    def _reduced(self, grads: Sequence, weight) -> list:
-        """Returns gradients of the mean from those of the total, at their spec and dtype."""
+    def _reduced(self, grads: Sequence, weight, scale) -> list:
+        """Returns gradients of the mean from those of the total, at their spec and dtype.
+
+        Sums at the end are scaled like those at each read: float16 cannot hold a large total.
+        """
 
         def mean(pair, x):
-            x = pair.sum_parts(x) if pair.at_end else x
+            if pair.at_end:
+                x = scale.unscale(pair.sum_parts(scale.rescale(x, weight)), weight)
             wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             return pair.constrain((wide / weight).astype(pair.params), pair.spec)
 

@@ -1,4 +1,4 @@
-"""`zero.jit`: `jax.jit` for a training loop of the user's own.
+"""`zero.jit`: `jax.jit` for the user's own training loop.
 
 Shardings follow the state that the function is called with; the batch is split over the devices.
 """
@@ -42,7 +42,7 @@ class Jitted:
         self._specs = dict(numbers) if isinstance(numbers, Mapping) else dict.fromkeys(numbers)
         self._names = list(inspect.signature(fn).parameters)
         self._jitted = {}  # by shardings: jit itself traces once per shape
-        self._uses = {}  # by shardings: how often the last trace needed each argument
+        self._uses = {}  # by `_trace_key`: how often the trace needs each argument
         self._preflight = Preflight(policy, "zero.jit", donate=self._donates)
         self._is_new = False  # whether the function was traced since the last warning
 
@@ -68,7 +68,8 @@ class Jitted:
         placed = batches.placed(self.policy, (args, kwargs))
         program = self.of(state, *placed[0], **placed[1])
         program.trace(state, *placed[0], **placed[1])  # notes the uses; jax keeps the trace
-        uses = self._uses.get(self._shardings(state, *placed), ())
+        key = self._trace_key(self._shardings(state, *placed), state, *placed)
+        uses = self._uses.get(key, ())
         return planning.planned(self.policy, program, state, args, kwargs, accumulate=accumulate,
                                 uses=planning.of_model(state, uses), cache=cache,
                                 compiler_options=self._options["compiler_options"])
@@ -84,6 +85,13 @@ class Jitted:
     def _shardings(self, state, args, kwargs) -> tuple[Sharding | None, ...]:
         leaves = jax.tree.leaves(self._not_batches(state, args, kwargs))
         return tuple(getattr(x, "sharding", None) for x in leaves)
+
+    def _trace_key(self, shardings, state, args, kwargs) -> tuple:
+        """Returns all that a trace depends on; the same for traced arguments as for real ones."""
+        static = {name: x for name, x in kwargs.items() if name in self._static}
+        arrays = state, args, {name: x for name, x in kwargs.items() if name not in static}
+        return (shardings, jax.tree.structure(arrays), tuple(_shapes(arrays)),
+                frozenset(static.items()))
 
     def _fields(self, state, args, kwargs) -> dict:
         program = self.of(state, *args, **kwargs)
@@ -113,13 +121,14 @@ class Jitted:
     def _traced(self, shardings: Sequence[Sharding | None], state, *args, **kwargs):
         """Runs the function on traced arguments; `shardings` are of those that are not batches."""
         self._is_new = True
+        key = self._trace_key(shardings, state, args, kwargs)
         others = self._not_batches(state, args, kwargs)
         old = _with_shardings(state, shardings)
         args = [self._spread(i, x) for i, x in enumerate(args, 1)]
         kwargs = {name: self._spread(self._number(name), x) for name, x in kwargs.items()}
         with argument_shardings.tracing(others, shardings) as known:
             result = self.fn(state, *args, **kwargs)
-        self._uses[shardings] = [known.uses.get(id(x)) for x in jax.tree.leaves(others)]
+        self._uses[key] = [known.uses.get(id(x)) for x in jax.tree.leaves(others)]
         return _placed_as(old, result)
 
     def _spread(self, number: int | None, x):

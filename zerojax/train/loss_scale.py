@@ -3,7 +3,7 @@
 The loss is multiplied by a scale, and its gradients are divided by it. The scale follows the rule
 of DeepSpeed and jmp (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2): it starts at 2^16;
 `window` consecutive finite steps double it; the first `hysteresis` - 1 non-finite steps are only
-counted, and each later one halves it, until the scale doubles again.
+counted, and each later one halves it, until the scale doubles again. It stays between 1 and 2^24.
 """
 
 import jax
@@ -22,6 +22,10 @@ class NoScale(struct.PyTreeNode):
         """Returns gradients of the total, given those that `seed(weight)` led to."""
         return grads
 
+    def rescale(self, grads, weight):
+        """Returns gradients as `seed(weight)` leads to them, given those of the total."""
+        return grads
+
     def update(self, finite) -> "NoScale":
         """Returns the scale after a step whose gradient was finite or not."""
         return self
@@ -38,7 +42,7 @@ class LossScale(struct.PyTreeNode):
 
     Attributes:
       value: the scale.
-      good: number of consecutive finite steps.
+      good: number of consecutive finite steps since the scale last doubled.
       left: number of non-finite steps up to and including the one that halves the scale.
       window, hysteresis: see the module.
 
@@ -64,8 +68,11 @@ class LossScale(struct.PyTreeNode):
 
     def unscale(self, grads, weight):
         """See `NoScale.unscale`."""
-        factor = _nonzero(weight) / self.value
-        return jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), grads)
+        return _times(grads, _nonzero(weight) / self.value)
+
+    def rescale(self, grads, weight):
+        """See `NoScale.rescale`."""
+        return _times(grads, self.seed(weight))
 
     def update(self, finite) -> "LossScale":
         """See `NoScale.update`."""
@@ -83,6 +90,11 @@ class LossScale(struct.PyTreeNode):
     def metrics(self) -> dict:
         """See `NoScale.metrics`."""
         return {"loss_scale": self.value}
+
+
+def _times(grads, factor):
+    """Returns gradients times a factor, multiplied in float32."""
+    return jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), grads)
 
 
 def _nonzero(weight):

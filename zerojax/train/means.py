@@ -1,4 +1,4 @@
-"""Recognises a loss whose total is a mean, by its program: the weight would divide it again."""
+"""Recognizes, by its program, a loss whose total is a mean: the weight would divide it again."""
 
 import math
 from typing import Any

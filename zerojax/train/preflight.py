@@ -13,7 +13,7 @@ class Preflight:
     """The checks before each call of one jitted function: sound arguments, processes that agree.
 
     Args:
-      where: the verb that made the function, for errors.
+      where: the method that made the function, for errors.
       donate: whether the function takes the state's memory.
     """
 

@@ -1,4 +1,4 @@
-"""Where each leaf of a state is placed. A state is any pytree; `known` reads its parameters off it.
+"""Where each leaf of a state is placed. A state is any pytree; `known` finds its parameters.
 
 In lists of leaves and placements, a padded array is one leaf.
 """
@@ -117,7 +117,7 @@ def at_rest(policy: Policy, state: Any) -> list[Placement]:
 
 def layout(policy: Policy, state: Any) -> report.Layout:
     """Returns the `Layout` of a state."""
-    return report.of(policy, state, at_rest(policy, state))
+    return report.of(policy, _shapes(state), at_rest(policy, state))
 
 
 def model_leaves(policy: Policy, state: Any) -> tuple[tuple[Leaf, ...], tuple[Placement, ...]]:

@@ -84,7 +84,7 @@ class TrainStep:
     def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
         """Lowers as `jax.jit` does; `state` and `batch` may be `ShapeDtypeStruct`s.
 
-        A batch without shardings gets the ones that the step expects.
+        A batch without shardings gets the shardings that the step expects.
         """
         return self._jitted.lower(state, batches.placed(self.policy, batch))
 
@@ -93,14 +93,15 @@ class TrainStep:
 
         Nothing is run or allocated. Over simulated GPUs (`zj.make_mesh(topology=...)`) a child
         process compiles the step, and `cache` keeps the result on disk, under ~/.cache/zerojax or
-        $ZEROJAX_CACHE. Over devices, their own compiler does.
+        $ZEROJAX_CACHE. Over real devices, their own compiler runs in this process.
 
         Args:
           state, batch: arrays, or `ShapeDtypeStruct`s such as `Zero.abstract` returns.
 
         Raises:
-          CompileError: the compiler failed, aborted or ran out of memory; has its last lines.
-          BatchError, LossError, PolicyError: as the step would.
+          CompileError: the compiler failed, aborted or ran out of memory; the text has its last
+            lines.
+          BatchError, LossError, PolicyError: as for the step.
         """
         self._expected_dtypes(state)
         batches.check(self.policy, batch, self.accumulate)

@@ -1,4 +1,4 @@
-"""Which parameters are trained. The others are frozen: sharded and gathered, but without gradient.
+"""Which parameters are trained. The others are frozen: sharded and gathered, but without gradients.
 
 | `trainable` | the trained parameters |
 |---|---|
