@@ -105,7 +105,7 @@ def program(spec: Spec) -> Program:
         step = zero.train_step(case.loss, tx, accumulate=spec.accumulate, compiler_options=options)
     compiled = step.lower(state, batch).compile()
     text = compiled.as_text()
-    found = collectives.of(parse(text), provenance.is_users)
+    found = collectives.of(parse(text), provenance.source)
     return Program(spec, zero, dict(mesh.shape), state.params, found, text,
                    compiled.memory_analysis(), nbytes(batch))
 

@@ -2,24 +2,14 @@
 
 import warnings
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small
+from small import TX, X
 
 import zerojax as zj
-
-TX = optax.sgd(0.1)
-X = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
-
-
-def _zero():
-    return zj.Zero(zj.make_mesh(devices=jax.devices()[:8]), min_shard=1)
-
-
-def _weights():
-    return {"w": jnp.full((8, 16), 0.5)}
 
 
 class Tensor:
@@ -51,8 +41,8 @@ READ = {
 @pytest.mark.parametrize("name", READ)
 def test_batches_that_would_be_misread(name, where):
     make, text = READ[name]
-    zero = _zero()
-    state = zero.init(_weights, TX)
+    zero = small.zero()
+    state = zero.init(small.weights, TX)
 
     def loss(params, batch):
         return (batch["x"] @ params["w"]).mean()
@@ -68,13 +58,13 @@ def test_batches_that_would_be_misread(name, where):
 
 
 def test_64_bit_ids_that_fit_are_taken():
-    zero = _zero()
+    zero = small.zero()
 
     def loss(params, batch):
         return (batch["x"] @ params["w"]).mean() + batch["ids"].sum()
 
     batch = {"x": X, "ids": np.arange(16)}
-    _, metrics = zero.train_step(loss, TX)(zero.init(_weights, TX), batch)
+    _, metrics = zero.train_step(loss, TX)(zero.init(small.weights, TX), batch)
     wanted = (X @ np.full((8, 16), 0.5)).mean() + 120
     np.testing.assert_allclose(metrics["loss"], wanted, rtol=1e-6)
 
@@ -87,14 +77,14 @@ def test_one_batch_is_no_source_of_a_feed(name):
     text = (r"feed was given one batch \(a \w+\); give an iterable of batches: "
             r"zj.feed\(\[batch\], zero\)")
     with pytest.raises(zj.BatchError, match=text):
-        zj.feed(ONE[name], _zero())
+        zj.feed(ONE[name], small.zero())
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_a_feed_starts_again_if_its_source_can(prefetch):
-    feed = zj.feed([X, 2 * X], _zero(), prefetch=prefetch)
+    feed = zj.feed([X, 2 * X], small.zero(), prefetch=prefetch)
     assert [float(b[0, 0] / X[0, 0]) for _ in range(3) for b in feed] == [1, 2] * 3
-    once = zj.feed(iter([X]), _zero(), prefetch=prefetch)
+    once = zj.feed(iter([X]), small.zero(), prefetch=prefetch)
     assert len(list(once)) == 1
     text = ("this feed has ended, and its source, a list_iterator, can be iterated over only once; "
             "make a new feed for each epoch")
@@ -115,7 +105,7 @@ NOT_PADDED = {
 def test_a_batch_that_cannot_be_padded(name):
     batch, text = NOT_PADDED[name]
     with pytest.raises(zj.BatchError, match=text):
-        next(zj.feed([batch], _zero(), pad=True))
+        next(zj.feed([batch], small.zero(), pad=True))
 
 
 MEANS = {
@@ -140,9 +130,9 @@ MEANS = {
 @pytest.mark.parametrize("name", MEANS)
 def test_a_mean_in_place_of_a_sum_is_told(name):
     make, warns = MEANS[name]
-    zero = _zero()
+    zero = small.zero()
     step = zero.train_step(lambda p, x: make(x @ p["w"]), TX)
-    state = zero.init(_weights, TX)
+    state = zero.init(small.weights, TX)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         step.lower(state, X)

@@ -7,22 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec as P
+from small import TX, X
 
 import zerojax as zj
-
-TX = optax.sgd(0.1)
-X = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
-
-
-def _zero():
-    return zj.Zero(zj.make_mesh(devices=jax.devices()[:8]), min_shard=1)
-
-
-def _weights():
-    return {"w": jnp.full((8, 16), 0.5)}
 
 
 def _module():
@@ -40,7 +31,7 @@ def _equinox():
 MODELS = {
     "nnx": (_module, lambda m, x: m(x).mean()),
     "variables": (_variables, lambda v, x: nn.Dense(16).apply(v, x).mean()),
-    "tree": (_weights, lambda p, x: (x @ p["w"]).mean()),
+    "tree": (small.weights, lambda p, x: (x @ p["w"]).mean()),
     "equinox": (_equinox, lambda m, x: jax.vmap(m)(x).mean()),
 }
 
@@ -48,7 +39,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_init_takes_an_existing_model(name):
     make, loss = MODELS[name]
-    zero = _zero()
+    zero = small.zero()
     state, metrics = zero.train_step(loss, TX)(zero.init(make(), TX), X)
     theirs, expected = zero.train_step(loss, TX)(zero.init(make, TX), X)
     np.testing.assert_allclose(metrics["loss"], expected["loss"])
@@ -89,7 +80,7 @@ REFUSED = {
 def test_an_error_says_what_to_write_instead(name):
     call, error, text = REFUSED[name]
     with pytest.raises(error, match=text):
-        call(_zero())
+        call(small.zero())
 
 
 def _boxed_state(model):

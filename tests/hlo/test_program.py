@@ -78,7 +78,7 @@ for short, attributes in {
 
 
 def test_collectives_of_a_program():
-    gather, scatter, reduce = collectives.of(parse(PROGRAM), provenance.is_users)
+    gather, scatter, reduce = collectives.of(parse(PROGRAM), provenance.source)
     assert (gather.kind, gather.trips, gather.asynchronous) == ("all-gather", 5, True)
     assert gather.axes(MESH) == ("data",) and gather.shapes == (Shape("bf16", (64, 8)),)
     assert gather.op_name == "jit(step)/layer/gather"

@@ -415,3 +415,24 @@ def test_the_total_is_shards_copies_and_leaves_left_whole():
     size, whole = 6 * 1024 * 2048 + 5 * 6 * 96 * 128, 333 * 777
     sent = size * (2 * 2 + 4) * 3 / 4 + 2 * 1 / 2 * size / 4 * 4 + 2 * whole * 4 * 7 / 8
     assert demand().total == pytest.approx(sent)
+
+
+def test_a_parameter_has_one_budget_for_all_the_shapes_in_which_it_moves():
+    """A layer, the whole stack, and a layer in another layout: each is within the budget alone."""
+    shapes = [moved("all-gather", LAYER), moved("all-gather", (6, *LAYER), trips=1),
+              moved("all-gather", (2048, 16, 64))]
+    once = demand(uses=(ONCE, ONCE, ONCE))
+    for one in shapes:
+        assert audit.communication(once, [one]) == []
+    findings = audit.communication(once, shapes)
+    assert sum(f.bytes for f in findings) == 2 * shapes[0].wire_bytes
+    assert all(f.wrong and "3 times as much" in f.what for f in findings)
+
+
+def test_small_arrays_of_a_small_model_are_no_excuse():
+    """The gradient of a matrix of 64 KiB is summed whole: half of all that ZeRO sends."""
+    leaf = Leaf("w", (128, 128), "float32", P(None, None))
+    zero = zj.Zero(MESH, 3, precision=zj.Precision(compute="bfloat16"), min_shard=1)
+    small = Demand(zero, (leaf,), (Placement(P("data", None), P(None, None)),), uses=(ONCE,))
+    finding, = audit.communication(small, [moved("all-reduce", (128, 128), BATCH, "bf16", 1)])
+    assert finding.wrong and "reduce-scatter would leave each its shard" in finding.what

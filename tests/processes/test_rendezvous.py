@@ -246,6 +246,16 @@ def test_a_stranger_that_never_stops_sending_delays_nobody(pool, address):
         stop.set()
 
 
+def test_strangers_that_say_nothing_are_dropped(pool, address, monkeypatch):
+    """They would hold file descriptors until the meeting ends."""
+    monkeypatch.setattr(rendezvous, "_PATIENCE", 0.3)
+    first = pool.submit(hold, address, 2)
+    stranger = greeted(address)
+    stranger.settimeout(5)
+    assert stranger.recv(100) == b""
+    assert_met(first, pool.submit(join, address, 1, 2))
+
+
 def test_the_port_is_free_after_the_meeting(pool, address):
     """jax's coordinator listens there next."""
     assert_met(pool.submit(hold, address, 2), pool.submit(join, address, 1, 2))

@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -172,12 +173,13 @@ def _groups(rows: np.ndarray) -> Groups:
     return tuple(map(tuple, rows.tolist()))
 
 
-def of(program: Program, wanted: Callable[[Frame], bool] = bool) -> tuple[Collective, ...]:
+def of(program: Program,
+       wanted: Callable[[Sequence[Frame]], Any] = bool) -> tuple[Collective, ...]:
     """Returns the collectives of a program that run, in the order of its text.
 
     Args:
-      wanted: which lines of Python to look for. A collective for which the compiler kept no such
-        line takes the origin of the nearest instruction that has one.
+      wanted: whether the lines of Python that an instruction came from are of use. A collective
+        without such lines takes those of the nearest instruction that has them.
     """
     return tuple(_collective(program, inst, computation, wanted)
                  for computation, inst in _running(program) if kind(inst))
@@ -222,7 +224,7 @@ def kind(inst: Instruction) -> str | None:
 
 
 def _collective(program: Program, inst: Instruction, computation: str,
-                wanted: Callable[[Frame], bool]) -> Collective:
+                wanted: Callable[[Sequence[Frame]], Any]) -> Collective:
     which = inst.op.removesuffix("-start")
     spelled = _SPELLING.search(inst.attributes)
     grouped = groups(spelled[0] if spelled else "", program.devices)
@@ -252,13 +254,19 @@ def _times(shape: Shape, axis: int, factor: int) -> Shape:
 
 
 def origin(program: Program, inst: Instruction, computation: str,
-           wanted: Callable[[Frame], bool]) -> tuple[str, tuple[Frame, ...]]:
-    """Returns `Collective.op_name` and `Collective.frames`."""
+           wanted: Callable[[Sequence[Frame]], Any]) -> tuple[str, tuple[Frame, ...]]:
+    """Returns `Collective.op_name` and `Collective.frames`.
+
+    The name is that of the nearest instruction with any frame, because the compiler kept its
+    origin, and the frames are those of the nearest instruction that has a wanted one.
+    """
+    name = ""
     for near in _near(program, inst, computation):
         frames = tuple(program.frames(near))
-        if any(map(wanted, frames)):
-            return near.attribute("op_name"), frames
-    return inst.attribute("op_name"), ()
+        name = name or (near.attribute("op_name") if frames else "")
+        if wanted(frames):
+            return name, frames
+    return name or inst.attribute("op_name"), ()
 
 
 def _near(program: Program, inst: Instruction, computation: str,

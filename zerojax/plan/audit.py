@@ -13,7 +13,7 @@ operation, a sharded parameter that nothing gathers.
 import collections
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax.numpy as jnp
 
@@ -30,6 +30,7 @@ from zerojax.trees import itemsize
 
 SMALL = 2**16  # bytes of one array: norms, losses, batch statistics
 STATISTICS = 0.01  # of ZeRO's bytes: all arrays of that kind together
+TINY = 2**12  # bytes sent by all of them that are never worth a finding
 NEGLIGIBLE = 0.001  # of ZeRO's bytes: what is not explained, all together
 SLACK = 1.02
 OPTIMIZER = "zerojax_optimizer"  # the scope in which a step calls the optimizer
@@ -76,22 +77,44 @@ def _arrays(c: Collective) -> Iterator[Pair]:
 
 def _judged(demand: Demand, pairs: Sequence[Pair]) -> list[Finding]:
     statistics = [(c, s) for c, s in pairs if s.bytes <= SMALL]
-    many = sum(c.wire(s) for c, s in statistics) > max(SMALL, STATISTICS * demand.total)
-    odd, known = [], collections.defaultdict(list)
+    many = sum(c.wire(s) for c, s in statistics) > max(TINY, STATISTICS * demand.total)
+    odd, left = [], []
     for c, s in pairs if many else [(c, s) for c, s in pairs if s.bytes > SMALL]:
         if why := _foreign(demand, c, s):
             odd.append(_finding(demand, c, s, why))
         else:
-            known[_class(demand, c, s)].append((c, s))
-    return odd + [f for pairs in known.values() for f in _too_often(demand, pairs)]
+            left.append((c, s))
+    more, left = _beyond_budget(demand, left, _class, demand.owners)
+    # a parameter that moves in several shapes has one budget for all of them
+    gathered = [pair for pair in left if pair[0].kind != "all-reduce"]
+    return odd + more + _beyond_budget(demand, gathered, _family, demand.relatives)[0]
 
 
 def _class(demand: Demand, c: Collective, s: Shape) -> tuple:
-    """Returns what shares a budget: all reductions over the same axes, or arrays of one parameter's
-    shape."""
+    """Returns the key of a budget: of all reductions over the same axes, or of one shape."""
     if c.kind == "all-reduce":
         return c.kind, c.axes(demand.policy.mesh.shape)
     return c.kind, key(s.dims)
+
+
+def _family(demand: Demand, c: Collective, s: Shape) -> tuple:
+    """Returns the key of a budget: of all parameters that are related to the owners of an array."""
+    return c.kind, demand.family(s)
+
+
+def _beyond_budget(demand: Demand, pairs: Sequence[Pair], group: Callable,
+                   owners: Callable[[Shape], Mapping[Leaf, int]]) -> tuple[list, list[Pair]]:
+    """Returns findings for the arrays that exceed the budgets of their groups, and the others."""
+    groups = collections.defaultdict(list)
+    for pair in pairs:
+        groups[group(demand, *pair)].append(pair)
+    found, left = [], []
+    for mine in groups.values():
+        c, s = mine[0]
+        findings, rest = _too_often(demand, mine, _most(demand, c, owners(s)))
+        found += findings
+        left += rest
+    return found, left
 
 
 def _weighed(demand: Demand, odd: list[Finding]) -> list[Finding]:
@@ -215,13 +238,12 @@ def hlo_name(dtype: str) -> str:
     return short.replace("uint", "u").replace("int", "s")
 
 
-def _too_often(demand: Demand, pairs: list[Pair]) -> list[Finding]:
-    """Returns findings for the arrays that exceed their class's budget.
+def _too_often(demand: Demand, pairs: list[Pair], most: float) -> tuple[list[Finding], list[Pair]]:
+    """Returns findings for the arrays that exceed a budget of elements, and the other arrays.
 
     Named first are those that did not come from zerojax's gather and scatter, then those of long
     loops.
     """
-    most = _most(demand, *pairs[0])
     total = moved = sum(s.elements * c.trips for c, s in pairs)
     left = sorted(pairs, key=lambda p: (not provenance.by_the_pair(p[0].frames), p[0].trips))
     often = f"{moved / most:.3g} times as much as" if most else "though none may be moved"
@@ -230,16 +252,19 @@ def _too_often(demand: Demand, pairs: list[Pair]) -> list[Finding]:
         c, s = left.pop()
         total -= s.elements * c.trips
         odd.append(_finding(demand, c, s, (
-            f"arrays of this shape move {often} in stage {demand.policy.stage} with "
+            f"arrays of these parameters' shapes move {often} in stage {demand.policy.stage} with "
             f"{demand.accumulate} microbatch(es) and this program's reads: an activation of a "
             "parameter's shape, or a weight that is read in a loop which does not slice it")))
-    return odd
+    return odd, left
 
 
-def _most(demand: Demand, c: Collective, shape: Shape) -> float:
-    """Returns the elements that ZeRO moves in arrays of one class at most, in all turns of all
-    loops."""
-    owners = demand.owners(shape)
+def _most(demand: Demand, c: Collective, owners: Mapping[Leaf, int]) -> float:
+    """Returns the number of elements that ZeRO moves of these parameters at most, in all iterations
+    of all loops.
+
+    Args:
+      c: one of the collectives, all of one kind and, if they are all-reduces, over the same axes.
+    """
     if c.kind == "all-reduce":
         # per device, once per step; with one loss, XLA reduces each use of a tied weight
         times = 1 if demand.per_device else 2 * demand.accumulate

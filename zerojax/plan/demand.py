@@ -17,6 +17,8 @@ from zerojax.plan import theory
 from zerojax.policy import Policy
 from zerojax.trees import itemsize
 
+SMALLEST = 2**15  # elements: parameters that only have a smaller shape in common are not related
+
 
 @dataclasses.dataclass(frozen=True)
 class Use:
@@ -121,6 +123,39 @@ class Demand:
         dims = key(shape.dims)
         return {leaf: size for one, leaf, size in self._known.get(shape.elements, ())
                 if _alike(one, dims)}
+
+    def relatives(self, shape: Shape) -> dict[Leaf, int]:
+        """Returns the owners of an array, and all parameters that arrays of their other shapes may
+        belong to, each with its size on one device."""
+        owner = next(iter(self.owners(shape)))
+        return {leaf: self._sizes[leaf] for leaf in self._families[owner]}
+
+    def family(self, shape: Shape) -> int:
+        """Returns a number that is the same for all arrays whose owners are related."""
+        return id(self._families[next(iter(self.owners(shape)))])
+
+    @functools.cached_property
+    def _sizes(self) -> dict[Leaf, int]:
+        return {leaf: math.prod(self.local(leaf, place)) for leaf, place in self.sharded}
+
+    @functools.cached_property
+    def _families(self) -> dict[Leaf, set[Leaf]]:
+        """The sharded parameters that have a shape in common, directly or through others."""
+        families = {leaf: {leaf} for leaf in self._sizes}
+
+        def join(a: Leaf, b: Leaf) -> None:
+            if families[a] is not families[b]:
+                families[a] |= families[b]
+                families.update(dict.fromkeys(families[b], families[a]))
+
+        for elements, entries in self._known.items():
+            first = {}
+            for dims, leaf, _ in entries if elements > SMALLEST else ():
+                join(first.setdefault(dims, leaf), leaf)
+            for (a, leaf), (b, other) in itertools.combinations(first.items(), 2):
+                if _alike(a, b):
+                    join(leaf, other)
+        return families
 
     def is_whole(self, shape: Shape) -> bool:
         """Whether an array may be the gradient of a parameter that is whole on every device."""

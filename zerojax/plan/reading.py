@@ -44,7 +44,7 @@ class Reading:
 
     @functools.cached_property
     def collectives(self) -> tuple[Collective, ...]:
-        return collectives.of(self.program, provenance.is_users)
+        return collectives.of(self.program, provenance.source)
 
     @functools.cached_property
     def speed(self) -> schedule.Speed | None:

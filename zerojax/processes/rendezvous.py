@@ -21,6 +21,7 @@ _GREETING = b"zerojax rendezvous 1\n"
 _LONGEST = 2**24  # bytes of a message
 _NOTE = 5.0  # seconds until a process that waits says so
 _TICK = 0.1  # seconds between looks at the clock
+_PATIENCE = 10.0  # seconds until a connection must have named its process
 
 Compare = Callable[[dict[int, Any]], str]  # the difference between the fields of processes, or ""
 
@@ -121,6 +122,7 @@ class _Guest:
     received: bytes = b""
     process: int | None = None
     fields: Any = None
+    since: float = dataclasses.field(default_factory=time.monotonic)
 
 
 class _Guests(contextlib.AbstractContextManager):
@@ -147,6 +149,7 @@ class _Guests(contextlib.AbstractContextManager):
         while not self.trouble and looks < 2 and time.monotonic() < deadline:
             ready = self.selector.select(0 if looks else _TICK)
             self._serve([key.data for key, _ in ready])
+            self._drop_silent()
             # the second look finds out whether one has left in the meantime
             looks = looks + 1 if len(self.here) == self.processes - 1 else 0
         missing = sorted(set(range(1, self.processes)) - self.here.keys())
@@ -161,6 +164,14 @@ class _Guests(contextlib.AbstractContextManager):
                 self._accept()
             else:
                 self._receive(guest)
+
+    def _drop_silent(self) -> None:
+        """Drops connections that name no process, which would use up the file descriptors."""
+        oldest = time.monotonic() - _PATIENCE
+        guests = [key.data for key in self.selector.get_map().values() if key.data]
+        for guest in guests if not self.trouble else ():
+            if guest.process is None and guest.since < oldest:
+                self._drop(guest)
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # it has left already
