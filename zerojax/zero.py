@@ -275,11 +275,15 @@ class Zero(Policy):
 
         Raises:
           ModelError: `state` has no params.
+          PolicyError: `fn` already has the settings that were given.
           CompileError: the compiler failed; the text has its last lines.
         """
         if isinstance(fn, TrainStep):
+            planning.check_settings("train_step", accumulate=accumulate > 1, kwargs=kwargs,
+                                    compiler_options=compiler_options)
             return fn.plan(state, *args, cache=cache)
         if isinstance(fn, Jitted):
+            planning.check_settings("jit", compiler_options=compiler_options)
             return fn.plan(state, *args, accumulate=accumulate, cache=cache, **kwargs)
         if not hasattr(fn, "trace"):
             raise ModelError(f"zero.plan takes a jitted function, not {fn!r}; write "

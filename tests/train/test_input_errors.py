@@ -120,3 +120,13 @@ def test_an_error_names_what_was_given(name):
     with pytest.raises(kind) as caught:
         provoke()
     assert [w for w in words if w not in str(caught.value)] == [], str(caught.value)
+
+
+def test_settings_that_a_planned_function_has_itself_are_refused():
+    zero = _zero()
+    state, step = zero.init(_weights, TX), zero.train_step(_mean, TX)
+    with pytest.raises(zj.PolicyError, match=r"zero.plan\(accumulate=...\) .* zero.train_step"):
+        zero.plan(step, state, X, accumulate=2)
+    jitted = zero.jit(lambda state, x: state)
+    with pytest.raises(zj.PolicyError, match=r"zero.plan\(compiler_options=...\) .* zero.jit"):
+        zero.plan(jitted, state, X, compiler_options={"xla_embed_ir_in_executable": True})

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zerojax.data import batch as batches
-from zerojax.errors import ModelError
+from zerojax.errors import ModelError, PolicyError
 from zerojax.plan import plan
 from zerojax.plan.compiler import Call
 from zerojax.plan.demand import Demand, Use
@@ -49,3 +49,17 @@ def of_model(state: Any, uses: Sequence[Use | None]) -> tuple[Use | None, ...]:
     found = [uses[i] if i < len(uses) else None for i in state_layout.known(state).model]
     return tuple(use and Use(max(2.0, use.gathers), max(1.0, use.scatters), use.calls)
                  for use in found)
+
+
+def check_settings(made_by: str, **given: Any) -> None:
+    """Raises `PolicyError` for settings of a plan that the planned function has itself.
+
+    Args:
+      made_by: the method of `Zero` that made the function.
+      given: each setting, or whether it was given.
+    """
+    names = [name for name, value in given.items() if value]
+    if names:
+        raise PolicyError(f"zero.plan({', '.join(f'{name}=...' for name in names)}) was given a "
+                          f"function of zero.{made_by}, which is planned with its own settings; "
+                          f"give them to zero.{made_by}.")
