@@ -436,3 +436,22 @@ def test_small_arrays_of_a_small_model_are_no_excuse():
     small = Demand(zero, (leaf,), (Placement(P("data", None), P(None, None)),), uses=(ONCE,))
     finding, = audit.communication(small, [moved("all-reduce", (128, 128), BATCH, "bf16", 1)])
     assert finding.wrong and "reduce-scatter would leave each its shard" in finding.what
+
+
+def test_two_parameters_of_a_small_shape_have_the_budget_of_both():
+    """An embedding and a head of 48 KiB each, in a model whose small arrays are judged as well."""
+    leaves = tuple(Leaf(name, shape, "float32", P(None, None))
+                   for name, shape in (("embed", (256, 96)), ("head", (96, 256))))
+    zero = zj.Zero(MESH, 3, precision=zj.Precision(compute="bfloat16"), min_shard=1)
+    place = Placement(P("data", None), P(None, None))
+    small = Demand(zero, leaves, (place, place), uses=(ONCE, ONCE))
+    gather = moved("all-gather", (256, 96), trips=1)
+    assert audit.communication(small, [gather, gather]) == []
+    assert audit.communication(small, [gather] * 3) != []
+
+
+def test_an_optimizers_sum_that_is_joined_to_scalars_is_its_own():
+    muon = moved("all-reduce", (2**18 + 2,), DATA, "f32", ours=False,
+                 path="jit(step)/(zerojax_optimizer/dot_general:reduce_sum)")
+    assert [f.wrong for f in audit.communication(demand(), [*SCATTERED, muon])] == [False]
+    assert [f.wrong for f in audit.communication(demand(), [muon])] == [True]

@@ -13,6 +13,7 @@ operation, a sharded parameter that nothing gathers.
 import collections
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax.numpy as jnp
@@ -337,7 +338,10 @@ def _by_optimizer(pair: Pair, reduced: bool) -> bool:
     """Whether the optimizer moves an array. Unless all gradients are `reduced` to shards before, a
     sum in it may be that of a whole gradient."""
     c, s = pair
-    return _in_optimizer(c) and s.bytes > SMALL and (reduced or c.kind != "all-reduce")
+    if c.kind != "all-reduce":
+        return _in_optimizer(c) and s.bytes > SMALL
+    # the compiler joins its sums to scalars in one array, under the names of all: a/(b:c)
+    return reduced and OPTIMIZER in re.split(r"[/(:)]", c.op_name) and s.bytes > SMALL
 
 
 def _in_optimizer(c: Collective) -> bool:

@@ -127,12 +127,12 @@ class Demand:
     def relatives(self, shape: Shape) -> dict[Leaf, int]:
         """Returns the owners of an array, and all parameters that arrays of their other shapes may
         belong to, each with its size on one device."""
-        owner = next(iter(self.owners(shape)))
-        return {leaf: self._sizes[leaf] for leaf in self._families[owner]}
+        families = [self._families[leaf] for leaf in self.owners(shape)]
+        return {leaf: self._sizes[leaf] for family in families for leaf in family}
 
-    def family(self, shape: Shape) -> int:
-        """Returns a number that is the same for all arrays whose owners are related."""
-        return id(self._families[next(iter(self.owners(shape)))])
+    def family(self, shape: Shape) -> frozenset[int]:
+        """Returns a value that is the same for all arrays with the same `relatives`."""
+        return frozenset(id(self._families[leaf]) for leaf in self.owners(shape))
 
     @functools.cached_property
     def _sizes(self) -> dict[Leaf, int]:
