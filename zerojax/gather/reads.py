@@ -60,7 +60,7 @@ class _View:
     Attributes:
       index, param: of the parameter. dims: the dimension of the parameter that each dimension
         shows.
-      shape, share: of this part; its share of the whole, in all turns of the loops around it.
+      shape, share: of this part; its share of the whole, in all iterations of the loops around it.
       part: names the part within its scope, so that equal parts share a read.
     """
 

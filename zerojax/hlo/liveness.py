@@ -118,9 +118,9 @@ class _Body:
     def _inherit(self, shape: Shape, made: Buffer, operands: list[Buffer]) -> None:
         """Gives a stack the kind of the arrays in it, and a copy that of its original."""
         others = [b for b in operands if b is not made]
-        turns = shape.dims if made in operands else (1,)  # any dimension can be the stacked one
+        copies = shape.dims if made in operands else (1,)  # any dimension can be the stacked one
         same = [b.kind for b in others
-                if b.kind != OTHER and shape.bytes in [b.bytes * n for n in turns]]
+                if b.kind != OTHER and shape.bytes in [b.bytes * n for n in copies]]
         if same and (made in operands or len(others) == 1):
             made.holds(same[0])
 
