@@ -95,7 +95,8 @@ def timeline(plan: Plan, computation: str | None = None, ax: Any = None):
     ax = _axes(ax, (9, 2.4))
     _lanes(ax, runs[computation].spans, {c.name: c.kind for c in found}, _NARROW * duration)
     times = plan.program.times[computation]
-    where = "the whole step" if computation == plan.program.entry else f"one of {times} loop iterations"
+    whole = computation == plan.program.entry
+    where = "the whole step" if whole else f"one of {times} loop iterations"
     ax.set_yticks([0.5, 1.5], ["network", "compute"])
     ax.set_xlabel(f"estimated ms within {where}")
     ax.set_xlim(0, duration * 1e3)
