@@ -14,16 +14,14 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-
-import jax.numpy as jnp
+from collections.abc import Iterator, Sequence
 
 from zerojax.hlo import collectives
 from zerojax.hlo.collectives import Collective
-from zerojax.hlo.program import BITS, Program, Shape
-from zerojax.layout import placement
+from zerojax.hlo.program import BITS, Program
 from zerojax.layout.rules import Leaf
-from zerojax.plan import provenance
+from zerojax.plan import budget, finding, foreign, provenance
+from zerojax.plan.budget import Pair
 from zerojax.plan.demand import Demand, key
 from zerojax.plan.finding import Finding
 from zerojax.tables import size
@@ -33,13 +31,7 @@ SMALL = 2**16  # bytes of one array: norms, losses, batch statistics
 STATISTICS = 0.01  # of ZeRO's bytes: all arrays of that kind together
 TINY = 2**12  # bytes sent by all of them that are never worth a finding
 NEGLIGIBLE = 0.001  # of ZeRO's bytes: what is not explained, all together
-SLACK = 1.02
 OPTIMIZER = "zerojax_optimizer"  # the scope in which a step calls the optimizer
-_FLOATS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
-_STRUCTURE = {"", "call_exported", "while", "body", "cond", "closed_call", "eval_jaxpr",
-              "checkpoint", "rematted_computation"}
-
-Pair = tuple[Collective, Shape]
 
 
 def of(demand: Demand, program: Program, found: Sequence[Collective]) -> list[Finding]:
@@ -81,41 +73,15 @@ def _judged(demand: Demand, pairs: Sequence[Pair]) -> list[Finding]:
     many = sum(c.wire(s) for c, s in statistics) > max(TINY, STATISTICS * demand.total)
     odd, left = [], []
     for c, s in pairs if many else [(c, s) for c, s in pairs if s.bytes > SMALL]:
-        if why := _foreign(demand, c, s):
-            odd.append(_finding(demand, c, s, why))
+        if why := foreign.reason(demand, c, s):
+            odd.append(finding.moved(demand, c, s, why))
         else:
             left.append((c, s))
-    more, left = _beyond_budget(demand, left, _class, demand.owners)
+    more, left = budget.exceeding(demand, left, budget.by_shape, demand.owners)
     # a parameter that moves in several shapes has one budget for all of them
     gathered = [pair for pair in left if pair[0].kind != "all-reduce"]
-    return odd + more + _beyond_budget(demand, gathered, _family, demand.relatives)[0]
-
-
-def _class(demand: Demand, c: Collective, s: Shape) -> tuple:
-    """Returns the key of a budget: of all reductions over the same axes, or of one shape."""
-    if c.kind == "all-reduce":
-        return c.kind, c.axes(demand.policy.mesh.shape)
-    return c.kind, key(s.dims)
-
-
-def _family(demand: Demand, c: Collective, s: Shape) -> tuple:
-    """Returns the key of a budget: of all parameters that are related to the owners of an array."""
-    return c.kind, demand.family(s)
-
-
-def _beyond_budget(demand: Demand, pairs: Sequence[Pair], group: Callable,
-                   owners: Callable[[Shape], Mapping[Leaf, int]]) -> tuple[list, list[Pair]]:
-    """Returns findings for the arrays that exceed the budgets of their groups, and the others."""
-    groups = collections.defaultdict(list)
-    for pair in pairs:
-        groups[group(demand, *pair)].append(pair)
-    found, left = [], []
-    for mine in groups.values():
-        c, s = mine[0]
-        findings, rest = _too_often(demand, mine, _most(demand, c, owners(s)))
-        found += findings
-        left += rest
-    return found, left
+    return odd + more + budget.exceeding(demand, gathered, budget.by_family,
+                                         demand.relatives)[0]
 
 
 def _weighed(demand: Demand, odd: list[Finding]) -> list[Finding]:
@@ -128,153 +94,6 @@ def _weighed(demand: Demand, odd: list[Finding]) -> list[Finding]:
 def _over_batch(demand: Demand, c: Collective) -> bool:
     axes = c.axes(demand.policy.mesh.shape)
     return axes is None or bool(set(axes) & set(demand.policy.batch_axes))
-
-
-def _foreign(demand: Demand, c: Collective, s: Shape) -> str:
-    """Returns the reason why an array is none of ZeRO's; empty if it is one."""
-    owners = demand.owners(s)
-    axes = set(c.axes(demand.policy.mesh.shape) or ())
-    if c.kind == "all-reduce":
-        return _foreign_reduction(demand, c, s, owners, axes)
-    if c.kind not in ("all-gather", "reduce-scatter"):
-        return ("ZeRO moves nothing this way: an array changes its layout between devices, for "
-                "example a batch that is reshaped into microbatches (train_step(accumulate=...) "
-                "splits it without), or a table read at indices that other devices hold")
-    if not owners:
-        return ("no parameter has this shape: it is the batch, an activation or its gradient. "
-                "Either the parameters are not read through zerojax, so that XLA moves "
-                "activations in their place, or the model contracts over the batch")
-    if axes != set(demand.policy.axes):
-        return (f"a parameter is moved over {sorted(axes) or 'other groups'}, "
-                f"not over {sorted(demand.policy.axes)}")
-    if c.kind == "reduce-scatter" and not any(leaf.trained for leaf in owners):
-        return f"{next(iter(owners)).path} is frozen, but a gradient of it is reduced"
-    return _wide(demand, c, s, owners)
-
-
-def _wide(demand: Demand, c: Collective, s: Shape, owners: Mapping[Leaf, int]) -> str:
-    """Returns the reason why a parameter moves in too wide a dtype, or an empty string."""
-    p, gathers = demand.policy, c.kind == "all-gather"
-    dtypes = [placement.computed(p, leaf) if gathers else p.precision.reduced(leaf.path, leaf.dtype)
-              for leaf in owners]
-    wanted = min(dtypes, key=itemsize)
-    if s.dtype in map(hlo_name, dtypes) or itemsize(wanted) * s.elements >= s.bytes:
-        return ""
-    if gathers:
-        return (f"a parameter is gathered as {s.dtype}, not as {hlo_name(wanted)} (Precision "
-                f"compute={wanted!r}): it is cast after the gather; train_step and zero.gathered "
-                "cast before it")
-    return (f"a parameter is reduced as {s.dtype}, not as {hlo_name(wanted)} (Precision reduce="
-            f"{wanted!r}): the product that it comes from is of that dtype")
-
-
-def _foreign_reduction(demand: Demand, c: Collective, s: Shape, owners: Mapping[Leaf, int],
-                       axes: set[str]) -> str:
-    whole = _whole(demand) + SMALL // 4  # scalars join the compiler's one reduction of them
-    if axes == {demand.policy.replica_axis}:
-        return "" if s.elements <= whole + _shards(demand) else (
-            "only shards of gradients are summed over the copies")
-    if s.elements <= whole and (not owners or demand.is_whole(s)):
-        return ""
-    if c.op_name and not c.differentiated and not provenance.by_the_pair(c.frames):
-        return "it is outside of the loss and its gradient: something else in the step communicates"
-    if owners and "scatter" in c.op_name and c.trips > demand.accumulate:
-        return ("the gradient of a table that is looked up in a loop is summed in each iteration: "
-                "look it up before the loop, or return zj.Loss, so that each device adds up its "
-                "own part first")
-    return _summed_whole(demand, c, s, owners)
-
-
-def _summed_whole(demand: Demand, c: Collective, s: Shape, owners: Mapping[Leaf, int]) -> str:
-    padded = [leaf for leaf, place in demand.sharded if place.kept and leaf.trained]
-    if padded and not demand.per_device and c.backward:
-        return (f"gradients are summed whole, for example that of {padded[0].path}, which is "
-                "padded (Zero(uneven='pad')): with one loss the padding precedes the sum. Return "
-                "zj.Loss, so that each device pads its own part's")
-    computes = hlo_name(demand.policy.precision.compute_dtype)
-    cast = (f"; or the model computes in {s.dtype} where Precision(compute=...) says {computes}, "
-            "and the cast keeps XLA from reducing to shards: give its layers that dtype, or "
-            "return zj.Loss"
-            if c.backward and s.dtype != computes else "")
-    if owners:
-        return ("the gradient of a sharded parameter is summed whole on every device; a "
-                "reduce-scatter would leave each its shard. The parameter is not read through "
-                "zerojax, or it is looked up at indices that do not depend on the example "
-                "(positions), or twice after one read (gradients='per_device' adds up first)"
-                + cast)
-    return ("activations are summed over the batch's devices, as in tensor parallelism, or "
-            "gradients are summed whole where a reduce-scatter would leave each device its shard: "
-            "parameters are not read through zerojax, several are stacked or concatenated and "
-            "used as one, the model contracts over the batch, or a table is looked up at indices "
-            "that do not depend on the example (positions: make them a parameter of their own "
-            "shape, or return zj.Loss)" + cast)
-
-
-def _whole(demand: Demand) -> int:
-    """Returns the elements of the trained leaves left whole, whose gradients the compiler joins."""
-    pairs = zip(demand.leaves, demand.places, strict=True)
-    return sum(math.prod(demand.local(leaf, place)) for leaf, place in pairs
-               if leaf.trained and not place.sharded)
-
-
-def _shards(demand: Demand) -> float:
-    """Returns the elements of one device's shards of the trained parameters, as often as their
-    gradients are reduced per step."""
-    reduced = [demand.reductions(leaf) * math.prod(demand.local(leaf, place))
-               for leaf, place in demand.sharded]
-    return sum(reduced) / demand.policy.shards
-
-
-def hlo_name(dtype: str) -> str:
-    """Returns HLO's name of a dtype.
-
-    >>> hlo_name("bfloat16"), hlo_name("uint8"), hlo_name("float8_e4m3fn")
-    ('bf16', 'u8', 'f8e4m3fn')
-    """
-    if dtype in _FLOATS:
-        return _FLOATS[dtype]
-    short = dtype.replace("float8_", "f8").replace("float4_", "f4")
-    if not jnp.issubdtype(dtype, jnp.integer):
-        return short
-    return short.replace("uint", "u").replace("int", "s")
-
-
-def _too_often(demand: Demand, pairs: list[Pair], most: float) -> tuple[list[Finding], list[Pair]]:
-    """Returns findings for the arrays that exceed a budget of elements, and the other arrays.
-
-    Named first are those that did not come from zerojax's gather and scatter, then those of long
-    loops.
-    """
-    total = moved = sum(s.elements * c.trips for c, s in pairs)
-    left = sorted(pairs, key=lambda p: (not provenance.by_the_pair(p[0].frames), p[0].trips))
-    often = f"{moved / most:.3g} times as much as" if most else "though none may be moved"
-    odd = []
-    while left and total > SLACK * most:
-        c, s = left.pop()
-        total -= s.elements * c.trips
-        odd.append(_finding(demand, c, s, (
-            f"arrays of these parameters' shapes move {often} in stage {demand.policy.stage} with "
-            f"{demand.accumulate} microbatch(es) and this program's reads: an activation of a "
-            "parameter's shape, or a weight that is read in a loop which does not slice it")))
-    return odd, left
-
-
-def _most(demand: Demand, c: Collective, owners: Mapping[Leaf, int]) -> float:
-    """Returns the number of elements that ZeRO moves of these parameters at most, in all iterations
-    of all loops.
-
-    Args:
-      c: one of the collectives, all of one kind and, if they are all-reduces, over the same axes.
-    """
-    if c.kind == "all-reduce":
-        # per device, once per step; with one loss, XLA reduces each use of a tied weight
-        times = 1 if demand.per_device else 2 * demand.accumulate
-        over_copies = c.axes(demand.policy.mesh.shape) == (demand.policy.replica_axis,)
-        shards = _shards(demand) if over_copies else 0
-        return times * (_whole(demand) + SMALL // 4) + shards
-    if c.kind == "all-gather":
-        return sum(demand.gathers(leaf) * n for leaf, n in owners.items())
-    return sum(demand.reductions(leaf) * n for leaf, n in owners.items())
 
 
 def missing(demand: Demand, program: Program, found: Sequence[Collective]) -> Iterator[Finding]:
@@ -294,7 +113,7 @@ def missing(demand: Demand, program: Program, found: Sequence[Collective]) -> It
     for dims, leaves in groups.items():
         there = sum(s.elements * c.trips for c, s in pairs if set(leaves) & demand.owners(s).keys())
         share = sum(min(1.0, demand.gathers(leaf)) for leaf in leaves)
-        if not there or (not unknown and there * SLACK < share * math.prod(dims)):
+        if not there or (not unknown and there * budget.SLACK < share * math.prod(dims)):
             yield _ungathered(demand, leaves, there / math.prod(dims), share)
 
 
@@ -354,7 +173,7 @@ def _is_scattered(demand: Demand, pairs: Sequence[Pair]) -> bool:
                 if c.kind == "reduce-scatter" and demand.owners(s))
     wanted = sum(min(1.0, demand.reductions(leaf)) * math.prod(demand.local(leaf, place))
                  for leaf, place in demand.sharded)
-    return there * SLACK >= wanted
+    return there * budget.SLACK >= wanted
 
 
 def _communicating_optimizer(pairs: Sequence[Pair]) -> Iterator[Finding]:
@@ -366,27 +185,6 @@ def _communicating_optimizer(pairs: Sequence[Pair]) -> Iterator[Finding]:
             f"{first.name} ({first.kind} of {shape}). An update that is not element by element "
             "(Muon, Shampoo, Adafactor's factors) reads rows or matrices that other devices hold.",
             sent, first.name, provenance.source(first.frames))
-
-
-def _finding(demand: Demand, c: Collective, s: Shape, why: str) -> Finding:
-    axes = c.axes(demand.policy.mesh.shape)
-    over = f"over {', '.join(axes)}" if axes else f"in {len(c.groups)} groups of {c.size}"
-    module = _module(c.op_name)
-    what = f"{c.kind} of {s} {over}, {c.trips} x, {size(c.wire(s))} sent per step"
-    what += f"; {module}" if module else ""
-    return Finding(f"{c.name} ({what}): {why}.", c.wire(s), c.name,
-                   provenance.source(c.frames), True)
-
-
-def _module(op_name: str) -> str:
-    """Returns the path of the module that asked for an operation; of the first, if several were
-    combined.
-
-    >>> _module("jit(step)/jvp(M)/while/body/blocks/up/dot_general")
-    'blocks/up/dot_general'
-    """
-    first = op_name.replace("/(", "/").removesuffix(")").split(":")[0]
-    return "/".join(part for part in first.split("/") if "(" not in part and part not in _STRUCTURE)
 
 
 def _by_instruction(findings: list[Finding]) -> list[Finding]:

@@ -17,6 +17,7 @@ from zerojax.plan import theory
 from zerojax.policy import Policy
 from zerojax.trees import itemsize
 
+SCALARS = 2**14  # elements of losses, norms and statistics that join a reduction of whole gradients
 SMALLEST = 2**15  # elements: parameters that only have a smaller shape in common are not related
 
 
@@ -156,6 +157,22 @@ class Demand:
                 if _alike(a, b):
                     join(leaf, other)
         return families
+
+    @functools.cached_property
+    def summed(self) -> int:
+        """The elements of one all-reduce at most: scalars, and the gradients of all parameters that
+        are whole on every device, which the compiler joins."""
+        pairs = zip(self.leaves, self.places, strict=True)
+        return SCALARS + sum(math.prod(self.local(leaf, place)) for leaf, place in pairs
+                             if leaf.trained and not place.sharded)
+
+    @functools.cached_property
+    def scattered(self) -> float:
+        """The elements of one device's shards of the trained parameters, as often as their
+        gradients are reduced per step."""
+        reduced = [self.reductions(leaf) * math.prod(self.local(leaf, place))
+                   for leaf, place in self.sharded]
+        return sum(reduced) / self.policy.shards
 
     def is_whole(self, shape: Shape) -> bool:
         """Whether an array may be the gradient of a parameter that is whole on every device."""

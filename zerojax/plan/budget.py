@@ -1,0 +1,79 @@
+"""How many elements of its parameters ZeRO moves at most, and the arrays that exceed it."""
+
+import collections
+from collections.abc import Callable, Mapping, Sequence
+
+from zerojax.hlo.collectives import Collective
+from zerojax.hlo.program import Shape
+from zerojax.layout.rules import Leaf
+from zerojax.plan import finding, provenance
+from zerojax.plan.demand import Demand, key
+from zerojax.plan.finding import Finding
+
+SLACK = 1.02
+
+Pair = tuple[Collective, Shape]
+
+
+def exceeding(demand: Demand, pairs: Sequence[Pair], group: Callable,
+              owners: Callable[[Shape], Mapping[Leaf, int]]) -> tuple[list, list[Pair]]:
+    """Returns findings for the arrays that exceed the budgets of their groups, and the others."""
+    groups = collections.defaultdict(list)
+    for pair in pairs:
+        groups[group(demand, *pair)].append(pair)
+    found, left = [], []
+    for mine in groups.values():
+        c, s = mine[0]
+        findings, rest = _too_often(demand, mine, _most(demand, c, owners(s)))
+        found += findings
+        left += rest
+    return found, left
+
+
+def by_shape(demand: Demand, c: Collective, s: Shape) -> tuple:
+    """Returns the key of a budget: of all reductions over the same axes, or of one shape."""
+    if c.kind == "all-reduce":
+        return c.kind, c.axes(demand.policy.mesh.shape)
+    return c.kind, key(s.dims)
+
+
+def by_family(demand: Demand, c: Collective, s: Shape) -> tuple:
+    """Returns the key of a budget: of all parameters that are related to the owners of an array."""
+    return c.kind, demand.family(s)
+
+
+def _too_often(demand: Demand, pairs: list[Pair], most: float) -> tuple[list[Finding], list[Pair]]:
+    """Returns findings for the arrays that exceed a budget of elements, and the other arrays.
+
+    Named first are those that did not come from zerojax's gather and scatter, then those of long
+    loops.
+    """
+    total = moved = sum(s.elements * c.trips for c, s in pairs)
+    left = sorted(pairs, key=lambda p: (not provenance.by_the_pair(p[0].frames), p[0].trips))
+    often = f"{moved / most:.3g} times as much as" if most else "though none may be moved"
+    odd = []
+    while left and total > SLACK * most:
+        c, s = left.pop()
+        total -= s.elements * c.trips
+        odd.append(finding.moved(demand, c, s, (
+            f"arrays of these parameters' shapes move {often} in stage {demand.policy.stage} with "
+            f"{demand.accumulate} microbatch(es) and this program's reads: an activation of a "
+            "parameter's shape, or a weight that is read in a loop which does not slice it")))
+    return odd, left
+
+
+def _most(demand: Demand, c: Collective, owners: Mapping[Leaf, int]) -> float:
+    """Returns the number of elements that ZeRO moves of these parameters at most, in all iterations
+    of all loops.
+
+    Args:
+      c: one of the collectives, all of one kind and, if they are all-reduces, over the same axes.
+    """
+    if c.kind == "all-reduce":
+        # per device, once per step; with one loss, XLA reduces each use of a tied weight
+        times = 1 if demand.per_device else 2 * demand.accumulate
+        over_copies = c.axes(demand.policy.mesh.shape) == (demand.policy.replica_axis,)
+        return times * demand.summed + (demand.scattered if over_copies else 0)
+    if c.kind == "all-gather":
+        return sum(demand.gathers(leaf) * n for leaf, n in owners.items())
+    return sum(demand.reductions(leaf) * n for leaf, n in owners.items())
