@@ -21,6 +21,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # one cache of plans for this run a
 jax.config.update("jax_num_cpu_devices", 10)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.path.join(CACHE, jax.__version__))
+# compiling takes most of the time: many programs are compiled twice, and run for milliseconds
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.config.update("jax_disable_most_optimizations", True)
 
 LONG_NOTEBOOKS = ("zero_stages.ipynb", "plan_a_cluster.ipynb")  # each compiles for 1 to 2 minutes
 

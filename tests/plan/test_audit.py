@@ -171,6 +171,22 @@ def test_an_optimizer_that_communicates_is_explained_once_gradients_are_scattere
     assert not finding.wrong and "the optimizer communicates" in finding.what
 
 
+def test_the_optimizer_has_a_scope_of_its_own_and_may_sum_norms():
+    model = moved("all-gather", LAYER, dtype="f32", path="jit(step)/my_zerojax_optimizer/dot")
+    finding, = audit.communication(demand(), [model])
+    assert finding.wrong and "gathered as f32" in finding.what
+    for kind in ("all-reduce", "all-gather"):
+        norms = moved(kind, (17,), BATCH, "f32", 1, ours=False, path=OPTIMIZER)
+        findings = audit.communication(demand(), [*SCATTERED, norms])
+        assert not any(f.wrong or "the optimizer communicates" in f.what for f in findings)
+
+
+def test_too_many_gathers_are_named_by_those_of_the_longest_loop():
+    found = [moved("all-gather", LAYER, trips=n, ours=False, name=f"of {n}") for n in (12, 6, 1)]
+    finding, = audit.communication(demand(), found)
+    assert finding.instruction == "of 12"
+
+
 @pytest.mark.parametrize("dims, trips", [(LAYER, 5), ((6 * 1024 * 2048 + 5 * 6 * 96 * 128,), 1)])
 def test_some_scattered_gradients_do_not_excuse_others_that_the_optimizer_sums(dims, trips):
     few = moved("reduce-scatter", LAYER, dtype="f32", trips=1)
