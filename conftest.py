@@ -1,30 +1,39 @@
 """Settings of every test: ten CPU devices, strict rank promotion, and compilation caches.
 
-Most tests use eight of the devices; ten are for dimensions that are not divisible.
+Most tests use eight of the devices; ten are for dimensions that are not divisible. Most time goes
+into compiling programs that run for milliseconds: LLVM's optimizations are off, and what one
+process compiled is there for the others.
 """
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # a GPU compiler without GPU
+JAX = importlib.metadata.version("jax")
+FLAGS = {"0.10": "--xla_cpu_use_fusion_emitters=false"}  # halves the time; 0.12 knows no such flag
+VARIABLES = {  # for processes that tests start, too
+    "JAX_PLATFORMS": "cpu",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # a GPU compiler without GPU
+    "JAX_COMPILATION_CACHE_DIR": os.path.join(
+        tempfile.gettempdir(), f"zerojax-tests-{os.getuid()}", JAX),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "XLA_FLAGS": FLAGS.get(JAX.rpartition(".")[0], ""),
+}
+for name, value in VARIABLES.items():
+    os.environ.setdefault(name, value)
 
 import jax
 import pytest
 
-CACHE = os.path.join(tempfile.gettempdir(), f"zerojax-tests-{os.getuid()}")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # one cache of plans for this run and all its workers
     os.environ["ZEROJAX_CACHE"] = tempfile.mkdtemp(prefix="zerojax-plans-")
     atexit.register(shutil.rmtree, os.environ["ZEROJAX_CACHE"], ignore_errors=True)
 jax.config.update("jax_num_cpu_devices", 10)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", os.path.join(CACHE, jax.__version__))
-# compiling takes most of the time: many programs are compiled twice, and run for milliseconds
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-jax.config.update("jax_disable_most_optimizations", True)
 
 LONG_NOTEBOOKS = ("zero_stages.ipynb", "plan_a_cluster.ipynb")  # each compiles for 1 to 2 minutes
 

@@ -53,12 +53,15 @@ def _gradients(model, compute, keep, scale):
 
 def _update(tx, clip_norm):
     @functools.partial(jax.jit, compiler_options=QUICK)
-    def update(grads, opt_state, params):
+    def update(parts, opt_state, params):
+        """Returns (new parameters, new opt_state, loss) from (gradient, total, weight) of each."""
+        grads, total, weight = jax.tree.map(lambda *xs: sum(xs), *parts)
+        grads = jax.tree.map(lambda g: g / weight, grads)
         if clip_norm:
             norm = jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip_norm / norm), grads)
         updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+        return optax.apply_updates(params, updates), opt_state, total / weight
 
     return update
 
@@ -72,23 +75,21 @@ def train(model, tx, batches, *, accumulate=1, clip_norm=None, compute="float32"
       trained: whether the parameter with a path is trained.
       keep: path to the dtype in which a parameter is computed instead of `compute`.
     """
-    whole, state = model.split(jax.jit(model.init)() if model.jits else model.init())
+    whole, state = model.born
     params = _only(whole, trained, True)
     frozen = _only(whole, trained, False)
     gradients = _gradients(model, compute, keep or {}, scale)
     update = _update(tx, clip_norm)
-    opt_state = tx.init(params)
+    opt_state = jax.jit(tx.init)(params)
     losses = []
     for batch in batches:
-        sums = []
+        parts = []
         for i in range(accumulate):  # microbatch i: examples i, i + accumulate, ...
             part = jax.tree.map(lambda x, i=i: x[i::accumulate], batch)
             grads, state, *counts = gradients(params, frozen, state, part)
-            sums.append((grads, *counts))
-        grads, total, weight = jax.tree.map(lambda *xs: sum(xs), *sums)
-        mean = jax.tree.map(lambda g, w=weight: g / w, grads)
-        params, opt_state = update(mean, opt_state, params)
-        losses.append(total / weight)
+            parts.append((grads, *counts))
+        params, opt_state, loss = update(parts, opt_state, params)
+        losses.append(loss)
     return _merged(params, frozen), state, losses
 
 

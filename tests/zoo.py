@@ -1,6 +1,7 @@
 """Small models and optimizers for the tests; batches have any size."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,11 @@ class Model:
     join: Callable
     per_device: bool = True
     jits: bool = True
+
+    @functools.cached_property
+    def born(self):
+        """(params, state) of a new model."""
+        return self.split(jax.jit(self.init)() if self.jits else self.init())
 
 
 def _tokens(rows, seed):
@@ -278,6 +284,7 @@ MODELS = {
     "dataclass": _dataclass,
     "equinox": _equinox,
 }
+MODELS = {name: functools.cache(make) for name, make in MODELS.items()}
 
 
 def _odd(lr):
