@@ -128,6 +128,10 @@ ERRORS = {
     "topology shape": (lambda: zj.make_mesh(topology="h200:8"), zj.PolicyError,
                        ["hosts x GPUs", "h200:8x8"]),
     "feed": (lambda: list(zj.feed([X[:12]], _zero())), zj.BatchError, ["12 examples", "8 devices"]),
+    "prefetch": (lambda: zj.feed([X], _zero(), prefetch=-1), zj.BatchError,
+                 ["prefetch=-1", "with 0"]),
+    "nothing gathered": (lambda: _zero().gathered(_mean, argnums=())({"w": X}, X),
+                         zj.PolicyError, ["argnums=()", "names no argument"]),
 }
 
 

@@ -52,6 +52,10 @@ def test_a_leafs_parts_name_their_devices(spec, mesh, parts):
     assert [t.get_text() for t in zj.viz.leaf((8, 16), spec, mesh).texts] == parts
 
 
+def test_a_scalar_is_one_part():
+    assert [t.get_text() for t in zj.viz.leaf((), P(), {"data": 8}).texts] == ["all of 0 to 7"]
+
+
 def test_an_unknown_computation(plan):
     entry = plan.program.entry
     with pytest.raises(zj.PolicyError, match=f"'nowhere'.*computations are .*{re.escape(entry)}"):

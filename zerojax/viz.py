@@ -133,6 +133,7 @@ def leaf(shape: Sequence[int], spec: Any, mesh: Any, ax: Any = None):
       spec: a `PartitionSpec`.
       mesh: the mesh of the spec, or a mapping of its axis names to sizes.
     """
+    shape = tuple(shape) or (1,)  # a scalar is one part
     axes = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
     axes += [()] * (len(shape) - len(axes))
     dims = _dimensions(axes)

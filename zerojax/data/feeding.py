@@ -61,6 +61,7 @@ class Feed(Iterator):
 
     def __init__(self, batches: Iterable, policy: Policy, prefetch: int, pad: bool | int):
         _check_batches(batches)
+        _check_prefetch(prefetch)
         self.batches: Any = batches
         self.source: Any = iter(batches)
         self.policy = policy
@@ -200,6 +201,12 @@ def _check_batches(batches: Any) -> None:
                          "of batches: zj.feed([batch], zero), or a generator of them.")
 
 
+def _check_prefetch(prefetch: Any) -> None:
+    if not isinstance(prefetch, int) or prefetch < 0:
+        raise BatchError(f"feed(prefetch={prefetch!r}): write the number of batches that are made "
+                         "in advance; with 0, each is made when it is asked for.")
+
+
 def feed(batches: Iterable, zero: Policy, *, prefetch: int = 2, pad: bool | int = False) -> Feed:
     """Returns an iterator over batches of numpy arrays as sharded device arrays.
 
@@ -226,8 +233,9 @@ def feed(batches: Iterable, zero: Policy, *, prefetch: int = 2, pad: bool | int 
         of the source, 0 for padding. Multiply the losses by it.
 
     Raises:
-      BatchError: B is not divisible by that number, or differs between arrays or processes; or
-        an array has a dtype or values that the devices cannot hold.
+      BatchError: B is not divisible by that number, or differs between arrays or processes; an
+        array has a dtype or values that the devices cannot hold; `prefetch` is negative; or
+        `batches` is one batch.
       ClusterError: another process could not make its share.
 
     >>> import numpy as np, zerojax as zj

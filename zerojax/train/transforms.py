@@ -31,6 +31,9 @@ def gathered(policy: Policy, fn: Callable, argnums: int | Collection[int]) -> Ca
     @functools.wraps(fn)
     def run(*args, **kwargs):
         numbers = argument_numbers("argnums", argnums, len(args))
+        if not numbers:
+            raise PolicyError("gathered(argnums=()) names no argument that holds parameters; write "
+                              "their numbers, such as argnums=0.")
         split = {i: SplitModel.of(policy, args[i]) for i in numbers}
         others = tuple(None if i in split else x for i, x in enumerate(args))
         inputs, put = trees.divided((others, kwargs))
