@@ -19,7 +19,8 @@ def run(name, *options, folder="examples"):
 
 @pytest.mark.parametrize("options, devices", [
     ([], 8),
-    (["--stage", "1", "--devices", "4", "--accumulate", "2", "--compute", "bfloat16"], 4),
+    pytest.param(["--stage", "1", "--devices", "4", "--accumulate", "2", "--compute", "bfloat16"],
+                 4, marks=pytest.mark.slow),
 ], ids=["stage 3", "stage 1"])
 def test_train_gpt(options, devices):
     out = run("train_gpt", "--steps", "40", *options)

@@ -4,6 +4,7 @@ import jax
 import models
 import optax
 import pytest
+import quick
 import reference
 from harness import Spec, program
 
@@ -12,6 +13,7 @@ from zerojax.hlo import collectives
 from zerojax.hlo.program import parse, shapes
 from zerojax.layout import topology
 
+WAYS = ("global", "per_device")
 
 def _lowered(model, way, rows=8, seq=None):
     mesh = zj.make_mesh(devices=topology.devices("h200:1x8"))
@@ -26,16 +28,16 @@ def _compile(lowered):
     return lowered.compile(compiler_options=topology.COMPILER_OPTIONS)
 
 
-def test_stage_3_needs_no_more_than_fsdp_by_hand():
+@pytest.mark.parametrize("way", quick.some(WAYS, "global".__eq__))
+def test_stage_3_needs_no_more_than_fsdp_by_hand(way):
     """534 M parameters, 2048 tokens per GPU: 1018 MiB of weights in bfloat16."""
     model, seq = models.Transformer(width=2048, layers=8, vocab=32000), 2048
-    zero, state, batch, ours = _lowered(model, "global", seq=seq)
+    zero, state, batch, ours = _lowered(model, way, seq=seq)
     by_hand = _compile(reference.lower(zero.mesh, state, batch))
     large = [c for c in collectives.of(parse(by_hand.as_text())) if c.bytes > 2**20]
     assert {c.kind for c in large} == {"all-gather", "reduce-scatter"}
     most = by_hand.memory_analysis().temp_size_in_bytes
-    for lowered in (ours, _lowered(model, "per_device", seq=seq)[3]):
-        assert _compile(lowered).memory_analysis().temp_size_in_bytes <= most
+    assert _compile(ours).memory_analysis().temp_size_in_bytes <= most
 
 
 def _stacked_weights(text):
@@ -44,7 +46,7 @@ def _stacked_weights(text):
     return [s for s in shapes(text) if s.dtype == "bf16" and sorted(s.dims) == wanted]
 
 
-@pytest.mark.parametrize("way", ["global", pytest.param("per_device", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", quick.some(WAYS, "global".__eq__))
 def test_regather_keeps_gathered_weights_out_of_the_residuals(way):
     model = models.Transformer(policy=zj.remat.regather())
     compiled = _compile(_lowered(model, way)[3])
@@ -54,12 +56,14 @@ def test_regather_keeps_gathered_weights_out_of_the_residuals(way):
     assert len({c.computation for c in gathers}) == 2  # forward loop and backward loop
 
 
+@pytest.mark.slow
 def test_a_policy_that_saves_everything_saves_them_too():
     """`regather` prevents this, and the test above would detect it."""
     model = models.Transformer(policy=jax.checkpoint_policies.everything_saveable)
     assert _stacked_weights(_compile(_lowered(model, "global")[3]).as_text()) != []
 
 
+@pytest.mark.slow
 def test_each_stage_needs_less_memory_than_the_one_before():
     specs = [Spec("scanned", stage, "per_device", 4) for stage in (1, 2, 3)]
     temp = [program(spec).memory.temp_size_in_bytes for spec in specs]

@@ -1,6 +1,7 @@
 """The bytes that the GPU compiler sends for models that read parameters in unusual places."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+import quick
 from flax import nnx
 
 import zerojax as zj
@@ -149,6 +151,7 @@ CASES = {
     "float32 logits": linen(FloatLogits(), _tokens(64, 128)),
     "float32 pixels": linen(Perceptron(), _vectors(8192, 512, dtype=jnp.float32)),
 }
+FORMS = ("mean", "sum")
 # one loss reduces float32 products in float32
 MOST = {("float32 logits", "mean"): 1.5, ("float32 pixels", "mean"): 1.5}
 EXPLAINED = {("table in a loop", "mean"): r"all-reduce of bf16\[8192,512\].*looked up in a loop",
@@ -168,8 +171,8 @@ def planned(name, form, stage):
     return zero.train_step(loss, TX).plan(zero.abstract(case.init, TX), case.batch)
 
 
-@pytest.mark.parametrize("form", ["mean", "sum"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name, form", quick.some(
+    itertools.product(CASES, FORMS), lambda case: case[1] == "sum" or case in (MOST | EXPLAINED)))
 def test_sends_what_zero_sends(name, form):
     """Or the plan explains the rest, since versions of XLA move different reductions out of loops.
     """
@@ -181,7 +184,7 @@ def test_sends_what_zero_sends(name, form):
         assert plan.sent <= (MOST.get((name, form), 1.0) + 0.01) * plan.zero_bytes
 
 
-@pytest.mark.parametrize("form", ["mean", "sum"])
+@pytest.mark.parametrize("form", quick.some(FORMS, "sum".__eq__))
 @pytest.mark.parametrize("name", ["scan in ToNNX", "rnn in scan", "w[i]"])
 def test_a_layer_is_gathered_at_a_time(name, form):
     """The models have eight layers, each gathered in the forward and in the backward pass."""

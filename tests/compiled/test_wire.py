@@ -4,6 +4,7 @@ import itertools
 
 import jax
 import pytest
+import quick
 from harness import BY_PARTS, LARGE, Program, Spec, expected, program
 from jax.sharding import PartitionSpec as P
 
@@ -20,21 +21,16 @@ DEFAULT = [
     Spec("scanned", 3, "per_device", 4, reduce="float32"),
     Spec("scanned", 2, "global", 4),
     Spec("scanned", 1, "per_device", 4),
-    Spec("scanned", 3, "per_device", topology="h200:8x8"),
     Spec("scanned", 3, "per_device", replicas=2, reduce="float32", topology="h200:2x8"),
-    Spec("unrolled", 3, "global", 4),
     Spec("tied", 3, "global", 4),
-    Spec("tied", 3, "per_device"),
     Spec("rnn", 3, "global"),
-    Spec("rnn", 2, "global", 4),
     Spec("resnet", 3, "global", 4),
-    Spec("nnx", 3, "per_device"),
     Spec("nnx", 2, "per_device", 4),
     Spec("scanned", 3, "own"),
-    Spec("rnn", 2, "own"),
-    Spec("scanned", 1, "own_sum", 4, reduce="float32"),
 ]
 MORE = [
+    Spec("rnn", 2, "own"),
+    Spec("scanned", 1, "own_sum", 4, reduce="float32"),
     Spec("scanned", 3, "global", replicas=2, topology="h200:2x8", rows=8),
     Spec("unrolled", 1, "per_device", reduce="float32"),
     Spec("rnn", 1, "per_device", 4, replicas=2, topology="h200:2x8"),
@@ -108,7 +104,7 @@ def test_arguments_are_a_shard_of_the_state(compiled):
     assert donated >= 0.98 * 12 * sharded / compiled.mesh["data"]
 
 
-@pytest.mark.parametrize("way", BOTH)
+@pytest.mark.parametrize("way", quick.some(BOTH, "global".__eq__))
 def test_stage_0_reduces_whole_gradients(way):
     """Per device, once per step; with one loss, XLA chooses, at most once per microbatch."""
     compiled = program(Spec("scanned", 0, way, 4))

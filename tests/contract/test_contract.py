@@ -13,6 +13,7 @@ import numpy as np
 import oracle
 import pairs
 import pytest
+import quick
 import zoo
 
 import zerojax as zj
@@ -62,6 +63,7 @@ def _deadlocks(model, compute):
 
 
 CASES = pairs.rows(FACTORS, allowed)
+QUICK = 32  # the first rows, which cover 86 % of the pairs
 
 
 def zero_for(case) -> zj.Zero:
@@ -91,7 +93,8 @@ def trained(case):
     return lambda path, x=None: path in chosen
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(v) for v in c.values()))
+@pytest.mark.parametrize("case", quick.some(CASES, CASES[:QUICK].__contains__),
+                         ids=lambda c: "-".join(str(v) for v in c.values()))
 def test_equals_one_device(case, lowerings):
     model, tx, zero = zoo.MODELS[case["model"]](), zoo.OPTIMIZERS[case["tx"]](), zero_for(case)
     options = {"accumulate": case["accumulate"], "clip_norm": case["clip"]}

@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+import quick
 
 import zerojax as zj
 from zerojax.checkpoint import reading
@@ -67,7 +68,7 @@ def killed(directory, last, rng):
     return first, whole
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", quick.some((3, 25), (3).__eq__))
 def test_kill_9_at_random_moments_of_a_save(tmp_path, kills):
     rng, at, last, directory = random.Random(kills), 0, 9 * kills, tmp_path / "killed"
     for _ in range(kills):
@@ -101,8 +102,9 @@ def test_the_example_killed_twenty_times(tmp_path):
     assert digests(tmp_path / "killed", 1000) == digests(tmp_path / "whole", 1000)
 
 
-@pytest.mark.parametrize("number, when", [(signal.SIGTERM, "saving"), (signal.SIGINT, "saving"),
-                                          (signal.SIGTERM, "evaluating")])
+@pytest.mark.parametrize("number, when", quick.some(
+    [(signal.SIGTERM, "saving"), (signal.SIGINT, "saving"), (signal.SIGTERM, "evaluating")],
+    lambda case: case[1] == "saving"))
 def test_a_signal_ends_a_run_after_a_save(tmp_path, number, when):
     """The current step is finished and saved, also if the signal comes during an evaluation.
 

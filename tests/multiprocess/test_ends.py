@@ -55,7 +55,7 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("kind, process", [
-    ("stop", 1), ("kill", 0), pytest.param("kill", 1, marks=SLOW),
+    ("stop", 1), pytest.param("kill", 0, marks=SLOW), pytest.param("kill", 1, marks=SLOW),
     pytest.param("stop", 0, marks=SLOW)])
 def test_a_process_that_dies_or_stops_ends_all(tmp_path, run, kind, process):
     """There is no partial step, although a save was under way."""
@@ -92,7 +92,8 @@ def test_a_run_continues_with_fewer_processes(run, undisturbed):
                                    atol=1e-6, err_msg=path)
 
 
-@pytest.mark.parametrize("process, when", [(1, "step 4"), (0, "evaluating"), (1, "from")])
+@pytest.mark.parametrize("process, when", [
+    (1, "step 4"), pytest.param(0, "evaluating", marks=SLOW), (1, "from")])
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, process, when):
     """During training, an evaluation, and the compilation of the step."""
     variables = {"SLOW_TO_TRACE": "2"} if when == "from" else {}
@@ -142,7 +143,7 @@ def test_another_number_of_processes_restores(tmp_path, undisturbed, processes):
 
 
 @pytest.mark.parametrize("number, status", [
-    (signal.SIGTERM, 75), (signal.SIGINT, 75),
+    (signal.SIGTERM, 75), pytest.param(signal.SIGINT, 75, marks=SLOW),
     pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=SLOW)])
 def test_the_processes_of_a_launcher_that_ends_end_too(tmp_path, number, status):
     """They save on SIGTERM and Ctrl-C; the launcher cannot pass SIGKILL on."""
