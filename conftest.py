@@ -33,7 +33,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # one cache of plans for this run a
 jax.config.update("jax_num_cpu_devices", 10)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-LONG_NOTEBOOKS = ("zero_stages.ipynb", "plan_a_cluster.ipynb")  # each compiles for 1 to 2 minutes
+LONG_NOTEBOOKS = ("zero_stages.ipynb", "plan_a_cluster.ipynb", "multihost.ipynb")
 
 
 def pytest_collection_modifyitems(items):

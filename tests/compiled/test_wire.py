@@ -17,7 +17,6 @@ from zerojax.plan.demand import Demand
 HLO_NAME = {"bfloat16": "bf16", "float32": "f32"}
 
 DEFAULT = [
-    Spec("scanned", 3, "global"),
     Spec("scanned", 3, "per_device", 4, reduce="float32"),
     Spec("scanned", 2, "global", 4),
     Spec("scanned", 1, "per_device", 4),

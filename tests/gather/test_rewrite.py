@@ -4,6 +4,8 @@ In every stage, its value and gradient are those of one device. Each case is dif
 `value_and_grad`, as one loss and (if it is a mean over examples) per device, and by `train_step`.
 """
 
+import itertools
+
 import jax
 import losses
 import modules
@@ -11,6 +13,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+import quick
 from flax import nnx
 from losses import X
 
@@ -19,7 +22,10 @@ from zerojax.gather.models import Nnx, Tree
 
 CASES = losses.CASES | modules.CASES
 NO_MEANS = ("penalty", "hessian", "names", "returned")  # they add a term that is no mean over rows
-STAGES = [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+
+
+def _stage(name):
+    return 1 + 2 * (len(name) % 2)
 
 
 def _zero(stage):
@@ -49,8 +55,8 @@ def close(ours, theirs):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1e-3, np.abs(b).max()))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name, stage", quick.some(
+    itertools.product(CASES, range(4)), lambda case: case[1] == 4 - _stage(case[0])))
 def test_value_and_grad_equals_one_device(name, stage):
     case, zero = CASES[name], _zero(stage)
     value, grads = one_device(case)
@@ -70,7 +76,7 @@ def test_value_and_grad_equals_one_device(name, stage):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_equals_one_device(name):
-    case, zero = CASES[name], _zero(1 + 2 * (len(name) % 2))
+    case, zero = CASES[name], _zero(_stage(name))
     value, grads = one_device(case)
     state = zero.init(case.init, optax.sgd(1.0))
     born = jax.tree.map(np.asarray, jax.tree.leaves(state.params))

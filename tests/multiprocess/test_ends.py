@@ -79,6 +79,7 @@ def test_a_run_continues_after_a_kill(run, undisturbed):
     assert digests(run, 12) == digests(undisturbed, 12)
 
 
+@pytest.mark.slow
 def test_a_run_continues_with_fewer_processes(run, undisturbed):
     done = launch("-n", "2,1", "--devices", 4, "--restarts", 1, TRAINER, run, 12,
                   env={"FAULT": "kill 0 7"})

@@ -47,7 +47,7 @@ LOOPS = [("scanned", 0), ("scanned", 3), ("rnn", 1), ("rnn", 2), ("rnn", 3), ("t
          ("tied", 3)]
 
 
-@pytest.mark.parametrize("name, stage", quick.some(LOOPS, lambda loop: loop[1] in (0, 3)))
+@pytest.mark.parametrize("name, stage", quick.some(LOOPS, lambda loop: loop[1] == 3))
 def test_flax_train_state_equals_one_device(name, stage, lowerings):
     net, tx, zero = NETS[name](), zoo.OPTIMIZERS["adamw"](), _zero(stage)
     model = zoo._linen(net, zoo.mean_tokens, zoo._tokens)
@@ -109,7 +109,7 @@ def test_an_nnx_loop_equals_one_device(stage):
 
 
 @pytest.mark.parametrize("name", ["scanned", "nnx", "dataclass"])
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", quick.some((1, 3), (3).__eq__))
 def test_a_gathered_train_state_is_the_model(name, stage):
     model, zero, tx = zoo.MODELS[name](), _zero(stage), optax.sgd(0.1)
     state, batch = zero.init(model.init, tx), model.batch(16, 0)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+import quick
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -173,7 +174,7 @@ def _close(ours, theirs):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", quick.some(range(4), {1, 3}.__contains__))
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_equals_one_device_that_trains_the_chosen_parameters(name, stage, form):
     init, apply, trainable, _ = CASES[name]
