@@ -87,7 +87,7 @@ def leaves(tree):
             if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
-@pytest.mark.parametrize("stage", quick.some(range(4), {1, 3}.__contains__))
+@pytest.mark.parametrize("stage", quick.some(range(4), (3).__eq__))
 @pytest.mark.parametrize("name", RECIPES)
 def test_ends_in_the_state_of_plain_jax(name, stage):
     half = name == "float16"

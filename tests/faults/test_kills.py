@@ -104,7 +104,7 @@ def test_the_example_killed_twenty_times(tmp_path):
 
 @pytest.mark.parametrize("number, when", quick.some(
     [(signal.SIGTERM, "saving"), (signal.SIGINT, "saving"), (signal.SIGTERM, "evaluating")],
-    lambda case: case[1] == "saving"))
+    (signal.SIGINT, "saving").__eq__))
 def test_a_signal_ends_a_run_after_a_save(tmp_path, number, when):
     """The current step is finished and saved, also if the signal comes during an evaluation.
 

@@ -94,7 +94,8 @@ def test_a_run_continues_with_fewer_processes(run, undisturbed):
 
 
 @pytest.mark.parametrize("process, when", [
-    (1, "step 4"), pytest.param(0, "evaluating", marks=SLOW), (1, "from")])
+    (1, "step 4"), pytest.param(0, "evaluating", marks=SLOW),
+    pytest.param(1, "from", marks=SLOW)])
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, process, when):
     """During training, an evaluation, and the compilation of the step."""
     variables = {"SLOW_TO_TRACE": "2"} if when == "from" else {}

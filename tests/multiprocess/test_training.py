@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import oracle
 import pytest
+import quick
 import zoo
 from contract import STEPS, batch
 from processes import HERE, Job
@@ -23,12 +24,11 @@ def stages(*wanted, **more):
 GLOBAL = case(3, way="global")
 MATRICES = case(2, replica=2, tx="adafactor", model="matrices")
 JOBS = {  # the number of processes, with 8 devices in all, and their cases
-    "2 x 4": (2, [*stages(0, 1, 2, 3), GLOBAL]),
+    "2 x 4": (2, [*stages(0, 1, 2, 3), GLOBAL, MATRICES]),
     "4 x 2": (4, [*stages(1, 3), MATRICES]),
     "2 x 4, a transformer": (2, stages(0, 1, 2, 3, model="scanned")),
     "4 x 2, all": (4, [*stages(0, 2), GLOBAL, case(1, replica=2)]),
 }
-SLOW = ("2 x 4, a transformer", "4 x 2, all")
 
 
 def expected(one):
@@ -41,8 +41,7 @@ def expected(one):
     return born, params, losses
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in JOBS])
+@pytest.mark.parametrize("name", quick.some(JOBS, "2 x 4".__eq__))
 def test_equals_one_device(tmp_path, name):
     processes, cases = JOBS[name]
     command = [HERE / "contract.py", tmp_path / "found.npz", *map(json.dumps, cases)]
