@@ -1,8 +1,8 @@
 """Settings of every test: ten CPU devices, strict rank promotion, and compilation caches.
 
-Most tests use eight of the devices; ten are for dimensions that are not divisible. Most time goes
-into compiling programs that run for milliseconds: LLVM's optimizations are off, and what one
-process compiled is there for the others.
+Most tests use eight of the devices; ten are for dimensions that are not divisible. Most of the time
+goes into compiling programs that then run for milliseconds. LLVM's optimizations are therefore off,
+and all processes share one compilation cache.
 """
 
 import atexit
@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 
-os.environ.update({  # for the processes that tests start, too
+os.environ.update({  # child processes inherit them
     "JAX_PLATFORMS": "cpu",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # a GPU compiler without GPU
     "JAX_COMPILATION_CACHE_DIR": os.path.join(tempfile.gettempdir(), f"zerojax-{os.getuid()}",
@@ -19,7 +19,7 @@ os.environ.update({  # for the processes that tests start, too
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    # halves the time to compile where jax knows it
+    # halves the time to compile; jax 0.12 has no such flag
     "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"
                  if importlib.metadata.version("jax").startswith("0.10.") else "",
 } | os.environ)

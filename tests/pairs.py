@@ -8,6 +8,12 @@ def _pairs(row):
     return set(itertools.combinations(sorted(row.items(), key=lambda item: item[0]), 2))
 
 
+def covered(some: list[dict], all: list[dict]) -> float:
+    """Returns the share of the pairs of all rows that some of them cover."""
+    ours, theirs = (set().union(*map(_pairs, rows)) for rows in (some, all))
+    return len(ours) / len(theirs)
+
+
 def rows(factors: dict, allowed, tries: int = 200, seed: int = 0) -> list[dict]:
     """Returns rows that cover every pair of values that `allowed` rows can have.
 

@@ -119,6 +119,9 @@ class Zero(Policy):
             of `init`, from which `fn` gets the model. Variables that `fn` changes in an NNX module
             are changed in the given module too, except its `Param`s.
 
+        Raises:
+          PolicyError: at the call, if `argnums` is empty or names an argument that is not there.
+
         >>> import jax.numpy as jnp, zerojax as zj
         >>> zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:2]), min_shard=1)
         >>> predict = zero.jit(zero.gathered(lambda params, x: x @ params["w"]), donate=False)

@@ -21,6 +21,7 @@ DEFAULT = [
     Spec("scanned", 2, "global", 4),
     Spec("scanned", 1, "per_device", 4),
     Spec("scanned", 3, "per_device", replicas=2, reduce="float32", topology="h200:2x8"),
+    Spec("tied", 3, "global", 4),
     Spec("rnn", 3, "global"),
     Spec("resnet", 3, "global", 4),
     Spec("nnx", 2, "per_device", 4),
