@@ -2,7 +2,8 @@
 
 Most tests use eight of the devices; ten are for dimensions that are not divisible. Most of the time
 goes into compiling programs that then run for milliseconds. LLVM's optimizations are therefore off,
-and all processes share one compilation cache.
+and all processes share one compilation cache. XLA's cache of GPU kernels has no lock, so that each
+worker has its own.
 """
 
 import atexit
@@ -19,14 +20,21 @@ os.environ.update({  # child processes inherit them
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    # halves the time to compile; jax 0.12 has no such flag
-    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"
-                 if importlib.metadata.version("jax").startswith("0.10.") else "",
+    # the GPU compiler's cache of kernels
+    "XLA_FLAGS": "--xla_gpu_kernel_cache_file=TEST_UNDECLARED_OUTPUTS_DIR/kernels"
+                 # halves the time to compile; jax 0.12 has no such flag
+                 + (" --xla_cpu_use_fusion_emitters=false"
+                    if importlib.metadata.version("jax").startswith("0.10.") else ""),
 } | os.environ)
+os.environ.update({  # XLA replaces it in the flag, which is in the keys of jax's shared cache
+    "TEST_UNDECLARED_OUTPUTS_DIR": os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"],
+                                                os.environ.get("PYTEST_XDIST_WORKER", "main")),
+})
 
 import jax
 import pytest
 
+os.makedirs(os.environ["TEST_UNDECLARED_OUTPUTS_DIR"], exist_ok=True)
 if "PYTEST_XDIST_WORKER" not in os.environ:  # one cache of plans for this run and all its workers
     os.environ["ZEROJAX_CACHE"] = tempfile.mkdtemp(prefix="zerojax-plans-")
     atexit.register(shutil.rmtree, os.environ["ZEROJAX_CACHE"], ignore_errors=True)

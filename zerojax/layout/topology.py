@@ -17,8 +17,12 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from zerojax.errors import MissingExtraError, PolicyError
 
-# Without it, an all-reduce of a single scalar over several hosts aborts the process (jax 0.12.0).
-COMPILER_OPTIONS = {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False}
+COMPILER_OPTIONS = {
+    # an all-reduce of a scalar over several hosts aborts the process with this kernel (jax 0.12.0)
+    "xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False,
+    # cannot measure without a GPU: it compiles each fusion once more and changes none (jax 0.12.0)
+    "xla_gpu_experimental_enable_fusion_autotuner": False,
+}
 PLATFORM = "cuda"
 NO_GPU_VARIABLE = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
 
