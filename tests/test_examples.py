@@ -45,6 +45,7 @@ def test_nnx_transformer():
     assert backwards == word[::-1]
 
 
+@pytest.mark.slow
 def test_gpu_benchmark_with_a_small_model():
     sizes = {"width": 64, "layers": 2, "vocab": 256, "seq": 32, "batch": 2, "steps": 1, "rounds": 1}
     options = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]

@@ -102,8 +102,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", quick.some(
-    WRONG, {"textbook", "contiguous_microbatches"}.__contains__))
+@pytest.mark.parametrize("name", quick.some(WRONG, "textbook".__eq__))
 def test_check_names_what_is_not_zero_and_the_models_line(zero, case, own, name):
     accumulate, wanted = WRONG[name]
     fn = getattr(Own(zero, case, own), name)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from processes import ROOT, environment, launch
 
 from zerojax.checkpoint import directory as folder
@@ -23,6 +24,7 @@ def restored(directory):
     return dict(reading.arrays(path, manifest, wanted)), manifest
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_result_of_one(tmp_path):
     options = ["--steps", 6, "--accumulate", 2, "--checkpoint"]
     done = launch("-n", 2, "--devices", 4, EXAMPLE, *options, tmp_path / "two")

@@ -2,6 +2,7 @@
 do."""
 
 import functools
+import re
 import stat
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -36,6 +37,21 @@ def test_it_compiles_without_a_variable_in_this_process(zero, monkeypatch):
     plan = _plan(zero)
     assert "all-reduce" in plan.hlo
     assert topology.NO_GPU_VARIABLE not in __import__("os").environ
+
+
+def _gelu_step(state, batch):
+    w = state["params"]["w"]
+    return w - jax.grad(lambda w: jax.nn.gelu(w * batch).mean())(w)
+
+
+def test_the_fusion_autotuner_would_change_no_instruction(zero):
+    """It adds a choice of emitter to the fusions, which needs measurements on a GPU."""
+    without, with_it = (_plan(zero, _gelu_step, **options) for options in
+                        ({}, {"xla_gpu_experimental_enable_fusion_autotuner": True}))
+    texts = [re.sub(r", (metadata|backend_config)=.*|fingerprint\w+=\S+", "", plan.hlo)
+             for plan in (without, with_it)]
+    assert "fusion(" in texts[0] and texts[0] == texts[1]
+    assert without.memory == with_it.memory
 
 
 def test_an_option_that_is_none_names_it_and_the_exit_status(zero):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -46,7 +47,8 @@ CONVOLUTIONS = [(4, 4, 8, 1), (4, 4, 16, 2), (3, 1, 8, 1), (3, 1, 16, 1), (1, 1,
                 (1, 1, 64, 1)]
 
 
-@pytest.mark.parametrize("kernel, stride, rows, accumulate", CONVOLUTIONS)
+@pytest.mark.parametrize("kernel, stride, rows, accumulate", quick.some(
+    CONVOLUTIONS, {(4, 4, 16, 2), (1, 1, 8, 1)}.__contains__))
 def test_gradients_of_convolutions(kernel, stride, rows, accumulate):
     """XLA partitions the gradient of a vmapped convolution wrongly.
 
