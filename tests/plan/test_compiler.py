@@ -192,10 +192,19 @@ def test_a_state_of_another_mesh_is_an_error(zero):
     x = jax.ShapeDtypeStruct((16, 8), jnp.float32)
     with pytest.raises(zj.PolicyError, match=r"h200:1x4.*h200:1x2"):
         step.plan(state, x)
-    with pytest.raises(zj.PolicyError, match="nothing can run on them"):
-        step(state, x)
     with pytest.raises(zj.BatchError, match="holds no array"):
         step.plan(state, None)
+
+
+def test_nothing_runs_on_simulated_gpus(zero):
+    def loss(params, x):
+        return (x @ params["w"]).mean()
+
+    state = zero.abstract(lambda: {"w": jnp.ones((8, 4))}, optax.sgd(0.1))
+    x = jax.ShapeDtypeStruct((16, 8), jnp.float32)
+    for fn in (zero.train_step(loss, optax.sgd(0.1)), zero.eval_step(loss), zero.jit(loss)):
+        with pytest.raises(zj.PolicyError, match="over simulated GPUs: nothing can run on them"):
+            fn(state, x)
 
 
 def test_a_state_that_lies_whole_is_not_zeros(zero):

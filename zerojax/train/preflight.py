@@ -3,7 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jax.sharding import AbstractMesh
+
 from zerojax.data import batch as batches
+from zerojax.errors import PolicyError
 from zerojax.policy import Policy
 from zerojax.processes import agreement
 from zerojax.train import donation
@@ -36,10 +39,15 @@ class Preflight:
           dtypes: the dtypes that the function expects of the state's leaves, if it expects any.
 
         Raises:
+          PolicyError: the GPUs are simulated.
           BatchError: see `batches.check_given`.
           StateError: an array of the state was deleted.
           ClusterError: processes are about to run different programs.
         """
+        if isinstance(self.policy.mesh, AbstractMesh):
+            raise PolicyError(f"{self.where} over simulated GPUs: nothing can run on them. Use a "
+                              "mesh of devices, zj.make_mesh(), or plan the training step: "
+                              "step.plan(state, batch).")
         batches.check_given(self.policy, batch)
         if self.donate:
             others = (args, kwargs)

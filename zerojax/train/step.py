@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import AbstractMesh
 
 from zerojax import trees
 from zerojax.data import batch as batches
@@ -70,9 +69,6 @@ class TrainStep:
         self._dtypes = []
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        if isinstance(self.policy.mesh, AbstractMesh):
-            raise PolicyError("train_step over simulated GPUs: nothing can run on them. Write "
-                              "step.plan(state, batch), or use a mesh of devices: zj.make_mesh().")
         self._skips.check(state)
         self._dtypes = self._dtypes or self._expected_dtypes(state)
         state = self._preflight(state, (batch,), batch=batch, dtypes=self._dtypes,
