@@ -21,7 +21,7 @@ import optax
 from machine import header, seconds, steps, table
 
 import zerojax as zj
-from zerojax.layout import topology
+from zerojax.layout import gpus, topology
 
 # dense bfloat16 FLOP/s, the vendor's figures
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -140,7 +140,7 @@ def speed(args, tokens, params) -> str:
 def memory(args, tokens) -> str:
     """Compares the compiler's figures for a simulated GPU with those for the real one."""
     kind = jax.devices()[0].device_kind
-    gpu = next((name for name, known in topology.GPUS.items() if known.name == kind), None)
+    gpu = next((name for name, known in gpus.GPUS.items() if known.name == kind), None)
     if gpu is None:
         return "(the memory figures were not compared: this machine has no known GPU)\n"
     real = compiled_memory(args, tokens, jax.devices()[:1])

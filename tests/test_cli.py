@@ -1,6 +1,7 @@
 """The `zerojax` command: its output and its exit status, which serves as a gate."""
 
 import json
+import os
 import pathlib
 import pickle
 import subprocess
@@ -60,7 +61,47 @@ def test_theory_as_json(capsys):
     command = ["theory", "--params", "7.5e9", "--devices", "64", "--accumulate", "4", "--json"]
     assert cli.main(command) == 0
     assert json.loads(capsys.readouterr().out)["stages"]["3"]["elements_per_param"] == 12
-    assert cli.main(["theory", "--params", "-1", "--devices", "64"]) == 2
+    assert cli.main(["theory", "--params", "1B", "--devices", "0"]) == 2
+
+
+@pytest.mark.parametrize("text", ["7.5B", "7500m", "7.5e9"])
+def test_a_number_of_parameters_has_a_unit(capsys, text):
+    assert cli.main(["theory", "--params", text, "--devices", "64"]) == 0
+    assert "31.41 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["7.5X", "B", "-1", "nan", "inf", ""])
+def test_a_number_of_parameters_that_is_none(capsys, text):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["theory", f"--params={text}", "--devices", "64"])
+    assert "write a positive number, such as 7.5B" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"zerojax {zj.__version__}\n"
+
+
+def test_gpus_are_listed_without_jax(capsys):
+    code = ("import sys; from zerojax import cli\n"
+            "status = cli.main(['gpus'])\n"
+            "sys.exit(status or (3 if 'jax' in sys.modules else 0))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+                          env=os.environ | {"COLUMNS": "120"})
+    assert done.returncode == 0
+    for words in ("rtx4090", "NVIDIA GeForce RTX 4090", "141.0 GiB", "mine.json:8x8"):
+        assert words in " ".join(done.stdout.split())
+
+
+def test_a_gpu_of_ones_own(file, capsys, tmp_path, monkeypatch):
+    assert cli.main(["gpus", "H200", "--json"]) == 0
+    gpu = json.loads(capsys.readouterr().out) | {"name": "half an H200", "memory": 70 * 2**30}
+    (tmp_path / "mine.json").write_text(json.dumps(gpu))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["plan", "./training.py", "--topology", "mine.json:1x2"]) == 0
+    out = capsys.readouterr().out
+    assert "2 x half an H200 (1 host of 2)" in out and "70.0 GiB" in out
 
 
 def test_the_readmes_command(tmp_path):
@@ -95,7 +136,8 @@ def test_a_plan_that_does_not_fit_fails_the_gate(file, capsys):
     assert "does NOT fit" in capsys.readouterr().out
 
 
-def test_show_prints_the_layout(file, capsys):
+def test_show_prints_the_layout(file, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     assert cli.main(["show", file, "--topology", "h200:1x8"]) == 0
     assert "P(None, 'data')" in capsys.readouterr().out
 
@@ -113,6 +155,7 @@ def test_advise_says_why_nothing_fits(file, capsys):
     assert cli.main(["advise", f"{file}:huge", "--topology", "a100-40g:1x1"]) == 1
     out = capsys.readouterr().out
     assert "nothing fits" in out and "of 35.5 GiB" in out
+    assert "needs the least memory. Try more GPUs" in out
 
 
 WRONG = {
@@ -122,7 +165,12 @@ WRONG = {
     "no such name": (["show", "{file}:recipes", "--topology", "h200:1x8"],
                      ["no recipes in it", "did you mean", ":recipe?"]),
     "not a recipe": (["show", "{file}:number", "--topology", "h200:1x8"], ["number is a int"]),
-    "unknown gpu": (["plan", "{file}", "--topology", "h20:1x8"], ["unknown GPU 'h20'", "h200"]),
+    "a gpu too old": (["gpus", "v100"], ["'v100' cannot be simulated", "capability 7.5"]),
+    "another vendor": (["plan", "{file}", "--topology", "MI300X:1x8"], ["ROCm"]),
+    "no gpu file": (["plan", "{file}", "--topology", "mine.json:1x8"],
+                    ["No such file", "zerojax gpus h200 --json"]),
+    "unknown gpu": (["plan", "{file}", "--topology", "h2000:1x8"],
+                    ["unknown GPU 'h2000'", "h200", "zerojax gpus"]),
     "impossible topology": (["plan", "{file}", "--topology", "h200:8"], ["hosts x GPUs"]),
     "batch": (["plan", "{file}:fixed", "--topology", "h200:1x5"], ["24 examples", "5"]),
     "no name": (["show", ":recipe", "--topology", "h200:1x2"], ["names no file or module"]),

@@ -17,10 +17,11 @@ _CONTENTS = {
                "CorruptCheckpointError", "LayoutError", "LossError", "MissingExtraError",
                "ModelError", "NonFiniteError", "PlanError", "PolicyError", "RecipeError",
                "StateError", "ZeroError"],
+    "layout.gpus": ["Gpu"],
     "layout.mesh": ["make_mesh"],
     "layout.padded": ["Padded", "logical"],
     "layout.report": ["Layout"],
-    "layout.topology": ["Gpu", "Topology"],
+    "layout.topology": ["Topology"],
     "plan.plan": ["Plan"],
     "policy": ["Precision"],
     "processes.joining": ["initialize"],
@@ -62,11 +63,11 @@ if TYPE_CHECKING:
     from zerojax.errors import RecipeError as RecipeError
     from zerojax.errors import StateError as StateError
     from zerojax.errors import ZeroError as ZeroError
+    from zerojax.layout.gpus import Gpu as Gpu
     from zerojax.layout.mesh import make_mesh as make_mesh
     from zerojax.layout.padded import Padded as Padded
     from zerojax.layout.padded import logical as logical
     from zerojax.layout.report import Layout as Layout
-    from zerojax.layout.topology import Gpu as Gpu
     from zerojax.layout.topology import Topology as Topology
     from zerojax.plan.plan import Plan as Plan
     from zerojax.policy import Precision as Precision

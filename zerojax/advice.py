@@ -2,21 +2,24 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
+from tqdm import tqdm
 
+from zerojax import tables
 from zerojax.errors import PolicyError, RecipeError, ZeroError
 from zerojax.layout.mesh import make_mesh
 from zerojax.layout.topology import Topology
 from zerojax.plan.plan import Plan
 from zerojax.policy import Precision
 from zerojax.recipe import Recipe
-from zerojax.tables import Printed, Sheet, seconds, size
+from zerojax.tables import Printed, Sheet, quantity, seconds, size
 from zerojax.zero import Zero
 
 MIXED = Precision(compute="bfloat16")
 _COLUMNS = ("stage", "accumulate", "copies", "loss", "peak", "sent per step", "step time", "MFU",
-            "examples/s", "refused because")
+            "examples/s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +87,26 @@ class Advice(Printed):
         """Returns the trials as a table, fastest first and refused ones last."""
         order = sorted(self.tried, key=lambda trial: (bool(trial.refused), -trial.rate))
         title = f"the fastest that fits: {self.best.choice}" if self.best else "nothing fits"
-        return Sheet(title, _COLUMNS, tuple(map(_row, order)))
+        return Sheet(title, _COLUMNS, tuple(map(_row, order)), tuple(t.refused for t in order))
 
-    def parts(self) -> list:
-        return [self.sheet().table()]
+    def parts(self) -> Sequence[Any]:
+        return [*self.sheet().parts(), *([] if self.best else [self._remedy()])]
+
+    def _remedy(self) -> str:
+        """Returns what to try if nothing fits."""
+        peaks = [(trial.plan.memory.peak, str(trial.choice)) for trial in self.tried
+                 if trial.plan and not trial.plan.memory.fits]
+        if not peaks:
+            return "No layout was refused for its memory alone; the notes give the reasons."
+        return (f"{min(peaks)[1]} needs the least memory. Try more GPUs or larger ones, fewer "
+                "examples per microbatch, or a loss that rematerializes more, such as nn.remat "
+                "with the policy zj.remat.regather().")
 
 
 def _row(trial: Trial) -> tuple[str, ...]:
     choice = trial.choice
     layout = (str(choice.stage), str(choice.accumulate), str(choice.replica), choice.remat)
-    return (*layout, *_numbers(trial), trial.refused)
+    return (*layout, *_numbers(trial))
 
 
 def _numbers(trial: Trial) -> tuple[str, ...]:
@@ -142,8 +155,9 @@ def advise(recipe: Recipe, topology: str | Topology, *, stages: Iterable[int] = 
     copies = _counts("replica", replica or {1, topology.hosts})
     if not stages:
         raise PolicyError("advise(stages=()): write the stages to try, such as stages=(2, 3).")
+    series = list(_series(recipe, stages, copies, accumulate))
     tried = []
-    for choices in _series(recipe, stages, copies, accumulate):
+    for choices in tqdm(series, "layouts", leave=False, disable=not tables.is_watched()):
         tried += _until_fits(recipe, topology, choices, precision, min_shard, cache)
     if not tried:
         examples = _examples(recipe, topology.devices)
@@ -211,7 +225,8 @@ def _refusal(plan: Plan) -> str:
     wrong = [finding for finding in plan.findings if finding.wrong]
     if not wrong:
         return ""
-    return f"not ZeRO: {len(wrong)} findings, {size(sum(finding.bytes for finding in wrong))}"
+    sent = size(sum(finding.bytes for finding in wrong))
+    return f"not ZeRO: {quantity(len(wrong), 'finding')}, {sent}"
 
 
 def plan_of(recipe: Recipe, topology: str | Topology, choice: Choice, precision: Precision,

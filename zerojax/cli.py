@@ -6,7 +6,8 @@ after an error.
     zerojax plan train.py --topology h200:8x8 --stage 3      # one layout in detail
     zerojax advise train.py --topology h200:8x8              # finds the fastest layout that fits
     zerojax show train.py --topology h200:8x8                # the placement of each leaf
-    zerojax theory --params 7.5e9 --devices 64               # the paper's table
+    zerojax gpus                                             # the GPUs that can be simulated
+    zerojax theory --params 7.5B --devices 64                # the paper's table
     zerojax launch -n 2 --devices 4 train.py --steps 100     # starts the processes of a job
     zerojax inspect checkpoints                              # leaves, bytes, digests, versions
     zerojax verify checkpoints                               # compares arrays with their digests
@@ -20,14 +21,12 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+import zerojax
 from zerojax.plan import theory
-from zerojax.tables import Sheet
+from zerojax.tables import text
 
-GB = 1e9
+_UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 _DEFAULT = "(default: %(default)s)"
-_THEORY_COLUMNS = ("stage", "paper, within a step (2+2+12 bytes)",
-                   "zerojax, between steps (4+8 bytes)", "elements sent per parameter",
-                   "sent per step, 16 bit")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     `launch` returns the status of its job.
     """
     args = parser().parse_args(argv)
-    if args.run not in (run_theory, run_launch):
+    if args.run not in (run_theory, run_launch, run_gpus):
         # this process only plans: it takes no GPU, and the CUDA compiler may lack one
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -61,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line; `args.run` is the function of the command."""
     top = argparse.ArgumentParser(prog="zerojax", description=__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--version", action="version", version=f"zerojax {zerojax.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _plan(_command(commands, "plan", run_plan,
                    "predicts memory, communication and time of one layout, with the GPU compiler"))
@@ -68,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
                      "compiles many layouts and finds the fastest that fits, by the estimate"))
     _show(_command(commands, "show", run_show,
                    "prints the layout: leaf, shape, spec, bytes per device, why a leaf is whole"))
+    _gpus(_command(commands, "gpus", run_gpus,
+                   "lists the GPUs that --topology can name, or prints one of them as JSON"))
     _theory(_command(commands, "theory", run_theory,
                      "prints ZeRO's arithmetic, without a model"))
     _launch(_command(commands, "launch", run_launch,
@@ -109,9 +111,14 @@ def _show(command: argparse.ArgumentParser) -> None:
     _layout(command)
 
 
+def _gpus(command: argparse.ArgumentParser) -> None:
+    command.add_argument("gpu", nargs="?", help="a name, to print the fields of one GPU")
+    _json(command)
+
+
 def _theory(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--params", type=float, required=True,
-                         help="number of parameters, such as 7.5e9")
+    command.add_argument("--params", type=count, required=True,
+                         help="number of parameters, such as 7.5B, 350M or 7.5e9")
     command.add_argument("--devices", type=int, required=True, help="number of devices")
     _accumulate(command)
     _json(command)
@@ -155,7 +162,8 @@ def _recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", metavar="FILE_OR_MODULE[:NAME]",
                          help="where a zj.Recipe is defined; NAME is `recipe` by default")
     command.add_argument("--topology", required=True,
-                         help="GPU:HOSTSxGPUS_PER_HOST, such as h200:8x8")
+                         help="GPU:HOSTSxGPUS_PER_HOST, such as h200:8x8; `zerojax gpus` lists "
+                              "the names; GPU can also be a JSON file")
     command.add_argument("--compute", default="bfloat16",
                          help=f"dtype of the model and the gathers {_DEFAULT}")
     command.add_argument("--reduce", help="dtype of the reductions (default: same as --compute)")
@@ -193,6 +201,22 @@ def numbers(text: str) -> list[int]:
     [4, 2]
     """
     return [int(n) for n in text.split(",")]
+
+
+def count(text: str) -> float:
+    """Parses a positive number, with K, M, B or T for thousands, millions and so on.
+
+    >>> count("7.5B"), count("350m"), count("7.5e9")
+    (7500000000.0, 350000000.0, 7500000000.0)
+    """
+    try:
+        number = float(text[:-1]) * _UNITS[text[-1].upper()] if text[-1].isalpha() else float(text)
+    except (ValueError, KeyError, IndexError):
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: write a positive number, such as 7.5B, 350M "
+                                         "or 7.5e9")
+    return number
 
 
 def run_plan(args) -> int:
@@ -263,34 +287,32 @@ def _precision(args):
     return Precision(compute=args.compute, reduce=args.reduce)
 
 
-def run_theory(args) -> int:
-    """Prints the paper's table."""
-    params, devices, accumulate = args.params, args.devices, args.accumulate
-    if not 0 < params < float("inf") or devices < 1 or accumulate < 1:
-        print(f"zerojax theory: --params {params} --devices {devices} --accumulate {accumulate}: "
-              "write positive numbers.", file=sys.stderr)
-        return 2
-    stages = {stage: _arithmetic(params, devices, stage, accumulate) for stage in range(4)}
+def run_gpus(args) -> int:
+    """Prints the GPUs that can be simulated, or one of them."""
+    from zerojax.layout import gpus
+
+    chosen = gpus.GPUS if args.gpu is None else {args.gpu.lower(): gpus.find(args.gpu)}
     if args.json:
-        print(json.dumps({"params": params, "devices": devices, "accumulate": accumulate,
-                          "stages": stages}, indent=1))
-        return 0
-    title = f"{params:,.4g} parameters, {devices} devices, {accumulate} microbatch(es): per device"
-    print(Sheet(title, _THEORY_COLUMNS, tuple(_row(s, x) for s, x in stages.items())))
+        fields = {name: gpus.to_json(gpu) for name, gpu in chosen.items()}
+        print(json.dumps(fields if args.gpu is None else fields.popitem()[1], indent=1))
+    else:
+        print(text(*gpus.sheet(chosen).parts(), f"{gpus.OWN}."))
     return 0
 
 
-def _arithmetic(params: float, devices: int, stage: int, accumulate: int) -> dict[str, float]:
-    wire = theory.wire(stage, accumulate)
-    return {"paper_bytes": theory.paper_bytes(params, devices, stage),
-            "rest_bytes": theory.rest_bytes(params, devices, stage),
-            "elements_per_param": wire.elements, "sent_bytes": wire.bytes(params, devices)}
-
-
-def _row(stage: int, figures: dict[str, float]) -> tuple[str, ...]:
-    paper, rest, sent = (f"{figures[name] / GB:,.2f} GB"
-                         for name in ("paper_bytes", "rest_bytes", "sent_bytes"))
-    return str(stage), paper, rest, str(figures["elements_per_param"]), sent
+def run_theory(args) -> int:
+    """Prints the paper's table."""
+    params, devices, accumulate = args.params, args.devices, args.accumulate
+    if devices < 1 or accumulate < 1:
+        print(f"zerojax theory: --devices {devices} --accumulate {accumulate}: write positive "
+              "integers.", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps({"params": params, "devices": devices, "accumulate": accumulate,
+                          "stages": theory.figures(params, devices, accumulate)}, indent=1))
+    else:
+        print(theory.sheet(params, devices, accumulate))
+    return 0
 
 
 def run_launch(args) -> int:
@@ -314,14 +336,14 @@ def run_verify(args) -> int:
     """Compares arrays with their digests, step by step; the status is 1 if one differs."""
     from zerojax.checkpoint import reading
     from zerojax.errors import CorruptCheckpointError
-    from zerojax.tables import size
+    from zerojax.tables import quantity, size
 
     damaged = False
     for path in _steps(args):
         try:
             manifest = reading.verify(path)
-            print(f"step {manifest.step}: {len(manifest.leaves)} leaves, {size(manifest.bytes)}, "
-                  "intact", flush=True)
+            print(f"step {manifest.step}: {quantity(len(manifest.leaves), 'leaf')}, "
+                  f"{size(manifest.bytes)}, intact", flush=True)
         except CorruptCheckpointError as error:
             damaged = True
             print(f"zerojax verify: {error}", file=sys.stderr)

@@ -111,7 +111,7 @@ def load(where: str) -> Recipe:
       RecipeError: the file, the module or the name does not exist, or is not a `Recipe`.
     """
     place, name = _split(where)
-    if not place or place.startswith("."):
+    if not place or (place.startswith(".") and not _is_file(place)):
         raise RecipeError(f"{where!r} names no file or module; "
                           "write train.py, package.module, or either with :name.")
     with _first_on_path(folder(where)):

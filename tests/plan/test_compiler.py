@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import zerojax as zj
-from zerojax.layout import topology
+from zerojax.layout import gpus, topology
 from zerojax.plan import cache, compiler
 
 
@@ -218,7 +218,7 @@ def test_a_state_that_lies_whole_is_not_zeros(zero):
 
     jitted = jax.jit(step, donate_argnums=0, out_shardings=whole)
     plan = zero.plan(jitted, state, jax.ShapeDtypeStruct((64, 512), jnp.float32))
-    text = r"1 leaves are whole on every device.*against the policy"
+    text = r"1 leaf is whole on every device.*against the policy"
     with pytest.raises(zj.PlanError, match=text):
         plan.check()
     assert plan.check(allow="against the policy") is plan
@@ -234,10 +234,10 @@ def test_what_is_no_jitted_function_or_has_no_params(zero):
 def test_a_topology_of_ones_own_survives_the_mesh(monkeypatch):
     import dataclasses
 
-    ours = zj.Topology(dataclasses.replace(topology.GPUS["h200"], network=10e9), 2, 4)
+    ours = zj.Topology(dataclasses.replace(gpus.GPUS["h200"], network=10e9), 2, 4)
     assert zj.Topology.of(zj.make_mesh(topology=ours)) == ours
     with pytest.raises(zj.PolicyError, match="per_host=0"):
-        zj.Topology(topology.GPUS["h200"], 1, 0)
+        zj.Topology(gpus.GPUS["h200"], 1, 0)
 
 
 def test_real_cpus_are_planned_but_not_judged():

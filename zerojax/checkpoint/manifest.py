@@ -12,7 +12,7 @@ from zerojax.checkpoint import json_values
 from zerojax.checkpoint.entries import Entry
 from zerojax.errors import CheckpointError
 from zerojax.processes.fingerprint import versions
-from zerojax.tables import Printed, Sheet, size
+from zerojax.tables import Printed, Sheet, quantity, size
 from zerojax.train import optimizer
 
 FORMAT = 2
@@ -101,7 +101,7 @@ class Manifest(Printed):
 
     def sheets(self) -> tuple[Sheet, Sheet]:
         """Returns a table of the whole step, and a table of its leaves."""
-        title = f"step {self.step}: {len(self.leaves)} leaves, {size(self.bytes)}"
+        title = f"step {self.step}: {quantity(len(self.leaves), 'leaf')}, {size(self.bytes)}"
         rows = [(path, str(list(e.shape)), e.dtype, e.spec, f"{e.bytes:,}", e.digest)
                 for path, e in self.leaves.items()]
         columns = ("leaf", "shape", "dtype", "spec", "bytes", "digest")
@@ -118,7 +118,7 @@ class Manifest(Printed):
                 ("versions", _joined(self.versions)))
 
     def parts(self) -> list:
-        return [sheet.table() for sheet in self.sheets()]
+        return [part for sheet in self.sheets() for part in sheet.parts()]
 
 
 def sha256(values: dict) -> str:

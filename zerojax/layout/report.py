@@ -12,6 +12,9 @@ from zerojax.layout import rules
 from zerojax.layout.placement import describe, endings, param_name
 from zerojax.layout.rules import Leaf, Placement
 from zerojax.policy import Policy
+from zerojax.tables import Sheet, quantity
+
+_COLUMNS = ("leaf", "copies", "shape", "dtype", "spec", "bytes/device")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,32 +50,33 @@ class Layout(tables.Printed):
         """The leaves that every device holds in full, each with the reason."""
         return tuple(row for row in self.rows if row.reason)
 
-    def table(self, most: int = 24):
-        """Returns a `rich.table.Table` of the `most` largest parameters.
+    def sheet(self, most: int = 24) -> Sheet:
+        """Returns a table of the `most` largest parameters.
 
         Optimizer state with a parameter's shape and spec is counted in that parameter's line.
         """
-        from rich import box
-        from rich.table import Table
-
-        table = Table("leaf", "copies", "shape", "dtype", "spec", "bytes/device", "whole because",
-                      box=box.SIMPLE, title=self._title(), title_justify="left")
         groups = sorted(_alike(self.rows), key=lambda group: -_total(group))
-        for group in groups[:most]:
-            row = group[0]
-            table.add_row(row.path, str(len(group)), str(row.shape), row.dtype, _short(row.spec),
-                          f"{_total(group):,}", row.reason)
-        if len(groups) > most:
-            rest = [row for group in groups[most:] for row in group]
-            table.add_row(f"... {len(groups) - most} smaller", str(len(rest)), "", "", "",
-                          f"{_total(rest):,}")
-        return table
+        rows = [_cells(group) for group in groups[:most]]
+        notes = [group[0].reason for group in groups[:most]]
+        if rest := [row for group in groups[most:] for row in group]:
+            rows.append((f"... {len(groups) - most} smaller", str(len(rest)), "", "", "",
+                         f"{_total(rest):,}"))
+            notes.append("")
+        return Sheet(self._title(), _COLUMNS, tuple(rows), tuple(notes))
 
     def parts(self) -> Sequence[Any]:
-        return [self.table()]
+        return self.sheet().parts()
 
     def _title(self) -> str:
-        return f"{len(self.rows)} leaves, {self.bytes:,} bytes on each of {self.devices} devices"
+        return (f"{quantity(len(self.rows), 'leaf')}, {self.bytes:,} bytes on each of "
+                f"{quantity(self.devices, 'device')}")
+
+
+def _cells(group: Sequence[Row]) -> tuple[str, ...]:
+    """Returns the line of a parameter and of the optimizer state that is laid out like it."""
+    row = group[0]
+    return (row.path, str(len(group)), str(row.shape), row.dtype, _short(row.spec),
+            f"{_total(group):,}")
 
 
 def _total(rows: Sequence[Row]) -> int:

@@ -135,7 +135,7 @@ def shard(leaf: Leaf, axes: tuple[str, ...], n: int, min_shard: int,
     if set(axes_of(leaf.base)) & set(axes):  # the model itself shards the leaf over ZeRO's axes
         return Placement(leaf.base, keep(leaf.base, lambda axis: axis not in axes))
     if n == 1 or leaf.size < min_shard:
-        reason = "one device" if n == 1 else f"{leaf.size} elements < min_shard={min_shard}"
+        reason = "one device" if n == 1 else f"fewer than min_shard={min_shard} elements"
         return Placement(leaf.base, leaf.base, reason)
     free = [(d, i) for i, d in enumerate(leaf.shape)
             if leaf.base[i] is None and i != leaf.scanned and d > 0]

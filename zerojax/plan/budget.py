@@ -9,6 +9,7 @@ from zerojax.layout.rules import Leaf
 from zerojax.plan import finding, provenance
 from zerojax.plan.demand import Demand, key
 from zerojax.plan.finding import Finding
+from zerojax.tables import quantity
 
 SLACK = 1.02
 
@@ -57,8 +58,8 @@ def _too_often(demand: Demand, pairs: list[Pair], most: float) -> tuple[list[Fin
         total -= s.elements * c.trips
         odd.append(finding.moved(demand, c, s, (
             f"arrays of these parameters' shapes move {often} in stage {demand.policy.stage} with "
-            f"{demand.accumulate} microbatch(es) and this program's reads: an activation of a "
-            "parameter's shape, or a weight that is read in a loop which does not slice it")))
+            f"{quantity(demand.accumulate, 'microbatch')} and this program's reads: an activation "
+            "of a parameter's shape, or a weight that is read in a loop which does not slice it")))
     return odd, left
 
 

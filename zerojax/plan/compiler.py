@@ -29,6 +29,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
+from zerojax import tables
 from zerojax.errors import CompileError, ModelError
 from zerojax.layout import topology as topologies
 from zerojax.layout.topology import Topology
@@ -210,9 +211,8 @@ def _run(work: pathlib.Path, request: dict, topology: Topology) -> None:
 
 
 def _wait(child: subprocess.Popen, title: str) -> None:
-    shown = sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules)
     with tqdm(total=0, desc=title, bar_format="{desc}: {elapsed}", leave=False,
-              disable=not shown) as line:
+              disable=not tables.is_watched()) as line:
         while child.poll() is None:
             line.refresh()
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -17,7 +17,7 @@ from zerojax.plan.demand import Demand
 from zerojax.plan.finding import Finding
 from zerojax.plan.memory import Memory, kind_of
 from zerojax.plan.reading import Reading
-from zerojax.tables import size
+from zerojax.tables import quantity, size
 from zerojax.trees import itemsize
 
 SAVED, COMBINED = 0.3, 0.25  # of all parameters, of the peak: less is not reported
@@ -46,8 +46,9 @@ def _whole_leaves(layout: Layout) -> Iterator[Finding]:
         first = max(rows, key=lambda r: r.bytes)
         kept, against = sum(r.bytes for r in rows), reason == ELSEWHERE
         if layout.devices > 1 and (against or kept > min(2**20, WHOLE * layout.bytes)):
-            yield Finding(f"{len(rows)} leaves are whole on every device, {size(kept)} of it: "
-                          f"{reason} (the largest is {first.path}, {first.shape}).",
+            yield Finding(f"{quantity(len(rows), 'leaf')} {'is' if len(rows) == 1 else 'are'} "
+                          f"whole on every device, {size(kept)}: {reason} (the largest is "
+                          f"{first.path}, {first.shape}).",
                           kept, wrong=against)
 
 

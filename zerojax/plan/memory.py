@@ -74,20 +74,22 @@ def account(reading: Reading) -> Memory:
     """Returns the `Memory` of a compiled step."""
     figures, fixed = reading.figures, constants(reading.program)
     at_rest = _at_rest(reading.layout)
+    known = sum(at_rest.values()) + reading.batch_bytes
+    # the program leaves out the arguments that it does not read; they are in memory nonetheless
+    arguments = max(figures["argument"], known)
     fresh = figures["output"] - figures["alias"]
     temporary = figures["temp"] + figures["generated_code"]
     moving = _alive(reading)
     kinds = at_rest | {
         "batch": reading.batch_bytes,
-        "other arguments and results":
-            figures["argument"] - sum(at_rest.values()) - reading.batch_bytes + fresh,
+        "other arguments and results": arguments - known + fresh,
         **moving,
         "activations, other temporaries": temporary - sum(moving.values()),
         "constants": fixed}
     host = sum(figures[f"host_{name}"] for name in ("argument", "output", "temp"))
     capacity = reading.topology and reading.topology.gpu.memory
     return Memory(kinds, formulas(reading.demand, reading.layout),
-                  figures["argument"] + fresh + temporary + fixed, host - figures["host_alias"],
+                  arguments + fresh + temporary + fixed, host - figures["host_alias"],
                   capacity, _paper(reading.demand, reading.layout))
 
 

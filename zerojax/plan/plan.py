@@ -7,7 +7,7 @@ absent GPUs.
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -25,7 +25,7 @@ from zerojax.plan.finding import Finding
 from zerojax.plan.memory import Memory
 from zerojax.plan.reading import Reading
 from zerojax.plan.traffic import Traffic
-from zerojax.tables import Sheet, seconds, size
+from zerojax.tables import Sheet, quantity, seconds, size
 
 MOST = 10  # findings in an error
 
@@ -151,9 +151,9 @@ class Plan(tables.Printed):
         lines = [f"- {f}" for f in wrong[:MOST]]
         if len(wrong) > MOST:
             lines.append(f"- and {len(wrong) - MOST} more: see plan.findings")
-        return (f"{self.title}: {len(wrong)} findings that ZeRO does not explain; {size(sent)} of "
-                f"the {size(self.sent)} that each device sends per step are not its own (ZeRO's "
-                f"would be {size(self.zero_bytes)}):\n" + "\n".join(lines))
+        return (f"{self.title}: {quantity(len(wrong), 'finding')} that ZeRO does not explain; "
+                f"{size(sent)} of the {size(self.sent)} that each device sends per step are not "
+                f"its own (ZeRO's would be {size(self.zero_bytes)}):\n" + "\n".join(lines))
 
     def compare(self, other: "Plan") -> Sheet:
         """Returns both plans side by side, with the ratio of this one to the other."""
@@ -176,7 +176,7 @@ class Plan(tables.Printed):
         sheets = [_memory_sheet(self.memory), _traffic_sheet(self)]
         lines = [_time(self.compute)] if self.compute else []
         lines += [("! " if f.wrong else "- ") + str(f) for f in self.findings]
-        return [self.title, *(s.table() for s in sheets), *lines]
+        return [self.title, *(part for sheet in sheets for part in sheet.parts()), *lines]
 
 
 def _ratio(a: float, b: float) -> str:
@@ -215,22 +215,27 @@ def _verdict(m: Memory) -> str:
 
 def _traffic_sheet(plan: Plan) -> Sheet:
     rows = [_traffic_row(t) for t in plan.communication]
-    count = str(sum(t.count for t in plan.communication))
+    count = _share(plan.communication)
     times = ("", "")
     if plan.compute:
         times = (seconds(sum(t.seconds or 0 for t in plan.communication)),
                  seconds(sum(t.exposed or 0 for t in plan.communication)))
-    rows.append(("all", "", "", "", count, "", size(plan.sent), *times))
-    rows.append(("ZeRO's", "", "", "", "", "", size(plan.zero_bytes), "", ""))
-    columns = ("", "dtype", "over", "where", "count", "async", "sent", "takes", "exposed")
+    rows.append(("all", "", "", "", count, size(plan.sent), *times))
+    rows.append(("ZeRO's", "", "", "", "", size(plan.zero_bytes), "", ""))
+    columns = ("", "dtype", "over", "where", "async/all", "sent", "takes", "exposed")
     return Sheet("sent by each device per step", columns, tuple(rows))
+
+
+def _share(rows: Sequence[Traffic]) -> str:
+    """Returns how many instructions are asynchronous, of how many."""
+    return f"{sum(t.asynchronous for t in rows)}/{sum(t.count for t in rows)}"
 
 
 def _traffic_row(t: Traffic) -> tuple[str, ...]:
     where = "backward, " if t.backward else ""
     where += f"in a loop, {t.trips} x" if t.trips > 1 else "once"
     over = ", ".join(t.axes) if t.axes else "other groups"
-    return (t.kind, t.dtype, over, where, str(t.count), str(t.asynchronous), size(t.bytes),
+    return (t.kind, t.dtype, over, where, _share([t]), size(t.bytes),
             _or_nothing(t.seconds, seconds), _or_nothing(t.exposed, seconds))
 
 
@@ -283,15 +288,15 @@ def title(demand: Demand, topology: Topology | None) -> str:
     axes = ", ".join(f"{name}={n}" for name, n in p.mesh.shape.items())
     way = "per device" if demand.per_device else "one loss"
     way += f" ({demand.why})" if demand.why else ""
-    count = f"{demand.accumulate} microbatch{'es' if demand.accumulate > 1 else ''}"
+    count = quantity(demand.accumulate, "microbatch")
     return (f"stage {p.stage} on {_devices(p.mesh, topology)}, {axes}; compute "
             f"{p.precision.compute_dtype}, reduce {p.precision.reduce_dtype}, {way}; {count}")
 
 
 def _devices(mesh: Any, topology: Topology | None) -> str:
     if not topology:
-        return f"{mesh.size} devices"
-    hosts = f"{topology.hosts} host{'s' if topology.hosts > 1 else ''} of {topology.per_host}"
+        return quantity(mesh.size, "device")
+    hosts = f"{quantity(topology.hosts, 'host')} of {topology.per_host}"
     return f"{topology.devices} x {topology.gpu.name} ({hosts})"
 
 

@@ -7,6 +7,11 @@ for communication.
 
 import dataclasses
 
+from zerojax.tables import Sheet, quantity
+
+_COLUMNS = ("stage", "paper, within a step (2+2+12 bytes)", "zerojax, between steps (4+8 bytes)",
+            "elements sent per parameter", "sent per step, 16 bit")
+
 
 def paper_bytes(params: float, devices: int, stage: int, *, optimizer: float = 12) -> float:
     """Returns the paper's bytes per device: parameters, gradients and optimizer state of 16-bit
@@ -80,3 +85,27 @@ def wire(stage: int, accumulate: int = 1, *, per_device: bool = True,
         return Wire(0, 2 * reductions)
     gathers = 1 if stage < 3 else accumulate * (2 if regathered else 1)
     return Wire(gathers, reductions)
+
+
+def figures(params: float, devices: int, accumulate: int = 1) -> dict[int, dict[str, float]]:
+    """Returns the bytes and elements of each stage, by name."""
+    wires = {stage: wire(stage, accumulate) for stage in range(4)}
+    return {stage: {"paper_bytes": paper_bytes(params, devices, stage),
+                    "rest_bytes": rest_bytes(params, devices, stage),
+                    "elements_per_param": moved.elements,
+                    "sent_bytes": moved.bytes(params, devices)}
+            for stage, moved in wires.items()}
+
+
+def sheet(params: float, devices: int, accumulate: int = 1) -> Sheet:
+    """Returns the paper's table."""
+    title = (f"{params:,.4g} parameters, {quantity(devices, 'device')}, "
+             f"{quantity(accumulate, 'microbatch')}: per device")
+    rows = (_row(stage, x) for stage, x in figures(params, devices, accumulate).items())
+    return Sheet(title, _COLUMNS, tuple(rows))
+
+
+def _row(stage: int, x: dict[str, float]) -> tuple[str, ...]:
+    paper, rest, sent = (f"{x[name] / 1e9:,.2f} GB"
+                         for name in ("paper_bytes", "rest_bytes", "sent_bytes"))
+    return str(stage), paper, rest, str(x["elements_per_param"]), sent
