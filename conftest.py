@@ -2,7 +2,7 @@
 
 Most tests use eight of the devices; ten are for dimensions that are not divisible. Most of the time
 goes into compiling programs that then run for milliseconds. LLVM's optimizations are therefore off,
-and all processes share one compilation cache. XLA's cache of GPU kernels has no lock, so that each
+and all processes share one compilation cache. XLA's cache of GPU kernels has no lock, so each
 worker has its own.
 """
 
@@ -26,18 +26,17 @@ os.environ.update({  # child processes inherit them
                  + (" --xla_cpu_use_fusion_emitters=false"
                     if importlib.metadata.version("jax").startswith("0.10.") else ""),
 } | os.environ)
-os.environ.update({  # XLA replaces it in the flag, which is in the keys of jax's shared cache
-    "TEST_UNDECLARED_OUTPUTS_DIR": os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"],
-                                                os.environ.get("PYTEST_XDIST_WORKER", "main")),
-})
 
 import jax
 import pytest
 
-os.makedirs(os.environ["TEST_UNDECLARED_OUTPUTS_DIR"], exist_ok=True)
 if "PYTEST_XDIST_WORKER" not in os.environ:  # one cache of plans for this run and all its workers
     os.environ["ZEROJAX_CACHE"] = tempfile.mkdtemp(prefix="zerojax-plans-")
     atexit.register(shutil.rmtree, os.environ["ZEROJAX_CACHE"], ignore_errors=True)
+# XLA reads this variable for the flag above, whose text is part of the keys of jax's cache
+os.environ["TEST_UNDECLARED_OUTPUTS_DIR"] = os.path.join(
+    os.environ["ZEROJAX_CACHE"], "kernels", os.environ.get("PYTEST_XDIST_WORKER", "main"))
+os.makedirs(os.environ["TEST_UNDECLARED_OUTPUTS_DIR"], exist_ok=True)
 jax.config.update("jax_num_cpu_devices", 10)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

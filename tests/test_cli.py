@@ -13,6 +13,7 @@ import pytest
 
 import zerojax as zj
 from zerojax import advice, cli, recipe
+from zerojax.layout import gpus
 
 EXAMPLE = str(pathlib.Path(__file__).parent.parent / "examples" / "train_gpt.py")
 RECIPE = """
@@ -104,6 +105,27 @@ def test_a_gpu_of_ones_own(file, capsys, tmp_path, monkeypatch):
     assert "2 x half an H200 (1 host of 2)" in out and "70.0 GiB" in out
 
 
+@pytest.mark.parametrize("change, words", [
+    ({"memory": "70 GiB"}, ["Gpu(memory='70 GiB')", "positive integer"]),
+    ({"network": 0}, ["Gpu(network=0)", "positive number"]),
+    ({"cc": [9]}, ["two integers"]),
+    ({"cc": [7, 0]}, ["the GPU mine.json", "capability 7.5"]),
+    ({"bandwith": 1}, ["unknown fields ['bandwith']"])])
+def test_a_gpu_file_with_a_mistake(capsys, tmp_path, monkeypatch, change, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text(json.dumps(gpus.to_json(gpus.GPUS["h200"]) | change))
+    assert cli.main(["gpus", "mine.json"]) == 2
+    error = capsys.readouterr().err
+    for word in words:
+        assert word in error
+
+
+def test_figures_of_a_gpu_file_may_be_floats(tmp_path):
+    fields = gpus.to_json(gpus.GPUS["h200"]) | {"bandwidth": 4.8e12}
+    (tmp_path / "mine.json").write_text(json.dumps(fields))
+    assert gpus.find(str(tmp_path / "mine.json")) == gpus.GPUS["h200"]
+
+
 def test_the_readmes_command(tmp_path):
     """In a process of its own: the plan of a file for a topology."""
     command = [sys.executable, "-m", "zerojax", "plan", EXAMPLE, "--topology", "h200:8x8",
@@ -166,6 +188,7 @@ WRONG = {
                      ["no recipes in it", "did you mean", ":recipe?"]),
     "not a recipe": (["show", "{file}:number", "--topology", "h200:1x8"], ["number is a int"]),
     "a gpu too old": (["gpus", "v100"], ["'v100' cannot be simulated", "capability 7.5"]),
+    "a file without .json": (["gpus", "mine"], ["unknown GPU 'mine'"]),
     "another vendor": (["plan", "{file}", "--topology", "MI300X:1x8"], ["ROCm"]),
     "no gpu file": (["plan", "{file}", "--topology", "mine.json:1x8"],
                     ["No such file", "zerojax gpus h200 --json"]),
@@ -174,7 +197,7 @@ WRONG = {
     "impossible topology": (["plan", "{file}", "--topology", "h200:8"], ["hosts x GPUs"]),
     "batch": (["plan", "{file}:fixed", "--topology", "h200:1x5"], ["24 examples", "5"]),
     "no name": (["show", ":recipe", "--topology", "h200:1x2"], ["names no file or module"]),
-    "half a gpu": (["show", "{file}", "--topology", "{{bad:1x2"], ["not a GPU in JSON"]),
+    "half a gpu": (["show", "{file}", "--topology", "{{bad:1x2"], ["the GPU {bad is not JSON"]),
     "no such loss": (["plan", "{file}:two", "--topology", "h200:1x2", "--remat", "all"],
                      ["no loss 'all'", "'plain', 'remat'"]),
     "no batch divides": (["advise", "{file}:fixed", "--topology", "h200:1x5"],

@@ -1,5 +1,6 @@
-"""The Python blocks of the README run in order, as one program."""
+"""The Python blocks of a page run in order, as one program."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -8,28 +9,45 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ["README.md"]
+PAGES = ["README.md", "docs/plan.md"]
+
+
+def blocks(page: str) -> list[re.Match]:
+    text = (ROOT / page).read_text()
+    return list(re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
 
 
 def program(page: str) -> str:
     """Returns the blocks of a page as one program, in which lines have the numbers of the page."""
-    text = (ROOT / page).read_text()
-    lines = [""] * text.count("\n")
-    for block in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        start = text[:block.start(1)].count("\n")
+    lines = [""] * (ROOT / page).read_text().count("\n")
+    for block in blocks(page):
+        start = block.string[:block.start(1)].count("\n")
         code = block[1].splitlines()
         lines[start:start + len(code)] = code
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("devices", [8, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("page", PAGES)
-def test_its_blocks_run_in_order(page, devices, tmp_path):
-    code = f"import jax\njax.config.update('jax_num_cpu_devices', {devices})\n"
-    code += f"exec(compile({program(page)!r}, {page!r}, 'exec'), globals())"
+def test_all_blocks_are_found(page):
+    assert len(blocks(page)) == (ROOT / page).read_text().count("```python") > 0
+
+
+def run(page, devices, tmp_path):
+    code = f"exec(compile({program(page)!r}, {page!r}, 'exec'), globals())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=300)
+                          text=True, timeout=300,
+                          env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)})
     assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_the_block_of_the_page_on_plans_runs(tmp_path):
+    run("docs/plan.md", 1, tmp_path)
+
+
+@pytest.mark.parametrize("devices", [8, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_readmes_blocks_run(devices, tmp_path):
+    done = run("README.md", devices, tmp_path)
     losses = [float(loss) for loss in re.findall(r"^\d+ ([\d.]+)$", done.stdout, re.MULTILINE)]
     assert losses[-1] < 0.5 * losses[0]
     text = " ".join(done.stdout.split())

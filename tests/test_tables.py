@@ -47,6 +47,33 @@ def test_a_column_without_text_is_left_out(monkeypatch):
     assert "empty" not in printed(monkeypatch, 160)
 
 
+@pytest.mark.parametrize("cell", ["params/[lora]/w", "[/x]", ":smile:", "参数/核"])
+def test_cells_are_no_markup(monkeypatch, cell):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cell in str(Sheet(cell, ("a", cell), ((cell, "x"),)))
+
+
+def test_text_with_digits_is_no_number(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    text = str(Sheet("", ("", ""), (("versions", "jax 0.12.0, " * 9), ("metrics", "0.25"))))
+    assert max(map(len, text.splitlines())) <= 60
+    assert re.search(r"metrics +0\.25$", text, re.MULTILINE)
+
+
+def test_a_word_wider_than_a_line_is_divided(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    text = str(Sheet("", ("", ""), (("data", "x" * 200),)))
+    assert max(map(len, text.splitlines())) <= 60 and text.count("x") == 200
+
+
+def test_a_dumb_terminal_and_a_pipe_show_all(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    wide = Sheet("", ("", ""), (("a" * 70, "b" * 70),))
+    monkeypatch.setattr(tables, "WORD", 100)
+    assert "a" * 70 in str(wide) and "b" * 70 in str(wide) and "…" not in str(wide)
+
+
 def test_a_notebook_scrolls_in_place_of_wrapping(monkeypatch):
     monkeypatch.setenv("COLUMNS", "50")
     html = SHEET._repr_html_()

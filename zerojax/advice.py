@@ -86,21 +86,26 @@ class Advice(Printed):
     def sheet(self) -> Sheet:
         """Returns the trials as a table, fastest first and refused ones last."""
         order = sorted(self.tried, key=lambda trial: (bool(trial.refused), -trial.rate))
-        title = f"the fastest that fits: {self.best.choice}" if self.best else "nothing fits"
-        return Sheet(title, _COLUMNS, tuple(map(_row, order)), tuple(t.refused for t in order))
+        title = (f"the fastest that fits: {self.best.choice}" if self.best else
+                 "no layout was accepted" if any(map(_fits, self.tried)) else "nothing fits")
+        notes = tuple(trial.refused and f"refused: {trial.refused}" for trial in order)
+        return Sheet(title, _COLUMNS, tuple(map(_row, order)), notes)
 
     def parts(self) -> Sequence[Any]:
         return [*self.sheet().parts(), *([] if self.best else [self._remedy()])]
 
     def _remedy(self) -> str:
         """Returns what to try if nothing fits."""
-        peaks = [(trial.plan.memory.peak, str(trial.choice)) for trial in self.tried
-                 if trial.plan and not trial.plan.memory.fits]
-        if not peaks:
-            return "No layout was refused for its memory alone; the notes give the reasons."
+        peaks = [(trial.plan.memory.peak, str(trial.choice)) for trial in self.tried if trial.plan]
+        if not peaks or any(map(_fits, self.tried)):
+            return "The notes give the reasons; `zerojax plan` shows one layout in full."
         return (f"{min(peaks)[1]} needs the least memory. Try more GPUs or larger ones, fewer "
                 "examples per microbatch, or a loss that rematerializes more, such as nn.remat "
                 "with the policy zj.remat.regather().")
+
+
+def _fits(trial: Trial) -> bool:
+    return bool(trial.plan and trial.plan.memory.fits)
 
 
 def _row(trial: Trial) -> tuple[str, ...]:
@@ -157,8 +162,14 @@ def advise(recipe: Recipe, topology: str | Topology, *, stages: Iterable[int] = 
         raise PolicyError("advise(stages=()): write the stages to try, such as stages=(2, 3).")
     series = list(_series(recipe, stages, copies, accumulate))
     tried = []
-    for choices in tqdm(series, "layouts", leave=False, disable=not tables.is_watched()):
-        tried += _until_fits(recipe, topology, choices, precision, min_shard, cache)
+    with tqdm(desc="layouts", total=sum(map(len, series)), leave=False,
+              disable=not tables.is_watched()) as bar:
+        for choices in series:
+            before = bar.n
+            for trial in _until_fits(recipe, topology, choices, precision, min_shard, cache):
+                tried.append(trial)
+                bar.update()
+            bar.update(len(choices) - (bar.n - before))  # those that were not tried
     if not tried:
         examples = _examples(recipe, topology.devices)
         raise PolicyError(f"advise: no layout is possible. The recipe's batch has {examples} "

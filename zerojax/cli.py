@@ -22,8 +22,8 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import zerojax
+from zerojax import tables
 from zerojax.plan import theory
-from zerojax.tables import text
 
 _UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 _DEFAULT = "(default: %(default)s)"
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     _show(_command(commands, "show", run_show,
                    "prints the layout: leaf, shape, spec, bytes per device, why a leaf is whole"))
     _gpus(_command(commands, "gpus", run_gpus,
-                   "lists the GPUs that --topology can name, or prints one of them as JSON"))
+                   "lists the GPUs that --topology can name, or describes one of them"))
     _theory(_command(commands, "theory", run_theory,
                      "prints ZeRO's arithmetic, without a model"))
     _launch(_command(commands, "launch", run_launch,
@@ -112,7 +112,8 @@ def _show(command: argparse.ArgumentParser) -> None:
 
 
 def _gpus(command: argparse.ArgumentParser) -> None:
-    command.add_argument("gpu", nargs="?", help="a name, to print the fields of one GPU")
+    command.add_argument("gpu", nargs="?",
+                         help="the name of one GPU, or a JSON file; with --json, all its fields")
     _json(command)
 
 
@@ -291,12 +292,12 @@ def run_gpus(args) -> int:
     """Prints the GPUs that can be simulated, or one of them."""
     from zerojax.layout import gpus
 
-    chosen = gpus.GPUS if args.gpu is None else {args.gpu.lower(): gpus.find(args.gpu)}
+    chosen = gpus.GPUS if args.gpu is None else {args.gpu: gpus.find(args.gpu)}
     if args.json:
         fields = {name: gpus.to_json(gpu) for name, gpu in chosen.items()}
         print(json.dumps(fields if args.gpu is None else fields.popitem()[1], indent=1))
     else:
-        print(text(*gpus.sheet(chosen).parts(), f"{gpus.OWN}."))
+        print(tables.text(*gpus.sheet(chosen).parts(), gpus.OWN))
     return 0
 
 

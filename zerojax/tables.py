@@ -10,6 +10,8 @@ from typing import Any
 
 GAP = 2  # characters between columns
 PROSE = 100  # characters of a line of prose at most
+WORD = 40  # characters of a word that is not divided
+_NUMBER = re.compile(r"-?\d[\d,.]*(e[+-]?\d+)?(%|/\d+| [A-Za-z]+)?")
 # notebooks wrap lines in <pre>, which breaks tables
 _HTML = ('<pre style="white-space: pre; overflow-x: auto; font-family: monospace">{code}</pre>')
 
@@ -32,11 +34,13 @@ def seconds(t: float) -> str:
 
     >>> seconds(0.00025), seconds(0.25), seconds(2)
     ('250 us', '250 ms', '2 s')
+    >>> seconds(0.9999), seconds(2000), seconds(0)
+    ('1 s', '2,000 s', '0 us')
     """
-    for unit, factor in (("s", 1), ("ms", 1e3)):
-        if t * factor >= 1:
-            return f"{t * factor:.3g} {unit}"
-    return f"{t * 1e6:.3g} us" if t else "0 s"
+    units = {"s": t, "ms": t * 1e3, "us": t * 1e6}
+    unit = next((unit for unit, n in units.items() if n >= 0.9995), "us")  # 0.9995 rounds to 1
+    n = units[unit]
+    return f"{n:,.0f} {unit}" if n >= 999.5 else f"{n:.3g} {unit}"
 
 
 def quantity(n: int, noun: str) -> str:
@@ -51,7 +55,7 @@ def quantity(n: int, noun: str) -> str:
 
 
 def is_watched() -> bool:
-    """Whether progress on standard error reaches a person: in a terminal or a notebook."""
+    """Returns whether progress on standard error reaches a person: in a terminal or a notebook."""
     return sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 
@@ -75,6 +79,8 @@ class Printed:
 class Sheet(Printed):
     """A title, column names, and rows of text, with footnotes. Prints as a table.
 
+    Columns without text are left out.
+
     Attributes:
       notes: a footnote for each row, or "". Equal ones are printed once.
     """
@@ -85,20 +91,28 @@ class Sheet(Printed):
     notes: tuple[str, ...] = ()
 
     def parts(self) -> Sequence[Any]:
-        return [self, *(f"{i}: {note}" for note, i in self._footnotes.items())]
+        return [self.title, Grid(self.named_columns()), *self._footnotes()]
 
-    @property
-    def _footnotes(self) -> dict[str, int]:
-        """The number of each footnote."""
-        return {note: i for i, note in enumerate(dict.fromkeys(filter(None, self.notes)), 1)}
-
-    def all_columns(self) -> list[tuple[str, tuple[str, ...]]]:
-        """Returns the name and the cells of each column that is not empty, with one for the
-        footnotes."""
+    def named_columns(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Returns the name and the cells of each column, with one for the footnotes."""
+        numbers = {note: str(i) for i, note in enumerate(self._distinct(), 1)}
         cells = zip(*self.rows, strict=True) if self.rows else [()] * len(self.columns)
-        marks = tuple(str(self._footnotes.get(note, "")) for note in self.notes)
-        columns = [*zip(self.columns, map(tuple, cells), strict=True), ("note", marks)]
+        columns = [*zip(self.columns, map(tuple, cells), strict=True),
+                   ("note", tuple(numbers.get(note, "") for note in self.notes))]
         return [(name, cells) for name, cells in columns if any(cells)]
+
+    def _footnotes(self) -> list[str]:
+        return [f"{i}: {note}" for i, note in enumerate(self._distinct(), 1)]
+
+    def _distinct(self) -> list[str]:
+        return list(dict.fromkeys(filter(None, self.notes)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Columns, each with a name and cells, that can be laid out in different widths."""
+
+    columns: Sequence[tuple[str, Sequence[str]]]
 
     def table(self, width: int):
         """Returns a `rich.table.Table` of this many characters, more if its words need them.
@@ -107,48 +121,62 @@ class Sheet(Printed):
         """
         from rich import box
         from rich.table import Table
+        from rich.text import Text
 
-        columns = self.all_columns()
-        widths = _widths(columns, width - 1)
-        table = Table(box=box.SIMPLE, title=self.title, title_justify="left", title_style="bold",
-                      padding=(0, 1, 0, 0))
-        for (name, cells), n in zip(columns, widths, strict=True):
-            table.add_column(_wrapped(name, n), width=n, no_wrap=True,
+        widths = self._widths(width)
+        table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+        for (name, cells), n in zip(self.columns, widths, strict=True):
+            table.add_column(Text(_wrapped(name, n)), width=n, no_wrap=True,
                              justify="right" if _are_numbers(cells) else "left")
-        for row in zip(*(cells for _, cells in columns), strict=True):
-            table.add_row(*map(_wrapped, row, widths))
+        for row in zip(*(cells for _, cells in self.columns), strict=True):
+            table.add_row(*(Text(_wrapped(cell, n)) for cell, n in zip(row, widths, strict=True)))
         return table
 
-    def width(self) -> int:
-        """Returns the width of the table if no cell wraps."""
-        return 1 + sum(GAP + _longest((name, *cells)) for name, cells in self.all_columns())
+    def least(self) -> int:
+        """Returns the smallest width in which no number and no word is divided."""
+        return _total(_least(name, cells) for name, cells in self.columns)
+
+    def natural(self) -> int:
+        """Returns the width in which no cell wraps."""
+        return _total(_longest((name, *cells)) for name, cells in self.columns)
+
+    def _widths(self, width: int) -> list[int]:
+        """Returns the width of each column.
+
+        Each gets what its longest word needs; the rest is shared, first among those that need
+        least.
+        """
+        widths = [_least(name, cells) for name, cells in self.columns]
+        wanted = [_longest((name, *cells)) - n
+                  for (name, cells), n in zip(self.columns, widths, strict=True)]
+        spare = max(0, width - _total(widths))
+        order = sorted(range(len(widths)), key=wanted.__getitem__)
+        for done, i in enumerate(order):
+            given = min(wanted[i], spare // (len(order) - done))
+            widths[i] += given
+            spare -= given
+        return widths
+
+
+def _total(widths: Iterable[int]) -> int:
+    """Returns the width of a table: its columns, the gaps between them, and a margin."""
+    widths = list(widths)
+    return 1 + sum(widths) + GAP * len(widths)
 
 
 def _are_numbers(cells: Sequence[str]) -> bool:
-    return any(cell[:1].isdigit() for cell in cells)
+    return all(_NUMBER.fullmatch(cell) for cell in cells if cell)
 
 
-def _widths(columns: Sequence[tuple[str, Sequence[str]]], total: int) -> list[int]:
-    """Returns the width of each column.
-
-    Each gets what its longest word needs; the rest is shared, first among those that need least.
-    """
-    least = [_longest([*_units(name), *(cells if _are_numbers(cells) else
-                                        (unit for cell in cells for unit in _units(cell)))])
-             for name, cells in columns]
-    wanted = [_longest((name, *cells)) - n for (name, cells), n in
-              zip(columns, least, strict=True)]
-    spare, widths = max(0, total - sum(least) - GAP * len(columns)), list(least)
-    order = sorted(range(len(columns)), key=wanted.__getitem__)
-    for done, i in enumerate(order):
-        given = min(wanted[i], spare // (len(order) - done))
-        widths[i] += given
-        spare -= given
-    return widths
+def _least(name: str, cells: Sequence[str]) -> int:
+    words = (unit for text in (name, *cells) for unit in _units(text))
+    return max(min(WORD, _longest(words)), _longest(cells) if _are_numbers(cells) else 0)
 
 
 def _longest(texts: Iterable[str]) -> int:
-    return max((len(text.rstrip()) for text in texts), default=0)
+    from rich.cells import cell_len
+
+    return max((cell_len(text.rstrip()) for text in texts), default=0)
 
 
 def _units(text: str) -> list[str]:
@@ -161,45 +189,51 @@ def _units(text: str) -> list[str]:
 
 
 def _wrapped(text: str, width: int) -> str:
-    r"""Returns a text with line breaks.
+    r"""Returns a text with line breaks; a unit that is wider than a line is divided.
 
     >>> _wrapped("params/embed, once", 12)
     'params/\nembed, once'
     """
     lines = [""]
     for unit in _units(text):
-        if lines[-1] and len((lines[-1] + unit).rstrip()) > width:
+        if lines[-1] and _longest([lines[-1] + unit]) > width:
             lines.append("")
         lines[-1] += unit
+        while _longest([lines[-1]]) > width:
+            lines[-1:] = [lines[-1][:width], lines[-1][width:]]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def text(*parts) -> str:
-    """Returns sheets and strings as plain text, as wide as the terminal (or $COLUMNS, or 80).
+    """Returns strings and the tables of sheets as plain text.
 
-    Tables and strings wrap; strings at 100 characters at most.
+    It is as wide as the terminal or $COLUMNS; without either, in a file or a pipe, as wide as its
+    widest table. Prose has at most 100 characters in a line.
     """
-    terminal = shutil.get_terminal_size((80, 24)).columns
-    lines = _recorded(parts, terminal).export_text().splitlines()
+    available = shutil.get_terminal_size((0, 0)).columns or _natural(parts)
+    lines = _recorded(parts, available).export_text().splitlines()
     return "\n".join(line.rstrip() for line in lines).strip("\n")
 
 
 def html(*parts) -> str:
-    """Returns sheets and strings as HTML that scrolls sideways where the page is narrow."""
-    width = max([PROSE, *(part.width() for part in parts if isinstance(part, Sheet))])
-    return _recorded(parts, width).export_html(inline_styles=True, code_format=_HTML)
+    """Returns strings and the tables of sheets as HTML that scrolls sideways in a narrow page."""
+    return _recorded(parts, _natural(parts)).export_html(inline_styles=True, code_format=_HTML)
+
+
+def _natural(parts: Sequence[Any]) -> int:
+    return max([PROSE, *(part.natural() for part in parts if isinstance(part, Grid))])
 
 
 def _recorded(parts: Sequence[Any], width: int):
     from rich.console import Console
     from rich.text import Text
 
-    tables = [part.table(width) if isinstance(part, Sheet) else part for part in parts]
-    widest = Console(width=1000, force_jupyter=False)
-    needed = (widest.measure(part).maximum for part in tables if not isinstance(part, str))
-    console = Console(record=True, width=max(width, *needed, 0), force_jupyter=False,
+    widest = max([width, *(part.least() for part in parts if isinstance(part, Grid))])
+    console = Console(record=True, width=widest, height=25, force_jupyter=False,
                       file=io.StringIO())
-    for part in tables:
-        prose = isinstance(part, str)
-        console.print(Text(part) if prose else part, width=min(width, PROSE) if prose else None)
+    for part in parts:
+        if isinstance(part, Grid):
+            console.print(part.table(width))
+        else:
+            console.print(Text(part), width=min(width, PROSE))
     return console

@@ -41,7 +41,7 @@ def test_it_compiles_without_a_variable_in_this_process(zero, monkeypatch):
 
 def _gelu_step(state, batch):
     w = state["params"]["w"]
-    return w - jax.grad(lambda w: jax.nn.gelu(w * batch).mean())(w)
+    return w - jax.grad(lambda w: jax.nn.gelu(w * batch.sum()).mean())(w)
 
 
 def test_the_fusion_autotuner_would_change_no_instruction(zero):
@@ -50,8 +50,22 @@ def test_the_fusion_autotuner_would_change_no_instruction(zero):
                         ({}, {"xla_gpu_experimental_enable_fusion_autotuner": True}))
     texts = [re.sub(r", (metadata|backend_config)=.*|fingerprint\w+=\S+", "", plan.hlo)
              for plan in (without, with_it)]
-    assert "fusion(" in texts[0] and texts[0] == texts[1]
+    assert "fusion(" in texts[0] and "all-" in texts[0] and texts[0] == texts[1]
     assert without.memory == with_it.memory
+
+
+def test_the_autotuner_is_off_unless_it_is_asked_for(zero, monkeypatch):
+    requests = []
+
+    def run(work, request, topology):
+        requests.append(request["options"]["xla_gpu_experimental_enable_fusion_autotuner"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compiler, "_run", run)
+    for options in ({}, {"xla_gpu_experimental_enable_fusion_autotuner": True}):
+        with pytest.raises(KeyboardInterrupt):
+            _plan(zero, **options)
+    assert requests == [False, True]
 
 
 def test_an_option_that_is_none_names_it_and_the_exit_status(zero):

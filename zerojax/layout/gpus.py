@@ -3,22 +3,26 @@
 import dataclasses
 import difflib
 import json
+import math
 import pathlib
+import re
 from collections.abc import Mapping
 
 from zerojax.errors import PolicyError
 from zerojax.tables import Sheet, size
 
 MIB = 2**20
+OLDEST = (7, 5)  # compute capability that the compiler still supports
+OWN = ("For any other NVIDIA GPU, write `zerojax gpus h200 --json > mine.json`, edit the file, and "
+       "give it in place of a name: --topology mine.json:8x8.")
+_TOO_OLD = (f"the CUDA compiler needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer")
+# by a pattern for names
+_UNSUPPORTED = {
+    "[vp]100.*|k80": _TOO_OLD,
+    r"mi\d+.*": "AMD's GPUs need XLA's ROCm compiler, and zerojax simulates with its CUDA compiler",
+}
 _COLUMNS = ("name", "driver's name", "memory", "bf16 TFLOP/s", "memory GB/s", "link GB/s",
             "network GB/s")
-OLDEST = (7, 5)
-UNSUPPORTED = {
-    "v100": f"the CUDA 13 compiler needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer",
-    "mi": "AMD's GPUs need XLA's ROCm compiler, and GPUs are simulated with its CUDA compiler",
-}
-OWN = ("For any other NVIDIA GPU, write `zerojax gpus h200 --json > mine.json`, edit the file, and "
-       "give it in place of a name: --topology mine.json:8x8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Gpu:
       network: bytes/s that each GPU can send to other hosts.
 
     Raises:
-      PolicyError: the compute capability is older than the CUDA 13 compiler supports.
+      PolicyError: a figure is not a positive number of its type, or the compute capability is older
+        than the CUDA compiler supports.
     """
 
     name: str
@@ -63,9 +68,17 @@ class Gpu:
     network: float
 
     def __post_init__(self):
-        if tuple(self.cc) < OLDEST:
-            raise PolicyError(f"Gpu({self.name!r}, cc={self.cc}): the CUDA 13 compiler needs "
-                              f"compute capability {OLDEST[0]}.{OLDEST[1]} or newer.")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, float) and not (_is_number(value, field.type) and value > 0):
+                raise PolicyError(f"Gpu({field.name}={value!r}): write a positive "
+                                  f"{'integer' if field.type is int else 'number'}.")
+        if len(self.cc) != 2 or not all(_is_number(n, int) for n in self.cc):
+            raise PolicyError(f"Gpu(cc={self.cc!r}): write two integers, such as (9, 0).")
+        if self.cc < OLDEST:
+            raise PolicyError(f"Gpu(cc={self.cc!r}): {_TOO_OLD}.")
+        if not isinstance(self.name, str) or '"' in self.name:
+            raise PolicyError(f"Gpu(name={self.name!r}): write a text without quotation marks.")
 
     def flops(self, dtype: str) -> float:
         """Returns the operations per second of matrix products in a dtype, given by its HLO name.
@@ -94,6 +107,11 @@ class Gpu:
             platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
             device_description_str: "{self.name}"
             """
+
+
+def _is_number(value: object, kind: type) -> bool:
+    kinds = (int,) if kind is int else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # Sources: CUDA device attributes as nvidia-smi, XLA and PyTorch report them; tensor_flops and link:
@@ -142,15 +160,46 @@ def find(name: str) -> Gpu:
     if name.lower() in GPUS:
         return GPUS[name.lower()]
     if name.startswith("{"):
-        return _from_json(name, name)
-    if name.endswith(".json"):
-        return _from_json(_text(name), name)
-    if why := next((why for start, why in UNSUPPORTED.items() if name.lower().startswith(start)),
-                   ""):
-        raise PolicyError(f"GPU {name!r} cannot be simulated: {why}.")
-    near = difflib.get_close_matches(name.lower(), GPUS, 2, 0.3) or list(GPUS)
-    raise PolicyError(f"unknown GPU {name!r}; did you mean {' or '.join(near)}? `zerojax gpus` "
-                      f"lists all of them. {OWN}.")
+        return _from_json(name, f"the GPU {name}")
+    if name.lower().endswith(".json"):
+        return _from_json(_contents(name), f"the GPU {name}")
+    for pattern, why in _UNSUPPORTED.items():
+        if re.fullmatch(pattern, name.lower()):
+            raise PolicyError(f"GPU {name!r} cannot be simulated: {why}.")
+    near = difflib.get_close_matches(name.lower(), GPUS, 2, 0.5) or list(GPUS)
+    raise PolicyError(f"unknown GPU {name!r}; the nearest names are {', '.join(near)}, and "
+                      f"`zerojax gpus` lists all. {OWN}")
+
+
+def _contents(path: str) -> str:
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PolicyError(f"GPU {path!r}: {error}. {OWN}") from None
+
+
+def _from_json(text: str, where: str) -> Gpu:
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise PolicyError(f"{where} is not JSON: {error}. {OWN}") from None
+    types = {field.name: field.type for field in dataclasses.fields(Gpu)}
+    if not isinstance(given, dict) or given.keys() != types.keys():
+        names = set(given) if isinstance(given, dict) else set()
+        raise PolicyError(f"{where} lacks the fields {sorted(types.keys() - names)} and has the "
+                          f"unknown fields {sorted(names - types.keys())}. {OWN}")
+    values = {name: _as(types[name], value) for name, value in given.items()}
+    try:
+        return Gpu(**values)
+    except PolicyError as error:
+        raise PolicyError(f"{where}: {error}") from None
+
+
+def _as(kind: type, value: object) -> object:
+    """Returns a JSON value as the type of its field: 4.8e12 is an integer, a list a tuple."""
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def sheet(chosen: Mapping[str, Gpu]) -> Sheet:
@@ -168,18 +217,3 @@ def _row(name: str, gpu: Gpu) -> tuple[str, ...]:
 def to_json(gpu: Gpu) -> dict:
     """Returns the fields of a GPU as JSON values, which `find` reads."""
     return dataclasses.asdict(gpu)
-
-
-def _text(path: str) -> str:
-    try:
-        return pathlib.Path(path).read_text()
-    except OSError as error:
-        raise PolicyError(f"GPU {path!r}: {error}. {OWN}.") from None
-
-
-def _from_json(text: str, where: str) -> Gpu:
-    try:
-        fields = json.loads(text)
-        return Gpu(**{**fields, "cc": tuple(fields["cc"])})
-    except (ValueError, KeyError, TypeError) as error:
-        raise PolicyError(f"{where!r} is not a GPU in JSON ({error}). {OWN}.") from None

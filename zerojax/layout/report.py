@@ -57,7 +57,8 @@ class Layout(tables.Printed):
         """
         groups = sorted(_alike(self.rows), key=lambda group: -_total(group))
         rows = [_cells(group) for group in groups[:most]]
-        notes = [group[0].reason for group in groups[:most]]
+        notes = [group[0].reason and f"whole on every device: {group[0].reason}"
+                 for group in groups[:most]]
         if rest := [row for group in groups[most:] for row in group]:
             rows.append((f"... {len(groups) - most} smaller", str(len(rest)), "", "", "",
                          f"{_total(rest):,}"))

@@ -176,7 +176,8 @@ class Plan(tables.Printed):
         sheets = [_memory_sheet(self.memory), _traffic_sheet(self)]
         lines = [_time(self.compute)] if self.compute else []
         lines += [("! " if f.wrong else "- ") + str(f) for f in self.findings]
-        return [self.title, *(part for sheet in sheets for part in sheet.parts()), *lines]
+        below = [part for sheet in sheets for part in ("", *sheet.parts())]
+        return [self.title, *below, "", *lines]
 
 
 def _ratio(a: float, b: float) -> str:
@@ -200,10 +201,13 @@ def _summary(plan: Plan) -> dict[str, tuple[float, Callable[[float], str]]]:
 
 def _memory_sheet(m: Memory) -> Sheet:
     rows = [(k, size(v), _or_nothing(m.zero.get(k), size)) for k, v in m.kinds.items()]
-    rows.append(("peak", size(m.peak), _verdict(m)))
+    rows.append(("peak", size(m.peak), ""))
+    notes = [""] * len(m.kinds) + [_verdict(m)]
     if m.host:
         rows.append(("in the host's memory", size(m.host), ""))
-    return Sheet("peak memory per device", ("", "compiled", "ZeRO's formula"), tuple(rows))
+        notes.append("")
+    return Sheet("peak memory per device", ("", "compiled", "ZeRO's formula"), tuple(rows),
+                 tuple(notes))
 
 
 def _verdict(m: Memory) -> str:

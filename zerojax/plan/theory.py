@@ -99,7 +99,7 @@ def figures(params: float, devices: int, accumulate: int = 1) -> dict[int, dict[
 
 def sheet(params: float, devices: int, accumulate: int = 1) -> Sheet:
     """Returns the paper's table."""
-    title = (f"{params:,.4g} parameters, {quantity(devices, 'device')}, "
+    title = (f"{params:,.0f} parameters, {quantity(devices, 'device')}, "
              f"{quantity(accumulate, 'microbatch')}: per device")
     rows = (_row(stage, x) for stage, x in figures(params, devices, accumulate).items())
     return Sheet(title, _COLUMNS, tuple(rows))

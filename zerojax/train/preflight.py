@@ -46,8 +46,8 @@ class Preflight:
         """
         if isinstance(self.policy.mesh, AbstractMesh):
             raise PolicyError(f"{self.where} over simulated GPUs: nothing can run on them. Use a "
-                              "mesh of devices, zj.make_mesh(), or plan the training step: "
-                              "step.plan(state, batch).")
+                              "mesh of devices, zj.make_mesh(); or plan a training step or a "
+                              "function of zero.jit, with its method plan(state, batch).")
         batches.check_given(self.policy, batch)
         if self.donate:
             others = (args, kwargs)
