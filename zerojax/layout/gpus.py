@@ -7,6 +7,7 @@ import math
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from zerojax.errors import PolicyError
 from zerojax.tables import Sheet, size
@@ -195,7 +196,7 @@ def _from_json(text: str, where: str) -> Gpu:
         raise PolicyError(f"{where}: {error}") from None
 
 
-def _as(kind: type, value: object) -> object:
+def _as(kind: Any, value: Any) -> Any:
     """Returns a JSON value as the type of its field: 4.8e12 is an integer, a list a tuple."""
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
