@@ -258,6 +258,14 @@ class Policy:
         """The number of parts into which the batch is split: replicas x shards."""
         return self.replicas * self.shards
 
+    def check_devices(self, where: str) -> None:
+        """Raises `PolicyError` if the mesh is simulated; `where` is the method that needs devices.
+        """
+        if isinstance(self.mesh, AbstractMesh):
+            raise PolicyError(f"{where} over simulated GPUs: nothing can run on them. Use a mesh "
+                              "of devices, zj.make_mesh(); or plan a training step or a function "
+                              "of zero.jit, with its method plan(state, batch).")
+
     @functools.cached_property
     def processes(self) -> tuple[int, ...]:
         """The indices of the processes that own the mesh's devices; empty for an abstract mesh."""

@@ -219,6 +219,8 @@ def test_nothing_runs_on_simulated_gpus(zero):
     for fn in (zero.train_step(loss, optax.sgd(0.1)), zero.eval_step(loss), zero.jit(loss)):
         with pytest.raises(zj.PolicyError, match="over simulated GPUs: nothing can run on them"):
             fn(state, x)
+    with pytest.raises(zj.PolicyError, match="feed over simulated GPUs"):
+        zj.feed([x], zero)
 
 
 def test_a_state_that_lies_whole_is_not_zeros(zero):

@@ -62,6 +62,7 @@ class Feed(Iterator):
     def __init__(self, batches: Iterable, policy: Policy, prefetch: int, pad: bool | int):
         _check_batches(batches)
         _check_prefetch(prefetch)
+        policy.check_devices("feed")
         self.batches: Any = batches
         self.source: Any = iter(batches)
         self.policy = policy
@@ -236,6 +237,7 @@ def feed(batches: Iterable, zero: Policy, *, prefetch: int = 2, pad: bool | int 
       BatchError: B is not divisible by that number, or differs between arrays or processes; an
         array has a dtype or values that the devices cannot hold; `prefetch` is negative; or
         `batches` is one batch.
+      PolicyError: the GPUs of the mesh are simulated.
       ClusterError: another process could not make its share.
 
     >>> import numpy as np, zerojax as zj

@@ -150,16 +150,19 @@ GPUS = {
 
 
 def find(name: str) -> Gpu:
-    """Returns a GPU by its name in `GPUS`, in any case, by a JSON file, or by JSON text.
+    """Returns a GPU by its name in `GPUS` or its driver's, by a JSON file, or by JSON text.
+
+    Case, spaces and hyphens of names do not matter.
 
     Raises:
       PolicyError: there is no such GPU (the text has the nearest names), or the JSON is not one.
 
-    >>> find("H200").name
-    'NVIDIA H200'
+    >>> find("H200").name, find("RTX 4090") == find("rtx4090")
+    ('NVIDIA H200', True)
     """
-    if name.lower() in GPUS:
-        return GPUS[name.lower()]
+    for ours, gpu in GPUS.items():
+        if _key(name) in (_key(ours), _key(gpu.name)):
+            return gpu
     if name.startswith("{"):
         return _from_json(name, f"the GPU {name}")
     if name.lower().endswith(".json"):
@@ -170,6 +173,10 @@ def find(name: str) -> Gpu:
     near = difflib.get_close_matches(name.lower(), GPUS, 2, 0.5) or list(GPUS)
     raise PolicyError(f"unknown GPU {name!r}; the nearest names are {', '.join(near)}, and "
                       f"`zerojax gpus` lists all. {OWN}")
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name.lower())
 
 
 def _contents(path: str) -> str:

@@ -3,10 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jax.sharding import AbstractMesh
-
 from zerojax.data import batch as batches
-from zerojax.errors import PolicyError
 from zerojax.policy import Policy
 from zerojax.processes import agreement
 from zerojax.train import donation
@@ -44,10 +41,7 @@ class Preflight:
           StateError: an array of the state was deleted.
           ClusterError: processes are about to run different programs.
         """
-        if isinstance(self.policy.mesh, AbstractMesh):
-            raise PolicyError(f"{self.where} over simulated GPUs: nothing can run on them. Use a "
-                              "mesh of devices, zj.make_mesh(); or plan a training step or a "
-                              "function of zero.jit, with its method plan(state, batch).")
+        self.policy.check_devices(self.where)
         batches.check_given(self.policy, batch)
         if self.donate:
             others = (args, kwargs)
