@@ -117,8 +117,9 @@ def _is_number(value: object, kind: type) -> bool:
 
 # Sources: CUDA device attributes as nvidia-smi, XLA and PyTorch report them; tensor_flops and link:
 # data sheets. network: what each GPU has in the usual system of its kind: DGX (200 Gb/s HDR,
-# 400 Gb/s NDR), GB200 NVL72 (400 Gb/s), g5 and g6e in AWS (100 and 400 Gb/s for eight GPUs), and a
-# share of 100 Gb/s for the A6000 and GeForce. link without NVLink: PCIe 4.0 within a host.
+# 400 Gb/s NDR), GB200 NVL72 (400 Gb/s), g4dn, g5, g6 and g6e in AWS (100 or 400 Gb/s for eight
+# GPUs), and a share of 100 Gb/s for the A6000 and GeForce. link without NVLink: three quarters of
+# PCIe's rate within a host. The T4 has no bfloat16: its tensor_flops are for float16.
 GPUS = {
     "a100-40g": Gpu("NVIDIA A100-SXM4-40GB", 108, 64, 1.41, 42331013120, 1555200000000, 41943040,
                     167936, 166912, 2048, (8, 0), 312e12, 300e9, 25e9),
@@ -140,9 +141,13 @@ GPUS = {
                 102400, 101376, 1536, (8, 9), 362e12, 25e9, 6e9),
     "a10g": Gpu("NVIDIA A10G", 80, 128, 1.71, 22587 * MIB, 600000000000, 6291456,
                 102400, 101376, 1536, (8, 6), 70e12, 25e9, 1.5e9),
+    "l4": Gpu("NVIDIA L4", 58, 128, 2.04, 22478 * MIB, 300000000000, 50331648,
+              102400, 101376, 1536, (8, 9), 121e12, 25e9, 1.5e9),
+    "t4": Gpu("Tesla T4", 40, 64, 1.59, 15095 * MIB, 320000000000, 4194304,
+              65536, 65536, 1024, (7, 5), 65e12, 12e9, 1.5e9),
     "a6000": Gpu("NVIDIA RTX A6000", 84, 128, 1.80, 51041271808, 768096000000, 6291456,
                  102400, 101376, 1536, (8, 6), 155e12, 25e9, 3e9),
-    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", 128, 128, 2.52, 24563 * MIB, 1008000000000, 75497472,
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", 128, 128, 2.52, 24217 * MIB, 1008000000000, 75497472,
                    102400, 101376, 1536, (8, 9), 165e12, 25e9, 3e9),
     "rtx3090": Gpu("NVIDIA GeForce RTX 3090", 82, 128, 1.695, 24259 * MIB, 936000000000, 6291456,
                    102400, 101376, 1536, (8, 6), 71e12, 25e9, 3e9),
