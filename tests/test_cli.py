@@ -1,18 +1,20 @@
 """The `zerojax` command: its output and its exit status, which serves as a gate."""
 
+import functools
 import json
 import os
 import pathlib
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import optax
 import pytest
 
 import zerojax as zj
-from zerojax import advice, cli, recipe
+from zerojax import advice, cli, recipe, tables
 from zerojax.layout import gpus
 
 EXAMPLE = str(pathlib.Path(__file__).parent.parent / "examples" / "train_gpt.py")
@@ -108,7 +110,7 @@ def test_a_gpu_of_ones_own(file, capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize("change, words", [
     ({"memory": "70 GiB"}, ["Gpu(memory='70 GiB')", "positive integer"]),
     ({"network": 0}, ["Gpu(network=0)", "positive number"]),
-    ({"cc": [9]}, ["two integers"]),
+    ({"cc": [9]}, ["two integers"]), ({"cc": 9}, ["two integers"]),
     ({"cc": [7, 0]}, ["the GPU mine.json", "capability 7.5"]),
     ({"bandwith": 1}, ["unknown fields ['bandwith']"])])
 def test_a_gpu_file_with_a_mistake(capsys, tmp_path, monkeypatch, change, words):
@@ -180,6 +182,31 @@ def test_advise_says_why_nothing_fits(file, capsys):
     assert "needs the least memory. Try more GPUs" in out
 
 
+def _trial(stage, peak, fits, refused):
+    plan = SimpleNamespace(memory=SimpleNamespace(peak=peak, fits=fits), sent=0, compute=None)
+    return advice.Trial(advice.Choice(stage, 1, "", 1), 8, plan, refused)
+
+
+def test_more_memory_is_advised_only_where_nothing_fits():
+    large, small = _trial(0, 90, False, "too large"), _trial(2, 50, False, "too large")
+    other = _trial(3, 10, True, "not ZeRO")
+    text = str(advice.Advice(None, (large, small)))
+    assert "nothing fits" in text and "stage=2, accumulate=1, replica=1 needs the least" in text
+    text = str(advice.Advice(None, (large, small, other)))
+    assert "no layout was accepted" in text and "Try more GPUs" not in text
+
+
+def test_advise_counts_layouts(file, capsys, monkeypatch):
+    """Layouts that need not be tried count as done."""
+    monkeypatch.setattr(tables, "is_watched", lambda: True)
+    monkeypatch.setattr(advice, "tqdm", functools.partial(advice.tqdm, mininterval=0))
+    monkeypatch.setattr(advice, "attempt", lambda recipe, topology, choice, *options: advice.Trial(
+        choice, 24, None, "" if choice.stage == 3 else "refused"))
+    advice.advise(recipe.load(f"{file}:fixed"), "h200:1x2", stages=(0, 3), accumulate=(1, 2, 3))
+    bar = capsys.readouterr().err
+    assert [n for n in range(7) if f" {n}/6" in bar] == [0, 1, 2, 3, 4, 6]
+
+
 WRONG = {
     "no file": (["show", "nowhere.py", "--topology", "h200:1x8"], ["no file 'nowhere.py'"]),
     "no module": (["show", "no_such_module", "--topology", "h200:1x8"],
@@ -187,7 +214,7 @@ WRONG = {
     "no such name": (["show", "{file}:recipes", "--topology", "h200:1x8"],
                      ["no recipes in it", "did you mean", ":recipe?"]),
     "not a recipe": (["show", "{file}:number", "--topology", "h200:1x8"], ["number is a int"]),
-    "a gpu too old": (["gpus", "v100"], ["'v100' cannot be simulated", "capability 7.5"]),
+    "a gpu too old": (["gpus", "Tesla V100-SXM2"], ["cannot be simulated", "capability 7.5"]),
     "a file without .json": (["gpus", "mine"], ["unknown GPU 'mine'"]),
     "another vendor": (["plan", "{file}", "--topology", "MI300X:1x8"], ["ROCm"]),
     "no gpu file": (["plan", "{file}", "--topology", "mine.json:1x8"],

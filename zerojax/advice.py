@@ -161,15 +161,11 @@ def advise(recipe: Recipe, topology: str | Topology, *, stages: Iterable[int] = 
     if not stages:
         raise PolicyError("advise(stages=()): write the stages to try, such as stages=(2, 3).")
     series = list(_series(recipe, stages, copies, accumulate))
-    tried = []
     with tqdm(desc="layouts", total=sum(map(len, series)), leave=False,
               disable=not tables.is_watched()) as bar:
-        for choices in series:
-            before = bar.n
-            for trial in _until_fits(recipe, topology, choices, precision, min_shard, cache):
-                tried.append(trial)
-                bar.update()
-            bar.update(len(choices) - (bar.n - before))  # those that were not tried
+        tried = [trial for choices in series
+                 for trial in _watched(bar, len(choices), _until_fits(
+                     recipe, topology, choices, precision, min_shard, cache))]
     if not tried:
         examples = _examples(recipe, topology.devices)
         raise PolicyError(f"advise: no layout is possible. The recipe's batch has {examples} "
@@ -195,6 +191,15 @@ def _series(recipe: Recipe, stages: Sequence[int], copies: Sequence[int],
         for copy in copies if stage else (1,):  # stage 0 replicates the state anyway
             for remat in recipe.losses:
                 yield [Choice(stage, n, remat, copy) for n in accumulate]
+
+
+def _watched(bar: tqdm, most: int, trials: Iterable[Trial]) -> Iterator[Trial]:
+    """Yields trials and counts them in a progress bar; at the end, all `most` of them."""
+    before = bar.n
+    for trial in trials:
+        yield trial
+        bar.update()
+    bar.update(before + most - bar.n)
 
 
 def _until_fits(recipe: Recipe, topology: Topology, choices: Sequence[Choice],

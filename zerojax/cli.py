@@ -25,7 +25,7 @@ import zerojax
 from zerojax import tables
 from zerojax.plan import theory
 
-_UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+_UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _DEFAULT = "(default: %(default)s)"
 
 
@@ -205,7 +205,7 @@ def numbers(text: str) -> list[int]:
 
 
 def count(text: str) -> float:
-    """Parses a positive number, with K, M, B or T for thousands, millions and so on.
+    """Parses a positive number, which can end with K, M, B or T: 10^3, 10^6, 10^9 or 10^12.
 
     >>> count("7.5B"), count("350m"), count("7.5e9")
     (7500000000.0, 350000000.0, 7500000000.0)

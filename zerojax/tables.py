@@ -13,7 +13,7 @@ PROSE = 100  # characters of a line of prose at most
 WORD = 40  # characters of a word that is not divided
 _NUMBER = re.compile(r"-?\d[\d,.]*(e[+-]?\d+)?(%|/\d+| [A-Za-z]+)?")
 # notebooks wrap lines in <pre>, which breaks tables
-_HTML = ('<pre style="white-space: pre; overflow-x: auto; font-family: monospace">{code}</pre>')
+_HTML = '<pre style="white-space: pre; overflow-x: auto; font-family: monospace">{code}</pre>'
 
 
 def size(n: float) -> str:
@@ -49,8 +49,7 @@ def quantity(n: int, noun: str) -> str:
     >>> quantity(1, "microbatch"), quantity(4, "microbatch"), quantity(2000, "leaf")
     ('1 microbatch', '4 microbatches', '2,000 leaves')
     """
-    plural = {"leaf": "leaves", "copy": "copies"}.get(noun) or noun + ("es" if noun.endswith(
-        ("ch", "s")) else "s")
+    plural = {"leaf": "leaves", "microbatch": "microbatches"}.get(noun, f"{noun}s")
     return f"{n:,} {noun if n == 1 else plural}"
 
 
@@ -63,7 +62,7 @@ class Printed:
     """A base class for values that print as tables and text, and that notebooks show as HTML."""
 
     def parts(self) -> Sequence[Any]:
-        """Returns the sheets and strings to print, from top to bottom."""
+        """Returns the grids and strings to print, from top to bottom."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -94,7 +93,8 @@ class Sheet(Printed):
         return [self.title, Grid(self.named_columns()), *self._footnotes()]
 
     def named_columns(self) -> list[tuple[str, tuple[str, ...]]]:
-        """Returns the name and the cells of each column, with one for the footnotes."""
+        """Returns the name and the cells of each column that has text, then the footnotes' marks.
+        """
         numbers = {note: str(i) for i, note in enumerate(self._distinct(), 1)}
         cells = zip(*self.rows, strict=True) if self.rows else [()] * len(self.columns)
         columns = [*zip(self.columns, map(tuple, cells), strict=True),
@@ -194,21 +194,23 @@ def _wrapped(text: str, width: int) -> str:
     >>> _wrapped("params/embed, once", 12)
     'params/\nembed, once'
     """
+    from rich.cells import chop_cells
+
     lines = [""]
     for unit in _units(text):
         if lines[-1] and _longest([lines[-1] + unit]) > width:
             lines.append("")
         lines[-1] += unit
-        while _longest([lines[-1]]) > width:
-            lines[-1:] = [lines[-1][:width], lines[-1][width:]]
+        if _longest([lines[-1]]) > width:
+            lines[-1:] = chop_cells(lines[-1], width)
     return "\n".join(line.rstrip() for line in lines)
 
 
 def text(*parts) -> str:
-    """Returns strings and the tables of sheets as plain text.
+    """Returns grids and strings as plain text.
 
-    It is as wide as the terminal or $COLUMNS; without either, in a file or a pipe, as wide as its
-    widest table. Prose has at most 100 characters in a line.
+    Its width is $COLUMNS or that of the terminal. In a file or a pipe, no cell wraps. A line of
+    prose has at most 100 characters.
     """
     available = shutil.get_terminal_size((0, 0)).columns or _natural(parts)
     lines = _recorded(parts, available).export_text().splitlines()
@@ -216,7 +218,7 @@ def text(*parts) -> str:
 
 
 def html(*parts) -> str:
-    """Returns strings and the tables of sheets as HTML that scrolls sideways in a narrow page."""
+    """Returns grids and strings as HTML, in which no cell wraps and wide tables scroll."""
     return _recorded(parts, _natural(parts)).export_html(inline_styles=True, code_format=_HTML)
 
 

@@ -13,14 +13,13 @@ from zerojax.errors import PolicyError
 from zerojax.tables import Sheet, size
 
 MIB = 2**20
-OLDEST = (7, 5)  # compute capability that the compiler still supports
+OLDEST = (7, 5)  # the oldest compute capability that the compiler supports
 OWN = ("For any other NVIDIA GPU, write `zerojax gpus h200 --json > mine.json`, edit the file, and "
        "give it in place of a name: --topology mine.json:8x8.")
-_TOO_OLD = (f"the CUDA compiler needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer")
-# by a pattern for names
-_UNSUPPORTED = {
-    "[vp]100.*|k80": _TOO_OLD,
-    r"mi\d+.*": "AMD's GPUs need XLA's ROCm compiler, and zerojax simulates with its CUDA compiler",
+_TOO_OLD = f"the CUDA compiler needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer"
+_UNSUPPORTED = {  # reasons by a regex for names in lower case
+    r"\b[vp]100|\bk80": _TOO_OLD,
+    r"\bmi\d": "AMD's GPUs need XLA's ROCm compiler, and zerojax simulates with its CUDA compiler",
 }
 _COLUMNS = ("name", "driver's name", "memory", "bf16 TFLOP/s", "memory GB/s", "link GB/s",
             "network GB/s")
@@ -70,11 +69,10 @@ class Gpu:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, float) and not (_is_number(value, field.type) and value > 0):
-                raise PolicyError(f"Gpu({field.name}={value!r}): write a positive "
-                                  f"{'integer' if field.type is int else 'number'}.")
-        if len(self.cc) != 2 or not all(_is_number(n, int) for n in self.cc):
+            if field.type in (int, float):
+                _check_figure(field.name, getattr(self, field.name), field.type)
+        pair = isinstance(self.cc, tuple) and len(self.cc) == 2
+        if not pair or not all(_is_number(n, int) for n in self.cc):
             raise PolicyError(f"Gpu(cc={self.cc!r}): write two integers, such as (9, 0).")
         if self.cc < OLDEST:
             raise PolicyError(f"Gpu(cc={self.cc!r}): {_TOO_OLD}.")
@@ -108,6 +106,12 @@ class Gpu:
             platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
             device_description_str: "{self.name}"
             """
+
+
+def _check_figure(name: str, value: Any, kind: type) -> None:
+    if not _is_number(value, kind) or value <= 0:
+        raise PolicyError(f"Gpu({name}={value!r}): write a positive "
+                          f"{'integer' if kind is int else 'number'}.")
 
 
 def _is_number(value: object, kind: type) -> bool:
@@ -160,7 +164,8 @@ def find(name: str) -> Gpu:
     Case, spaces and hyphens of names do not matter.
 
     Raises:
-      PolicyError: there is no such GPU (the text has the nearest names), or the JSON is not one.
+      PolicyError: there is no such GPU (the text suggests similar names), it cannot be simulated,
+        or the JSON does not describe a GPU.
 
     >>> find("H200").name, find("RTX 4090") == find("rtx4090")
     ('NVIDIA H200', True)
@@ -173,11 +178,11 @@ def find(name: str) -> Gpu:
     if name.lower().endswith(".json"):
         return _from_json(_contents(name), f"the GPU {name}")
     for pattern, why in _UNSUPPORTED.items():
-        if re.fullmatch(pattern, name.lower()):
+        if re.search(pattern, name.lower()):
             raise PolicyError(f"GPU {name!r} cannot be simulated: {why}.")
-    near = difflib.get_close_matches(name.lower(), GPUS, 2, 0.5) or list(GPUS)
-    raise PolicyError(f"unknown GPU {name!r}; the nearest names are {', '.join(near)}, and "
-                      f"`zerojax gpus` lists all. {OWN}")
+    near = difflib.get_close_matches(name.lower(), GPUS, 2, 0.5)
+    guess = f"; did you mean {' or '.join(near)}?" if near else "."
+    raise PolicyError(f"unknown GPU {name!r}{guess} `zerojax gpus` lists all names. {OWN}")
 
 
 def _key(name: str) -> str:
@@ -197,11 +202,12 @@ def _from_json(text: str, where: str) -> Gpu:
     except ValueError as error:
         raise PolicyError(f"{where} is not JSON: {error}. {OWN}") from None
     types = {field.name: field.type for field in dataclasses.fields(Gpu)}
-    if not isinstance(given, dict) or given.keys() != types.keys():
-        names = set(given) if isinstance(given, dict) else set()
-        raise PolicyError(f"{where} lacks the fields {sorted(types.keys() - names)} and has the "
-                          f"unknown fields {sorted(names - types.keys())}. {OWN}")
-    values = {name: _as(types[name], value) for name, value in given.items()}
+    fields = given if isinstance(given, dict) else {}
+    if fields.keys() != types.keys():
+        missing, unknown = types.keys() - fields.keys(), fields.keys() - types.keys()
+        raise PolicyError(f"{where}: missing fields {sorted(missing)}, unknown fields "
+                          f"{sorted(unknown)}. {OWN}")
+    values = {name: _as(types[name], value) for name, value in fields.items()}
     try:
         return Gpu(**values)
     except PolicyError as error:

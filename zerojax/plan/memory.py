@@ -84,6 +84,7 @@ def account(reading: Reading) -> Memory:
         "batch": reading.batch_bytes,
         "other arguments and results": arguments - known + fresh,
         **moving,
+        # rounding can make the difference negative
         "activations, other temporaries": max(0.0, temporary - sum(moving.values())),
         "constants": fixed}
     host = sum(figures[f"host_{name}"] for name in ("argument", "output", "temp"))

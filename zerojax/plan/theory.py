@@ -88,7 +88,8 @@ def wire(stage: int, accumulate: int = 1, *, per_device: bool = True,
 
 
 def figures(params: float, devices: int, accumulate: int = 1) -> dict[int, dict[str, float]]:
-    """Returns the bytes and elements of each stage, by name."""
+    """Returns the figures of each stage by name: bytes per device at rest and sent per step, and
+    elements sent per parameter."""
     wires = {stage: wire(stage, accumulate) for stage in range(4)}
     return {stage: {"paper_bytes": paper_bytes(params, devices, stage),
                     "rest_bytes": rest_bytes(params, devices, stage),
