@@ -70,6 +70,7 @@ def test_a_word_wider_than_a_line_is_divided(monkeypatch):
 
 def test_a_dumb_terminal_and_a_pipe_show_all(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes any file for a terminal
     monkeypatch.delenv("COLUMNS", raising=False)
     wide = Sheet("", ("", ""), (("a" * 70, "b" * 70),))
     monkeypatch.setattr(tables, "WORD", 100)
