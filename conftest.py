@@ -33,7 +33,8 @@ import pytest
 if "PYTEST_XDIST_WORKER" not in os.environ:  # one cache of plans for this run and all its workers
     os.environ["ZEROJAX_CACHE"] = tempfile.mkdtemp(prefix="zerojax-plans-")
     atexit.register(shutil.rmtree, os.environ["ZEROJAX_CACHE"], ignore_errors=True)
-# XLA reads this variable for the flag above, whose text is part of the keys of jax's cache
+# XLA replaces the name of this variable in the flag above. A path in the flag would differ between
+# workers, and jax's shared cache hashes the flags.
 os.environ["TEST_UNDECLARED_OUTPUTS_DIR"] = os.path.join(
     os.environ["ZEROJAX_CACHE"], "kernels", os.environ.get("PYTEST_XDIST_WORKER", "main"))
 os.makedirs(os.environ["TEST_UNDECLARED_OUTPUTS_DIR"], exist_ok=True)

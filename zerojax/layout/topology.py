@@ -21,7 +21,7 @@ from zerojax.layout.gpus import GPUS, Gpu
 COMPILER_OPTIONS = {
     # an all-reduce of a scalar over several hosts aborts the process with this kernel (jax 0.12.0)
     "xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False,
-    # cannot measure without a GPU: it compiles each fusion once more and changes none (jax 0.12.0)
+    # without a GPU, it compiles candidates, measures nothing and changes no instruction
     "xla_gpu_experimental_enable_fusion_autotuner": False,
 }
 PLATFORM = "cuda"

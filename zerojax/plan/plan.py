@@ -153,7 +153,7 @@ class Plan(tables.Printed):
             lines.append(f"- and {len(wrong) - MOST} more: see plan.findings")
         return (f"{self.title}: {quantity(len(wrong), 'finding')} that ZeRO does not explain; "
                 f"{size(sent)} of the {size(self.sent)} that each device sends per step are not "
-                f"its own (ZeRO's would be {size(self.zero_bytes)}):\n" + "\n".join(lines))
+                f"ZeRO's, which would be {size(self.zero_bytes)}:\n" + "\n".join(lines))
 
     def compare(self, other: "Plan") -> Sheet:
         """Returns both plans side by side, with the ratio of this one to the other."""
