@@ -32,13 +32,14 @@ _CONTENTS = {
     "train.state": ["TrainState"],
     "zero": ["Zero"],
 }
-_SUBMODULES = ["remat", "viz"]
+_SUBMODULES = ["hugging_face", "remat", "viz"]
 _MODULE_OF = {name: module for module, names in _CONTENTS.items() for name in names}
 __all__ = sorted([*_MODULE_OF, *_SUBMODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 
 # Type checkers cannot read the table, so it is repeated as imports; tests/test_contents.py compares
 # the two.
 if TYPE_CHECKING:
+    from zerojax import hugging_face as hugging_face
     from zerojax import remat as remat
     from zerojax import viz as viz
     from zerojax.advice import advise as advise

@@ -374,7 +374,7 @@ def run_export(args) -> int:
     rename = dict(text.split("=", 1) for text in args.rename)
     files = exporting.export_safetensors(args.checkpoint, args.to, step=args.step,
                                          dtype=args.dtype, rename=rename,
-                                         only=args.only or exporting.MODEL,
+                                         only=args.only,
                                          shard_bytes=int(args.shard_gb * 1e9))
     for file in files:
         print(f"{file}  {size(file.stat().st_size)}")

@@ -79,14 +79,14 @@ def test_import_onto_any_mesh(checkpoint, tmp_path, options):
 
 def test_each_part_is_read_once(checkpoint, tmp_path, monkeypatch):
     file, = zj.export_safetensors(checkpoint, tmp_path / "m.safetensors")
-    shapes, slice_ = [], loading._slice
+    shapes, part_of = [], loading._part
 
-    def spy(tensor, index, leaf):
-        part = slice_(tensor, index, leaf)
+    def spy(view, index, leaf):
+        part = part_of(view, index, leaf)
         shapes.append(part.shape)
         return part
 
-    monkeypatch.setattr(loading, "_slice", spy)
+    monkeypatch.setattr(loading, "_part", spy)
     target = states.target(states.zero(replica=2))
     zj.load_safetensors(file, {"w": target.params["w"]})
     assert shapes == [(16, 32)] * 4
@@ -112,6 +112,27 @@ def test_model_state_is_exported_and_loaded(tmp_path):
                                     "batch_stats.BatchNorm_0.var"}
     found = zj.load_safetensors(file, net_state(seed=1))
     check_equal((found.params, found.model_state), (state.params, state.model_state))
+
+
+@pytest.mark.parametrize("policy", [{}, {"stage": 0}, {"devices": 6, "uneven": "pad"}], ids=str)
+def test_a_live_state_is_exported(tmp_path, policy):
+    state = states.state(states.zero(**policy), seed=2, step=7)
+    file, = zj.export_safetensors(state, tmp_path / "m.safetensors")
+    want = states.state(seed=2).params
+    assert {name: x.tobytes() for name, x in load_file(file).items()} == {
+        name: np.asarray(x).tobytes() for name, x in want.items()}
+    assert header_of(file)["__metadata__"] == {"format": "flax", "step": "7"}
+    alone, = zj.export_safetensors(state.params, tmp_path / "params.safetensors")
+    assert set(load_file(alone)) == set(want)
+
+
+def test_what_is_not_a_live_state(checkpoint, tmp_path):
+    to = tmp_path / "m.safetensors"
+    with pytest.raises(zj.CheckpointError, match="are shapes without values"):
+        zj.export_safetensors(states.target(), to)
+    with pytest.raises(zj.CheckpointError, match="step=3 is the step of a checkpoint, but"):
+        zj.export_safetensors(states.state(), to, step=3)
+    assert not to.exists()
 
 
 def export(**options):
@@ -178,6 +199,77 @@ def test_targets_that_do_not_fit(tmp_path, name):
     save_file(given, tmp_path / "m.safetensors")
     with pytest.raises(zj.CheckpointError, match=text):
         zj.load_safetensors(tmp_path, target)
+
+
+def save_as_pytorch(folder, **tensors):
+    save_file({name: np.asarray(x, np.float32) for name, x in tensors.items()},
+              folder / "m.safetensors", {"format": "pt"})
+
+
+SQUARE = np.arange(16).reshape(4, 4)
+
+
+def test_transforms_turn_cut_and_stack(tmp_path):
+    names = {f"h.{i}.qkv": np.arange(24).reshape(6, 4) + 100 * i for i in range(3)}
+    save_as_pytorch(tmp_path, **names, table=SQUARE)
+    kernel = {"kernel": jnp.ones((3, 4, 3))}
+    target = {"h": {"key": kernel, "query": kernel}, "table": jnp.ones(4)}
+    found = zj.load_safetensors(
+        tmp_path, target, rename={r"^h\.\w+\.kernel": "h.*.qkv"},
+        transform={"query": "(0/2 out) in -> in out", "key": "(1/2 out) in -> in out",
+                   "table": lambda x: x.sum(0)})
+    stacked = np.stack(list(names.values())).transpose(0, 2, 1)
+    np.testing.assert_array_equal(found["h"]["query"]["kernel"], stacked[..., :3])
+    np.testing.assert_array_equal(found["h"]["key"]["kernel"], stacked[..., 3:])
+    np.testing.assert_array_equal(found["table"], SQUARE.sum(0))
+
+
+KERNEL = {"kernel": jnp.ones((4, 4))}
+# name: (options of a load of a square kernel, words of the error)
+TRANSFORMS = {
+    "a square kernel as it is": ({}, "stores the kernels of linear layers transposed. Write"),
+    "another one transformed": ({"transform": {"other": "a b -> b a"}}, "kernel would be read"),
+    "a number": ({"transform": {"kernel": 3}}, r"transform=\{'kernel': 3\}: write a pattern"),
+    "an invalid regex": ({"transform": {"(": "a b -> a b"}}, "invalid regular expression '\\('"),
+    "a pattern that does not fit": ({"transform": {"kernel": "a b -> a"}},
+                                    "^kernel, from kernel: the pattern 'a b -> a' does not turn"),
+    "a function of another shape": ({"transform": {"kernel": lambda x: x[:2]}},
+                                    r"float32\[2, 4\] in the checkpoint, float32\[4, 4\] in"),
+    "too many stars": ({"rename": {"^": "*.*.*."}}, "has no indices for each *"),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_that_are_wrong(tmp_path, name):
+    options, text = TRANSFORMS[name]
+    save_as_pytorch(tmp_path, kernel=SQUARE)
+    with pytest.raises(zj.CheckpointError, match=text):
+        zj.load_safetensors(tmp_path, KERNEL, **options)
+
+
+@pytest.mark.parametrize("pattern", ["out in -> in out", "in out -> in out"])
+def test_a_square_kernel_with_a_pattern(tmp_path, pattern):
+    save_as_pytorch(tmp_path, kernel=SQUARE)
+    found = zj.load_safetensors(tmp_path, KERNEL, transform={"kernel$": pattern})
+    np.testing.assert_array_equal(found["kernel"], SQUARE.T if pattern[0] == "o" else SQUARE)
+
+
+def test_advice_on_dtypes_and_transposed_kernels(tmp_path):
+    save_as_pytorch(tmp_path, w=np.ones((3, 4)))
+    with pytest.raises(zj.CheckpointError, match=r"write transform=\{'kernel\$': 'out in -> in ou"):
+        zj.load_safetensors(tmp_path, {"w": jnp.ones((4, 3))})
+    with pytest.raises(zj.CheckpointError, match="For another floating dtype, write cast=True"):
+        zj.load_safetensors(tmp_path, {"w": jnp.ones((3, 4), jnp.bfloat16)})
+
+
+def test_one_tensor_for_two_leaves(tmp_path):
+    save_as_pytorch(tmp_path, w=np.ones((3, 4)))
+    target = {"a": jnp.zeros((3, 4)), "b": jnp.zeros((3, 4))}
+    with pytest.raises(zj.CheckpointError, match="a and b would both be read from 'w' in the same"):
+        zj.load_safetensors(tmp_path, target, rename={".+": "w"})
+    found = zj.load_safetensors(tmp_path, {"a": target["a"], "b": jnp.zeros((4, 3))},
+                                rename={".+": "w"}, transform={"b": "x y -> y x"})
+    assert found["a"].shape == (3, 4) and found["b"].shape == (4, 3)
 
 
 def test_targets_that_cannot_be_loaded(tmp_path):

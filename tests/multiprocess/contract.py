@@ -2,10 +2,12 @@
 
     python contract.py OUTPUT.npz CASE_AS_JSON...
 
-Process 0 writes losses and parameters into OUTPUT.npz.
+Process 0 writes losses and parameters into OUTPUT.npz. The parameters of the first case are also
+exported, to OUTPUT.npz.safetensors.
 """
 
 import json
+import pathlib
 import sys
 
 import jax
@@ -37,8 +39,8 @@ def own_part(whole):
     return jax.tree.map(lambda x: np.split(x, n)[jax.process_index()], whole)
 
 
-def trained(case):
-    """Returns (losses, final parameters, whole on this process)."""
+def trained(case, export=None):
+    """Returns (losses, final parameters, whole on this process); also exports them to a file."""
     model, tx = zoo.MODELS[case["model"]](), zoo.OPTIMIZERS[case["tx"]]()
     mesh = zj.make_mesh(replica=case["replica"])
     zero = zj.Zero(mesh, case["stage"], min_shard=1, gradients=case["way"])
@@ -52,16 +54,29 @@ def trained(case):
         losses.append(float(metrics["loss"]))
     if zero.stage:
         assert not all(x.is_fully_replicated for x in jax.tree.leaves(state.params))
+    if export:
+        exported(state, export)
     whole = jax.NamedSharding(zero.mesh, jax.P())
     params = jax.jit(lambda x: x, out_shardings=whole)(state.params)
     return losses, jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), params)
+
+
+def exported(state, file):
+    """Exports a live state, and checks that another export to the file fails on all processes."""
+    assert zj.export_safetensors(state, file) == [pathlib.Path(file)]
+    try:
+        zj.export_safetensors(state, file)
+    except zj.CheckpointError as error:
+        assert "already exists" in str(error)
+    else:
+        raise AssertionError(f"process {jax.process_index()} raised no error")
 
 
 def main(output, *cases):
     zj.initialize(heartbeat_timeout=30)
     found = {}
     for i, case in enumerate(map(json.loads, cases)):
-        losses, params = trained(case)
+        losses, params = trained(case, None if i else f"{output}.safetensors")
         found[f"{i}/losses"] = losses
         for path, x in jax.tree.leaves_with_path(params):
             found[f"{i}/{jax.tree_util.keystr(path)}"] = x

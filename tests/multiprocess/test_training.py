@@ -1,6 +1,7 @@
 """Several processes, each with its own part of every batch, train like one device at all stages."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import quick
 import zoo
 from contract import STEPS, batch
 from processes import HERE, Job
+from safetensors.numpy import load_file
 
 
 def case(stage, accumulate=1, clip=None, **more):
@@ -54,3 +56,13 @@ def test_equals_one_device(tmp_path, name):
         ours = jax.tree.map_with_path(
             lambda path, _, i=i: found[f"{i}/{jax.tree_util.keystr(path)}"], theirs)
         oracle.assert_close(ours, theirs, born, "float32")
+    check_export(load_file(tmp_path / "found.npz.safetensors"), found)
+
+
+def check_export(tensors, found):
+    """Checks that the exported parameters are those of the first case, bit for bit."""
+    params = {key: x for key, x in found.items() if key.startswith("0/[")}
+    assert len(tensors) == len(params)
+    for key, x in params.items():
+        name = ".".join(re.findall(r"\['(.*?)'\]", key))
+        np.testing.assert_array_equal(tensors[name], x)

@@ -1,6 +1,7 @@
-"""A checkpoint's parameters and model state, written leaf by leaf as safetensors files."""
+"""Parameters and model state of a checkpoint or a live state, written as safetensors files."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,34 +11,54 @@ from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
-from zerojax.checkpoint import directory, reading, safetensors
+from zerojax.checkpoint import safetensors, whole_leaves
 from zerojax.checkpoint.entries import Entry
-from zerojax.checkpoint.manifest import Manifest
 from zerojax.checkpoint.target import MODEL, Target
+from zerojax.checkpoint.whole_leaves import Leaves
 from zerojax.errors import CheckpointError
 
-Leaves = Mapping[str, Entry]  # the shape and dtype to write, by path
 _PIECE = 2**24  # elements converted and written at once
 
 
-def export_safetensors(checkpoint: str | os.PathLike, to: str | os.PathLike, *,
-                       step: int | None = None, dtype: str | None = None, only: str = MODEL,
-                       rename: Mapping[str, str] | None = None,
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """The files to write, and the leaves in each.
+
+    Attributes:
+      step: the step of the state, or None.
+      written: the shape and dtype in which each leaf is written, by path.
+      names: the tensor name of each leaf.
+      parts: the paths of the leaves in each file.
+      files: the files; with more than one part, the last is the index.
+    """
+
+    step: int | None
+    written: Mapping[str, Entry]
+    names: Mapping[str, str]
+    parts: Sequence[Sequence[str]]
+    files: Sequence[pathlib.Path]
+
+
+def export_safetensors(source: str | os.PathLike | Any, to: str | os.PathLike, *,
+                       step: int | None = None, dtype: str | None = None,
+                       only: str | None = None, rename: Mapping[str, str] | None = None,
                        shard_bytes: int = 5 * 10**9) -> list[pathlib.Path]:
-    """Writes a checkpoint's parameters and model state, after comparing each leaf's digest.
+    """Writes the parameters and model state of a checkpoint or of a live state to files.
 
     The host needs memory for a few times the largest leaf, not for the model. The files get their
-    final names only when all of them are complete.
+    final names only when all of them are complete. The digests of a checkpoint's leaves are
+    compared. If several processes hold parts of a live state, all of them must call this function;
+    the first of them writes.
 
     Args:
-      checkpoint: a directory of steps, or the directory of one step.
+      source: a state, or another tree of arrays; or a directory of steps, or that of one step.
       to: a path such as "model.safetensors". If the leaves have more than `shard_bytes` bytes, the
         files are "model-00001-of-00003.safetensors" and so on, and "model.safetensors.index.json".
-      step: the step to export; by default, the newest.
+      step: the step of a directory to export; by default, the newest.
       dtype: the dtype to convert floating leaves to; None converts none.
-      only: a regex for the paths of the leaves to write. Random keys are never written.
+      only: a regex for the paths of the leaves to write. By default, these are the parameters and
+        the model state, or all leaves of a tree that is not a state. Random keys are never written.
       rename: from a regex to its replacement, applied to names such as "blocks.mlp.kernel".
       shard_bytes: the most bytes in one file, unless a single leaf has more.
 
@@ -47,42 +68,68 @@ def export_safetensors(checkpoint: str | os.PathLike, to: str | os.PathLike, *,
     Raises:
       CheckpointError: a file already exists, two leaves have the same name, safetensors does not
         support a dtype, or there is no such step.
-      CorruptCheckpointError: a leaf differs from the saved one.
+      CorruptCheckpointError: a leaf of a checkpoint differs from the saved one.
     """
-    to = _destination(to)
-    path = directory.step_path(checkpoint, step)
-    manifest = reading.read_manifest(path)
-    leaves = {p: _converted(entry, dtype) for p, entry in _chosen(manifest, only).items()}
-    names = safetensors.names_of(list(leaves), rename or {})
-    parts = _parts(leaves, shard_bytes)
-    files, index = _file_names(to, len(parts))
-    _check_free([*files, *index])
-    with _all_or_none([*files, *index]) as temporary:
-        for part, file in zip(parts, temporary, strict=False):
+    leaves = whole_leaves.of(source, step)
+    only = only or (MODEL if _is_of_state(leaves) else ".*")
+    group = leaves.group
+    export = group.everywhere(lambda: _prepared(leaves, to, dtype, only, rename or {}, shard_bytes,
+                                                group.first), [CheckpointError])
+    arrays = leaves.arrays([p for part in export.parts for p in part])
+    group.everywhere(lambda: _written(export, arrays, group.first), [CheckpointError])
+    return list(export.files)
+
+
+def _is_of_state(leaves: Leaves) -> bool:
+    """Whether leaves have the paths of a state, rather than those of a tree of parameters."""
+    return any(path.startswith("params/") for path in leaves.entries)
+
+
+def _prepared(leaves: Leaves, to: str | os.PathLike, dtype: str | None, only: str,
+              rename: Mapping[str, str], shard_bytes: int, writes: bool) -> Export:
+    to = pathlib.Path(to).expanduser().absolute()
+    written = {p: _converted(entry, dtype) for p, entry in _chosen(leaves, only).items()}
+    names = safetensors.names_of(list(written), rename)
+    parts = _parts(written, shard_bytes)
+    files = _file_names(to, len(parts))
+    if writes:
+        _check_destination(to)
+        _check_free(files)
+    return Export(leaves.step, written, names, parts, files)
+
+
+def _written(export: Export, arrays: Iterator[tuple[str, np.ndarray]], writes: bool):
+    """Writes the files; takes all of the arrays, which the processes gather together."""
+    try:
+        if writes:
+            _write_all(export, arrays)
+    finally:
+        for _ in arrays:
+            pass
+
+
+def _write_all(export: Export, arrays: Iterator[tuple[str, np.ndarray]]):
+    with _all_or_none(export.files) as temporary:
+        for part, file in zip(export.parts, temporary, strict=False):
             with open(file, "xb") as out:
-                _write(out, path, manifest, {p: leaves[p] for p in part}, names)
-        if index:
-            where = {names[p]: file.name for part, file in zip(parts, files, strict=True)
-                     for p in part}
-            temporary[-1].write_text(_index(leaves, where))
-    return [*files, *index]
+                _write(out, export, part, arrays)
+        if len(export.parts) > 1:
+            temporary[-1].write_text(_index(export))
 
 
-def _destination(to: str | os.PathLike) -> pathlib.Path:
-    path = pathlib.Path(to).expanduser().absolute()
-    if path.suffix != ".safetensors" or not path.parent.is_dir():
-        raise CheckpointError(f"cannot export to {path}: name a file that ends in .safetensors, in "
+def _check_destination(to: pathlib.Path):
+    if to.suffix != ".safetensors" or not to.parent.is_dir():
+        raise CheckpointError(f"cannot export to {to}: name a file that ends in .safetensors, in "
                               "an existing directory.")
-    return path
 
 
-def _chosen(manifest: Manifest, only: str) -> dict[str, Entry]:
+def _chosen(leaves: Leaves, only: str) -> dict[str, Entry]:
     """Returns the entries whose paths match a regex, without random keys."""
-    chosen = Target(manifest.leaves, only).wanted
+    chosen = Target(leaves.entries, only).wanted
     if not chosen:
-        some = ", ".join(list(manifest.leaves)[:3])
-        raise CheckpointError(f"only={only!r} matches none of the {len(manifest.leaves)} leaves of "
-                              f"step {manifest.step}, such as {some}.")
+        some = ", ".join(list(leaves.entries)[:3])
+        raise CheckpointError(f"only={only!r} matches none of the {len(leaves.entries)} leaves of "
+                              f"step {leaves.step}, such as {some}.")
     return {p: entry for p, entry in chosen.items() if not entry.key}
 
 
@@ -102,7 +149,7 @@ def _is_floating(dtype: str) -> bool:
     return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
 
 
-def _parts(leaves: Leaves, most: int) -> list[list[str]]:
+def _parts(leaves: Mapping[str, Entry], most: int) -> list[list[str]]:
     """Returns the paths in each file, in order; a leaf of more than `most` bytes is alone in one.
     """
     parts: list[list[str]] = []
@@ -116,12 +163,12 @@ def _parts(leaves: Leaves, most: int) -> list[list[str]]:
     return parts
 
 
-def _file_names(to: pathlib.Path, n: int) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+def _file_names(to: pathlib.Path, n: int) -> list[pathlib.Path]:
     """Returns the paths of `n` files and of their index, named like those of huggingface_hub."""
     if n == 1:
-        return [to], []
+        return [to]
     files = [to.with_name(f"{to.stem}-{i:05}-of-{n:05}{to.suffix}") for i in range(1, n + 1)]
-    return files, [to.with_name(f"{to.name}.index.json")]
+    return [*files, to.with_name(f"{to.name}.index.json")]
 
 
 def _check_free(files: Sequence[pathlib.Path]):
@@ -152,34 +199,38 @@ def _all_or_none(files: Sequence[pathlib.Path]) -> Iterator[list[pathlib.Path]]:
             path.unlink(missing_ok=True)
 
 
-def _index(leaves: Leaves, where: Mapping[str, str]) -> str:
+def _index(export: Export) -> str:
     """Returns the text of an index, from the name of each tensor to that of its file."""
-    total = sum(entry.bytes for entry in leaves.values())
+    total = sum(entry.bytes for entry in export.written.values())
+    where = {export.names[p]: file.name
+             for part, file in zip(export.parts, export.files, strict=False) for p in part}
     return json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1)
 
 
-def _write(out: BinaryIO, path: epath.Path, manifest: Manifest, leaves: Leaves,
-           names: Mapping[str, str]):
+def _write(out: BinaryIO, export: Export, part: Sequence[str],
+           arrays: Iterator[tuple[str, np.ndarray]]):
     """Writes one file."""
-    out.write(_header(manifest, {names[p]: entry for p, entry in leaves.items()}))
-    for p, array in reading.arrays(path, manifest, list(leaves)):
+    out.write(_header(export, part))
+    for p, (_, array) in zip(part, arrays, strict=False):  # leaves the rest for other files
         flat = np.ascontiguousarray(array).reshape(-1)
         for start in range(0, flat.size, _PIECE):
-            piece = _cast(p, flat[start:start + _PIECE], leaves[p].dtype)
+            piece = _cast(p, flat[start:start + _PIECE], export.written[p].dtype)
             out.write(piece.view(np.uint8).data)
     out.flush()
     os.fsync(out.fileno())
 
 
-def _header(manifest: Manifest, tensors: Mapping[str, Entry]) -> bytes:
+def _header(export: Export, part: Sequence[str]) -> bytes:
     """Returns the bytes before the tensors."""
     fields: dict[str, Any] = {}
     end = 0
-    for name, entry in tensors.items():
+    for p in part:
+        entry = export.written[p]
         begin, end = end, end + entry.bytes
-        fields[name] = {"dtype": safetensors.DTYPES[entry.dtype], "shape": entry.shape,
-                        "data_offsets": [begin, end]}
-    fields["__metadata__"] = {"format": "flax", "step": str(manifest.step)}
+        fields[export.names[p]] = {"dtype": safetensors.DTYPES[entry.dtype], "shape": entry.shape,
+                                   "data_offsets": [begin, end]}
+    step = {} if export.step is None else {"step": str(export.step)}
+    fields["__metadata__"] = {"format": "flax", **step}
     text = json.dumps(fields).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -5,7 +5,7 @@ each tensor, and the tensors' bytes, row by row.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from zerojax.errors import CheckpointError
 
@@ -30,17 +30,26 @@ def name_of(path: str, rename: Mapping[str, str]) -> str:
     return name
 
 
+def renamed(paths: Iterable[str], rename: Mapping[str, str]) -> list[str]:
+    """Returns the tensor name of each leaf.
+
+    Raises:
+      CheckpointError: `rename` is invalid.
+    """
+    try:
+        return [name_of(path, rename) for path in paths]
+    except re.error as error:
+        raise CheckpointError(f"rename={dict(rename)!r} has an invalid regular expression or "
+                              f"replacement: {error}.") from None
+
+
 def names_of(paths: Sequence[str], rename: Mapping[str, str]) -> dict[str, str]:
     """Returns the tensor names of leaves by path.
 
     Raises:
       CheckpointError: two names are equal or one is reserved, or `rename` is invalid.
     """
-    try:
-        names = {path: name_of(path, rename) for path in paths}
-    except re.error as error:
-        raise CheckpointError(f"rename={dict(rename)!r} has an invalid regular expression or "
-                              f"replacement: {error}.") from None
+    names = dict(zip(paths, renamed(paths, rename), strict=True))
     owners: dict[str, str] = {}
     for path, name in names.items():
         if name == "__metadata__":

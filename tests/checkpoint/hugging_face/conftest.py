@@ -1,0 +1,3 @@
+"""Keeps pytest from importing make.py, which needs torch and transformers."""
+
+collect_ignore = ["make.py"]

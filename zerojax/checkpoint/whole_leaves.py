@@ -1,0 +1,114 @@
+"""The leaves of a checkpoint or a live state, one by one as whole arrays in the host's memory."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+from zerojax.checkpoint import directory, entries, reading
+from zerojax.checkpoint.entries import Entry
+from zerojax.checkpoint.manifest import Manifest
+from zerojax.errors import CheckpointError
+from zerojax.layout import padded
+from zerojax.processes import exchange
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """The leaves of a step on disk. Each leaf's digest is compared with the saved one."""
+
+    path: epath.Path
+
+    @property
+    def group(self) -> exchange.Group:
+        """The processes that must read the leaves together."""
+        return exchange.Alone()
+
+    @functools.cached_property
+    def manifest(self) -> Manifest:
+        return reading.read_manifest(self.path)
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """The shape and dtype of each leaf, by path."""
+        return self.manifest.leaves
+
+    @property
+    def step(self) -> int | None:
+        """The step of the state; None for a tree without one."""
+        return self.manifest.step
+
+    def arrays(self, paths: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields leaves with their paths, in the order of `paths`."""
+        return reading.arrays(self.path, self.manifest, paths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Live:
+    """The leaves of a state on its devices, with the methods of `Saved`."""
+
+    state: Any
+
+    @functools.cached_property
+    def leaves(self) -> Mapping[str, Any]:
+        return entries.by_path(self.state)
+
+    @functools.cached_property
+    def entries(self) -> Mapping[str, Entry]:
+        return {p: entries.of(x) for p, x in self.leaves.items()}
+
+    @functools.cached_property
+    def group(self) -> exchange.Group:
+        """The processes that hold parts of the state."""
+        shardings = [getattr(x, "sharding", None) for x in self.leaves.values()]
+        return exchange.of_mesh(*(s.mesh for s in shardings if isinstance(s, NamedSharding)))
+
+    @property
+    def step(self) -> int | None:
+        step = getattr(self.state, "step", None)
+        return None if step is None else int(step)
+
+    def arrays(self, paths: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+        for p in paths:
+            yield p, _whole(self.leaves[p])
+
+
+Leaves = Saved | Live
+
+
+def of(source: str | os.PathLike | Any, step: int | None) -> Leaves:
+    """Returns the leaves of a checkpoint's directory, of one of its steps, or of a live state.
+
+    Raises:
+      CheckpointError: there is no such step, or the state consists of shapes.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return Saved(directory.step_path(source, step))
+    live = Live(source)
+    if step is not None:
+        raise CheckpointError(f"step={step} is the step of a checkpoint, but the first argument is "
+                              f"a {type(source).__name__}; leave `step` out.")
+    shapes = [p for p, x in live.leaves.items() if isinstance(x, jax.ShapeDtypeStruct)]
+    if shapes:
+        raise CheckpointError(f"{shapes[0]} and {len(shapes) - 1} more leaves are shapes without "
+                              "values; give a state that zero.init returned.")
+    return live
+
+
+def _whole(x: Any) -> np.ndarray:
+    """Returns a leaf without padding; several processes gather its shards together."""
+    stored = x.kept if padded.is_padded(x) else entries.as_array(x)
+    if isinstance(stored, jax.Array) and not stored.is_fully_addressable:
+        stored = _replicated(stored.sharding)(stored).addressable_data(0)
+    return np.asarray(stored)[tuple(map(slice, np.shape(x)))]
+
+
+@functools.lru_cache
+def _replicated(sharding: NamedSharding):
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
