@@ -12,6 +12,7 @@ _CONTENTS = {
     "checkpoint.checkpointer": ["Checkpointer", "Restored"],
     "checkpoint.exporting": ["export_safetensors"],
     "checkpoint.loading": ["load_safetensors"],
+    "checkpoint.plain_orbax": ["load_orbax"],
     "data.feeding": ["Indexed", "feed"],
     "errors": ["BatchError", "CheckpointError", "ClusterError", "CompileError",
                "CorruptCheckpointError", "LayoutError", "LossError", "MissingExtraError",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from zerojax.checkpoint.checkpointer import Restored as Restored
     from zerojax.checkpoint.exporting import export_safetensors as export_safetensors
     from zerojax.checkpoint.loading import load_safetensors as load_safetensors
+    from zerojax.checkpoint.plain_orbax import load_orbax as load_orbax
     from zerojax.data.feeding import Indexed as Indexed
     from zerojax.data.feeding import feed as feed
     from zerojax.errors import BatchError as BatchError

@@ -279,6 +279,7 @@ class Checkpointer:
             raise CorruptCheckpointError(f"{self.directory} has steps {sorted(damaged)}, and none "
                                          "of them loads (see the warnings). To start afresh, move "
                                          "them away or give another directory.")
+        self._group.everywhere(lambda: reading.check_is_ours(self.directory), _KINDS)
         if if_none == "raise":
             raise CheckpointError(f"{self.directory} has no checkpoint. If this may be the first "
                                   'run, write if_none="none", which returns None.')
@@ -300,7 +301,7 @@ class Checkpointer:
         group, only = self._group, MODEL if params_only else only
         manifest, aim = group.everywhere(lambda: _prepared(self._path(step), target, only, cast),
                                          _KINDS)
-        arrays = reading.checked(self._path(step), manifest, aim.sources(manifest))
+        arrays = reading.checked(self._path(step), manifest, aim.sources(manifest.leaves))
         has_position = only is None or len(manifest.data_states) == 1
         position = manifest.data_of(group.process, group.size) if has_position else None
         return Restored(aim.filled(arrays), manifest.step, position, manifest.metrics)

@@ -53,7 +53,7 @@ def _over_processes(sums: Sequence[jax.Array], own: np.ndarray) -> np.ndarray:
 
 def _device_sums(x: Any) -> jax.Array:
     """Returns uint32[devices]: the sum over the words that each device adds up."""
-    array, mesh, spec = _placed(x.kept if padded.is_padded(x) else x)
+    array, mesh, spec = _placed(padded.stored(x))
     with jax.set_mesh(mesh):  # the caller may have set another mesh
         spec = rules.full(spec, array.ndim)
         if padded.is_padded(x):

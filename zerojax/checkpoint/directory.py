@@ -29,6 +29,12 @@ def _is_step(name: str) -> bool:
     return name.isdecimal() and str(int(name)) == name
 
 
+def orbax_trees(path: epath.Path) -> list[epath.Path]:
+    """Returns the directories of trees that Orbax wrote, at most two levels below a directory."""
+    levels = [path, *path.glob("*"), *path.glob("*/*")] if path.is_dir() else []
+    return sorted(level for level in levels if (level / "_METADATA").exists())
+
+
 def step_path(directory: str | os.PathLike, step: int | None = None) -> epath.Path:
     """Returns the path of one step, by default the newest.
 

@@ -70,7 +70,7 @@ def _loaded(view: View, leaf: Any) -> Any:
     def read(index):
         return part(tuple((at.start, at.stop) for at in index))
 
-    stored = leaf.kept if padded.is_padded(leaf) else leaf
+    stored = padded.stored(leaf)
     array = jax.make_array_from_callback(tuple(stored.shape), leaf.sharding, read)
     return padded.Padded(array, leaf.shape) if padded.is_padded(leaf) else array
 

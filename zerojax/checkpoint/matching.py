@@ -100,9 +100,9 @@ def sources(wanted: Mapping[str, Entry], rename: Mapping[str, str],
       CheckpointError: an argument is invalid, or two leaves are the same part of one tensor.
     """
     _check_transforms(transform)
+    names = safetensors.renamed(map(safetensors.dotted, wanted), rename)
     found = [Source(p, entry, name, _transform_of(p, transform))
-             for (p, entry), name in zip(wanted.items(), safetensors.renamed(wanted, rename),
-                                         strict=True)]
+             for (p, entry), name in zip(wanted.items(), names, strict=True)]
     owners: dict[tuple[str, Transform | None], str] = {}
     for source in found:
         key = source.name, source.transform
@@ -128,7 +128,7 @@ def _check_transforms(transform: Mapping[str, Transform]):
 
 def _transform_of(path: str, transform: Mapping[str, Transform]) -> Transform | None:
     """Returns the first transform whose regex occurs in a leaf's name, or None."""
-    name = safetensors.name_of(path, {})
+    name = safetensors.dotted(path)
     return next((value for regex, value in transform.items() if re.search(regex, name)), None)
 
 
@@ -150,15 +150,15 @@ def views(where: str, found: Sequence[Source], tensors: Tensors, cast: bool) -> 
     given = {p: Entry(view.shape, view.dtype) for p, view in made.items()}
     lines = entries.differences(given, wanted, all_of_it=False, cast=cast)
     if lines:
-        advice = _similar(absent.values(), tensors) + _advice(given, wanted)
+        advice = similar(absent.values(), tensors) + _advice(given, wanted)
         raise CheckpointError(misfit(where, lines, advice))
     _check_squares(found, tensors)
     return made
 
 
-def _similar(absent: Iterable[str], tensors: Tensors) -> str:
+def similar(absent: Iterable[str], names: Iterable[str]) -> str:
     """Returns a sentence with the names in the files that are most like some absent ones."""
-    closest = {name: difflib.get_close_matches(name, tensors, 1, 0) for name in list(absent)[:3]}
+    closest = {name: difflib.get_close_matches(name, names, 1, 0) for name in list(absent)[:3]}
     return f" The closest names in the files: {closest}; see rename." if closest else ""
 
 

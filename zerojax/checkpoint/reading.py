@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from zerojax.checkpoint import digest, directory
 from zerojax.checkpoint.entries import MOST
 from zerojax.checkpoint.manifest import Manifest
-from zerojax.errors import CorruptCheckpointError
+from zerojax.errors import CheckpointError, CorruptCheckpointError
 from zerojax.layout import padded
 from zerojax.processes import exchange
 
@@ -32,9 +32,11 @@ def read_manifest(path: epath.Path) -> Manifest:
     """Returns the manifest in a step's directory.
 
     Raises:
+      CheckpointError: Orbax wrote the step without zerojax.
       CorruptCheckpointError: the manifest is missing, unreadable or not the saved one, or the
         directory contains a link.
     """
+    check_is_ours(path)
     try:
         _check_links(path)
         found = Manifest.from_json(_manifest_json(path))
@@ -47,6 +49,23 @@ def read_manifest(path: epath.Path) -> Manifest:
         raise CorruptCheckpointError(f"step {path.name} in {path.parent}: its manifest is "
                                      f"unusable ({brief(error)}); {_alternative(path)}."
                                      ) from error
+
+
+def check_is_ours(path: epath.Path) -> None:
+    """Checks that a directory does not hold a tree that Orbax wrote without zerojax.
+
+    Orbax lists the parts of a step in a file, so that a step without its manifest is told apart
+    from a step that never had one.
+
+    Raises:
+      CheckpointError: it does.
+    """
+    listed = path / "_CHECKPOINT_METADATA"
+    is_ours = (path / "manifest").exists() or (listed.exists() and "manifest" in listed.read_text())
+    if not is_ours and (found := directory.orbax_trees(path)):
+        raise CheckpointError(f"{path} was written by Orbax without zerojax: it has no manifest. "
+                              f"Read it with zj.load_orbax({str(found[0])!r}, state), where state "
+                              "is what zero.init returned.")
 
 
 def _check_links(path: epath.Path):
@@ -148,17 +167,17 @@ def _read(path: epath.Path, sources: Mapping[str, Any]) -> dict[str, Any]:
     read = _restored(path, on_disk) if on_disk else {}
     for p, source in on_disk.items():
         _check_read(read[p], source)
-    return {p: _cut(read[p], x) if p in on_disk else _zeros(x) for p, x in sources.items()}
+    return {p: cut(read[p], x) if p in on_disk else _zeros(x) for p, x in sources.items()}
 
 
 def _restored(path: epath.Path, sources: Mapping[str, Any]) -> Mapping[str, Any]:
-    arrays = {p: x.kept if padded.is_padded(x) else x for p, x in sources.items()}
-    options = {p: _restore_args(x) for p, x in sources.items()}
+    arrays = {p: padded.stored(x) for p, x in sources.items()}
+    options = {p: restore_args(x) for p, x in sources.items()}
     args = ocp.args.PyTreeRestore(arrays, options, partial_restore=True)
     return ocp.PyTreeCheckpointHandler().restore(path / "state", args=args)
 
 
-def _restore_args(x: Any) -> ocp.RestoreArgs:
+def restore_args(x: Any) -> ocp.RestoreArgs:
     if x.sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray)
     is_padded = padded.is_padded(x)  # then Orbax cuts rows off, or adds rows of zeros
@@ -174,7 +193,7 @@ def _check_read(array: Any, source: Any):
         raise ValueError(f"its shape is {array.shape} on disk and {source.shape} in the manifest")
 
 
-def _cut(array: Any, source: Any) -> Any:
+def cut(array: Any, source: Any) -> Any:
     """Returns a padded array as the devices keep it, or in the host's memory without padding."""
     if not padded.is_padded(source):
         return array

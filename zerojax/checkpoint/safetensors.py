@@ -4,6 +4,7 @@ A file has the length of its header (8 bytes), a JSON header with the dtype, sha
 each tensor, and the tensors' bytes, row by row.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -15,32 +16,33 @@ DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F1
           "uint8": "U8", "bool": "BOOL"}
 
 
-def name_of(path: str, rename: Mapping[str, str]) -> str:
-    """Returns the tensor name of a leaf.
+def dotted(path: str) -> str:
+    """Returns the name of a leaf: its path without "params" or "model_state", joined by dots.
 
-    That is its path without "params" or "model_state", joined by dots, in which each regex of
-    `rename` is replaced, in order.
-
-    >>> name_of("params/blocks/kernel", {r"^blocks": "h", r"kernel$": "weight"})
-    'h.weight'
+    >>> dotted("params/blocks/kernel")
+    'blocks.kernel'
     """
-    name = re.sub(r"^(params|model_state)/", "", path).replace("/", ".")
-    for pattern, replacement in rename.items():
-        name = re.sub(pattern, replacement, name)
-    return name
+    return re.sub(r"^(params|model_state)/", "", path).replace("/", ".")
 
 
-def renamed(paths: Iterable[str], rename: Mapping[str, str]) -> list[str]:
-    """Returns the tensor name of each leaf.
+def renamed(names: Iterable[str], rename: Mapping[str, str]) -> list[str]:
+    """Returns names in which each regex of `rename` is replaced, in order.
 
     Raises:
       CheckpointError: `rename` is invalid.
+
+    >>> renamed(["blocks.kernel"], {r"^blocks": "h", r"kernel$": "weight"})
+    ['h.weight']
     """
     try:
-        return [name_of(path, rename) for path in paths]
+        return [functools.reduce(_replaced, rename.items(), name) for name in names]
     except re.error as error:
         raise CheckpointError(f"rename={dict(rename)!r} has an invalid regular expression or "
                               f"replacement: {error}.") from None
+
+
+def _replaced(name: str, rule: tuple[str, str]) -> str:
+    return re.sub(*rule, name)
 
 
 def names_of(paths: Sequence[str], rename: Mapping[str, str]) -> dict[str, str]:
@@ -49,7 +51,7 @@ def names_of(paths: Sequence[str], rename: Mapping[str, str]) -> dict[str, str]:
     Raises:
       CheckpointError: two names are equal or one is reserved, or `rename` is invalid.
     """
-    names = dict(zip(paths, renamed(paths, rename), strict=True))
+    names = dict(zip(paths, renamed(map(dotted, paths), rename), strict=True))
     owners: dict[str, str] = {}
     for path, name in names.items():
         if name == "__metadata__":

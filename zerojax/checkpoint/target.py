@@ -17,6 +17,7 @@ from zerojax.checkpoint.entries import MOST, Entry
 from zerojax.checkpoint.manifest import Manifest, optimizer_kinds
 from zerojax.errors import CheckpointError
 from zerojax.layout import padded
+from zerojax.tables import quantity
 
 MODEL = r"(params|model_state|batch_stats)/.*"  # paths of the model's leaves in a state
 
@@ -78,7 +79,7 @@ class Target:
         """
         self._check_wanted()
         shapes = {p: x for p, x in self.leaves.items()
-                  if isinstance(_stored(x), jax.ShapeDtypeStruct)}
+                  if isinstance(padded.stored(x), jax.ShapeDtypeStruct)}
         left = [p for p in shapes if p not in self.wanted]
         if left:
             raise CheckpointError(f"{where}: {len(left)} leaves that are not restored, such as "
@@ -115,13 +116,13 @@ class Target:
         return any(a.shape == b.shape and a.dtype != b.dtype and entries.can_cast(a, b)
                    for a, b in pairs)
 
-    def sources(self, manifest: Manifest) -> dict[str, Any]:
+    def sources(self, saved: Mapping[str, Entry]) -> dict[str, Any]:
         """Returns the array to read for each wanted leaf, in its dtype on disk.
 
         See `Entry.source`.
         """
-        return {p: manifest.leaves[p].source(getattr(x, "sharding", None),
-                                             x.kept.shape if padded.is_padded(x) else None)
+        return {p: saved[p].source(getattr(x, "sharding", None),
+                                   x.kept.shape if padded.is_padded(x) else None)
                 for p, x in self.wanted.items()}
 
     def filled(self, arrays: dict[str, Any]) -> Any:
@@ -141,19 +142,15 @@ class Target:
 def misfit(where: str, lines: Sequence[str], advice: str) -> str:
     """Returns the text of an error about leaves that differ, of which it names the first ten."""
     some = [*lines[:MOST], *["..."] * (len(lines) > MOST)]
-    return "\n  ".join([f"{where} does not fit the target: {len(lines)} leaves differ.{advice}",
+    some_differ = f"{quantity(len(lines), 'leaf')} differ{'s' * (len(lines) == 1)}"
+    return "\n  ".join([f"{where} does not fit the target: {some_differ}.{advice}",
                         *some])
-
-
-def _stored(x: Any) -> Any:
-    """Returns an array as it is stored, with its padding."""
-    return x.kept if padded.is_padded(x) else x
 
 
 def _check_divides(where: str, path: str, x: Any):
     try:
         if getattr(x, "sharding", None) is not None:
-            x.sharding.shard_shape(tuple(_stored(x).shape))
+            x.sharding.shard_shape(tuple(padded.stored(x).shape))
     except ValueError as error:
         raise CheckpointError(f"{where}: the target's sharding does not divide {path} of shape "
                               f"{tuple(x.shape)}: {error}.") from None

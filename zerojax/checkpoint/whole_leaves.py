@@ -103,7 +103,7 @@ def of(source: str | os.PathLike | Any, step: int | None) -> Leaves:
 
 def _whole(x: Any) -> np.ndarray:
     """Returns a leaf without padding; several processes gather its shards together."""
-    stored = x.kept if padded.is_padded(x) else entries.as_array(x)
+    stored = entries.as_array(padded.stored(x))
     if isinstance(stored, jax.Array) and not stored.is_fully_addressable:
         stored = _replicated(stored.sharding)(stored).addressable_data(0)
     return np.asarray(stored)[tuple(map(slice, np.shape(x)))]

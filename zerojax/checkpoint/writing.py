@@ -76,7 +76,7 @@ def _stored(x: Any) -> Any:
     Typed keys are stored as their data. Padded arrays are stored with the padding, because devices
     cannot write parts of their shards.
     """
-    x = x.kept if padded.is_padded(x) else entries.as_array(x)
+    x = entries.as_array(padded.stored(x))
     if isinstance(x, jax.Array):
         return jax.random.key_data(x) if trees.is_key(x) else x
     return np.asarray(x, x.dtype.newbyteorder("="))

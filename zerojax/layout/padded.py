@@ -110,6 +110,11 @@ def is_padded(x: Any) -> bool:
     return isinstance(x, Padded) and len(getattr(x.kept, "shape", ())) == len(x.shape) > 0
 
 
+def stored(x: Any) -> Any:
+    """Returns an array as it is stored, with its padding."""
+    return x.kept if is_padded(x) else x
+
+
 def cut(x: Any, shape: Sequence[int]) -> jax.Array:
     """Returns `x` without the elements beyond a logical shape."""
     if tuple(x.shape) == tuple(shape):
