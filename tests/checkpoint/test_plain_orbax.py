@@ -79,6 +79,8 @@ def test_a_checkpointer_says_who_wrote_it(tmp_path, save, name, given):
     with pytest.raises(zj.CheckpointError, match=r"by Orbax without zerojax.*load_orbax") as caught:
         checkpoints.restore_latest(states.target(), if_none="none")
     assert not isinstance(caught.value, zj.CorruptCheckpointError)
+    with pytest.raises(zj.CheckpointError, match="by Orbax without zerojax"):
+        zj.export_safetensors(tmp_path / name, tmp_path / "m.safetensors")
 
 
 def test_zerojaxs_own_steps_are_for_the_checkpointer(tmp_path):

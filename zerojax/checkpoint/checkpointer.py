@@ -279,7 +279,7 @@ class Checkpointer:
             raise CorruptCheckpointError(f"{self.directory} has steps {sorted(damaged)}, and none "
                                          "of them loads (see the warnings). To start afresh, move "
                                          "them away or give another directory.")
-        self._group.everywhere(lambda: reading.check_is_ours(self.directory), _KINDS)
+        self._group.everywhere(lambda: folder.check_is_ours(self.directory), _KINDS)
         if if_none == "raise":
             raise CheckpointError(f"{self.directory} has no checkpoint. If this may be the first "
                                   'run, write if_none="none", which returns None.')

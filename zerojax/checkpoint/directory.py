@@ -35,6 +35,23 @@ def orbax_trees(path: epath.Path) -> list[epath.Path]:
     return sorted(level for level in levels if (level / "_METADATA").exists())
 
 
+def check_is_ours(path: epath.Path) -> None:
+    """Checks that a directory does not hold a tree that Orbax wrote without zerojax.
+
+    Orbax lists the parts of a step in a file, so that a step without its manifest is told apart
+    from a step that never had one.
+
+    Raises:
+      CheckpointError: it does.
+    """
+    listed = path / "_CHECKPOINT_METADATA"
+    is_ours = (path / "manifest").exists() or (listed.exists() and "manifest" in listed.read_text())
+    if not is_ours and (found := orbax_trees(path)):
+        raise CheckpointError(f"{path} was written by Orbax without zerojax: it has no manifest. "
+                              f"Read it with zj.load_orbax({str(found[0])!r}, state), where state "
+                              "is what zero.init returned.")
+
+
 def step_path(directory: str | os.PathLike, step: int | None = None) -> epath.Path:
     """Returns the path of one step, by default the newest.
 
@@ -42,7 +59,7 @@ def step_path(directory: str | os.PathLike, step: int | None = None) -> epath.Pa
       directory: a directory of steps, or the directory of a step itself.
 
     Raises:
-      CheckpointError: there is no such step.
+      CheckpointError: there is no such step, or Orbax wrote the directory without zerojax.
     """
     path = located(directory)
     if step is None and path.name.isdecimal() and (path / "manifest").exists():
@@ -51,6 +68,7 @@ def step_path(directory: str | os.PathLike, step: int | None = None) -> epath.Pa
         return path / str(step)
     found = steps(directory)
     if step is not None or not found:
+        check_is_ours(path)
         wanted = "step" if step is None else f"step {step}"
         raise CheckpointError(f"{directory} has no {wanted}; it has {found or 'none'}.")
     return path / str(found[-1])

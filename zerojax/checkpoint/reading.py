@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from zerojax.checkpoint import digest, directory
 from zerojax.checkpoint.entries import MOST
 from zerojax.checkpoint.manifest import Manifest
-from zerojax.errors import CheckpointError, CorruptCheckpointError
+from zerojax.errors import CorruptCheckpointError
 from zerojax.layout import padded
 from zerojax.processes import exchange
 
@@ -36,7 +36,7 @@ def read_manifest(path: epath.Path) -> Manifest:
       CorruptCheckpointError: the manifest is missing, unreadable or not the saved one, or the
         directory contains a link.
     """
-    check_is_ours(path)
+    directory.check_is_ours(path)
     try:
         _check_links(path)
         found = Manifest.from_json(_manifest_json(path))
@@ -49,23 +49,6 @@ def read_manifest(path: epath.Path) -> Manifest:
         raise CorruptCheckpointError(f"step {path.name} in {path.parent}: its manifest is "
                                      f"unusable ({brief(error)}); {_alternative(path)}."
                                      ) from error
-
-
-def check_is_ours(path: epath.Path) -> None:
-    """Checks that a directory does not hold a tree that Orbax wrote without zerojax.
-
-    Orbax lists the parts of a step in a file, so that a step without its manifest is told apart
-    from a step that never had one.
-
-    Raises:
-      CheckpointError: it does.
-    """
-    listed = path / "_CHECKPOINT_METADATA"
-    is_ours = (path / "manifest").exists() or (listed.exists() and "manifest" in listed.read_text())
-    if not is_ours and (found := directory.orbax_trees(path)):
-        raise CheckpointError(f"{path} was written by Orbax without zerojax: it has no manifest. "
-                              f"Read it with zj.load_orbax({str(found[0])!r}, state), where state "
-                              "is what zero.init returned.")
 
 
 def _check_links(path: epath.Path):
