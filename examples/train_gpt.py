@@ -168,7 +168,8 @@ class Progress:
     """A progress bar that shows the loss of the previous step, so that no device has to wait."""
 
     def __init__(self, batches, first, steps, tokens, title):
-        self.bar = tqdm(batches, initial=first, total=steps, unit="step", desc=title)
+        self.bar = tqdm(batches, initial=first, total=steps, desc=title, dynamic_ncols=True,
+                        bar_format="{desc}: {n}/{total} |{bar}| {remaining} left{postfix}")
         self.tokens, self.last, self.started, self.timed = tokens, None, None, 0
 
     def __iter__(self):
@@ -182,8 +183,7 @@ class Progress:
         self.started = self.started or time.perf_counter()
         rate = self.timed * self.tokens / max(time.perf_counter() - self.started, 1e-9)
         self.timed += 1
-        self.bar.set_postfix(loss=f"{value:.3f}", bits_per_byte=f"{value / math.log(2):.3f}",
-                             tokens_per_s=f"{rate:,.0f}")
+        self.bar.set_postfix_str(f"loss {value:.3f}, {rate:,.0f} tokens/s")
 
 
 def main():
@@ -209,7 +209,7 @@ def train(args, zero, checkpoints, preemption):
     before = bits_per_byte(evaluate, zero, state, held_out, args.batch, preemption)
     first = int(state.step)
     progress = Progress(preemption.until(batches), first, args.steps, args.batch * SEQ,
-                        f"stage {args.stage}, {zero.parts} devices")
+                        f"stage {args.stage}")
     for i, tokens in enumerate(progress, first + 1):
         state, metrics = step(state, tokens)
         progress.show(metrics["loss"])

@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 
 from zerojax import tables, trees
@@ -99,6 +101,32 @@ def _alike(rows: Sequence[Row]) -> list[list[Row]]:
 
 def _short(spec: P) -> str:
     return "P(" + ", ".join(repr(e) for e in spec) + ")" if any(spec) else "whole"
+
+
+def brief(tree: Any) -> str:
+    """Returns the number of a tree's arrays, and their bytes in all and on each device.
+
+    Arrays may be shapes or deleted, or tracers, whose bytes on each device are not known.
+
+    >>> import jax.numpy as jnp
+    >>> brief({"w": jnp.ones((4, 8)), "b": jnp.ones(8)}), brief({})
+    ('2 arrays, 160 bytes, 160 bytes on each device', 'no arrays')
+    """
+    arrays = [x for x in jax.tree.leaves(tree) if trees.is_array(x)]
+    if not arrays:
+        return "no arrays"
+    total = sum(trees.itemsize(x.dtype) * math.prod(x.shape) for x in arrays)
+    text = f"{quantity(len(arrays), 'array')}, {tables.size(total)}"
+    if any(isinstance(x, Tracer) for x in arrays):
+        return text
+    held = sum(trees.itemsize(x.dtype) * math.prod(_held(x)) for x in arrays)
+    return f"{text}, {tables.size(held)} on each device"
+
+
+def _held(x: Any) -> tuple[int, ...]:
+    """Returns the shape of an array's part on one device."""
+    sharding = getattr(x, "sharding", None)
+    return x.shape if sharding is None else sharding.shard_shape(tuple(x.shape))
 
 
 def of(policy: Policy, tree: Any, placements: Sequence[Placement]) -> Layout:

@@ -10,6 +10,7 @@ from flax import struct
 
 from zerojax import trees
 from zerojax.gather.models import Kind
+from zerojax.layout import report
 from zerojax.layout.rules import Leaf
 
 
@@ -64,6 +65,16 @@ class TrainState(struct.PyTreeNode):
     skipped: jax.Array
     model: Model = struct.field(pytree_node=False)
 
+    def __repr__(self) -> str:
+        """Returns a few lines with the sizes of the state's parts; `zero.layout` has all leaves."""
+        frozen = self.model.trained.count(False)
+        parts = {"params": self.params, "opt_state": self.opt_state,
+                 "model_state": self.model_state}
+        lines = {name: report.brief(tree) for name, tree in parts.items()}
+        lines["params"] += f", {frozen} of them frozen" if frozen else ""
+        return "\n".join([f"TrainState, step {_number(self.step)}",
+                          *(f"  {name}: {line}" for name, line in lines.items())])
+
     @property
     def trained(self) -> Any:
         """The trained parameters, as the optimizer sees them: None in place of the frozen ones."""
@@ -72,3 +83,11 @@ class TrainState(struct.PyTreeNode):
     def put(self, trained: Sequence[Any]) -> Any:
         """Returns `params` with new leaves in place of the trained ones."""
         return trees.put(self.params, self.model.trained, trained)
+
+
+def _number(step: Any) -> str:
+    """Returns a step's number, or "?" if it has no value: a shape, a tracer, a donated array."""
+    try:
+        return f"{int(step):,}"
+    except (TypeError, RuntimeError):
+        return "?"
