@@ -84,6 +84,11 @@ def test_a_notebook_scrolls_in_place_of_wrapping(monkeypatch):
     assert PATHS[0] in html
 
 
+def test_a_notebook_wraps_prose():
+    prose = tables.html("1 < 2: " + "word " * 60)
+    assert "white-space: pre-wrap" in prose and "1 &lt; 2: word" in prose and "\n" not in prose
+
+
 def test_prose_wraps_at_the_width_of_the_terminal(monkeypatch):
     prose = "word " * 60
     for columns, most in (("60", 60), ("300", tables.PROSE)):

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from html import escape
 from typing import Any
 
 GAP = 2  # characters between columns
@@ -13,7 +14,8 @@ PROSE = 100  # characters of a line of prose at most
 WORD = 40  # characters of a word that is not divided
 _NUMBER = re.compile(r"-?\d[\d,.]*(e[+-]?\d+)?(%|/\d+| [A-Za-z]+)?")
 # notebooks wrap lines in <pre>, which breaks tables
-_HTML = '<pre style="white-space: pre; overflow-x: auto; font-family: monospace">{code}</pre>'
+_TABLE = '<pre style="white-space: pre; overflow-x: auto; font-family: monospace">{code}</pre>'
+_PROSE = '<pre style="white-space: pre-wrap; max-width: 100ch; font-family: monospace">{}</pre>'
 
 
 def size(n: float) -> str:
@@ -81,6 +83,9 @@ class Sheet(Printed):
     Columns without text are left out.
 
     Attributes:
+      title: the line above the table.
+      columns: the names of the columns.
+      rows: the cells of each row, as text.
       notes: a footnote for each row, or "". Equal ones are printed once.
     """
 
@@ -218,8 +223,16 @@ def text(*parts) -> str:
 
 
 def html(*parts) -> str:
-    """Returns grids and strings as HTML, in which no cell wraps and wide tables scroll."""
-    return _recorded(parts, _natural(parts)).export_html(inline_styles=True, code_format=_HTML)
+    """Returns grids and strings as HTML, in which text wraps, no cell does, and wide tables scroll.
+    """
+    shown = [part for part in parts if not isinstance(part, str) or part.strip()]
+    return "\n".join(_PROSE.format(escape(part.strip("\n"))) if isinstance(part, str) else
+                     _table(part) for part in shown)
+
+
+def _table(grid: "Grid") -> str:
+    recorded = _recorded([grid], _natural([grid]))
+    return recorded.export_html(inline_styles=True, code_format=_TABLE)
 
 
 def _natural(parts: Sequence[Any]) -> int:
