@@ -8,7 +8,7 @@ export JAX_SKIP_CUDA_CONSTRAINTS_CHECK ?= 1
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 
-.PHONY: install demo test test-all lint types bench
+.PHONY: install demo test test-all lint types bench docs
 
 install: $(STAMP)
 
@@ -34,3 +34,7 @@ types: install
 
 bench: install
 	$(BIN)/python benchmarks/run.py | tee benchmarks/results.md
+
+# docs/_build/index.html
+docs: install
+	$(BIN)/sphinx-build -W --keep-going -n -q -c docs . docs/_build

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
+import zerojax.recipe
+
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ["README.md", "docs/plan.md"]
+PAGES = ["README.md", "docs/on_gpus.md", "docs/plan.md", "docs/start.md"]
 
 
 def blocks(page: str) -> list[re.Match]:
@@ -52,3 +54,22 @@ def test_the_readmes_blocks_run(devices, tmp_path):
     assert losses[-1] < 0.5 * losses[0]
     text = " ".join(done.stdout.split())
     assert f"on each of {devices} device" in text and "MFU about" in text
+
+
+@pytest.mark.slow
+def test_the_start_page_runs_and_shows_its_output(tmp_path):
+    done = run("docs/start.md", 8, tmp_path)
+    shown = re.findall(r"^```text\n(.*?)^```", (ROOT / "docs/start.md").read_text(),
+                       re.DOTALL | re.MULTILINE)
+    losses, layout, stages, plan = ([line.rstrip() for line in text.splitlines()] for text in shown)
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    assert [line for line in layout + stages + plan[:1] if line not in lines] == []
+    assert [line.split(":")[0] for line in losses] == [line.split(":")[0] for line in lines[:4]]
+
+
+def test_the_page_on_gpus_has_a_recipe(tmp_path):
+    run("docs/on_gpus.md", 1, tmp_path)
+    code, = (block[1] for block in blocks("docs/on_gpus.md"))
+    (tmp_path / "gpt.py").write_text(code)
+    recipe = zerojax.recipe.load(str(tmp_path / "gpt.py"))
+    assert recipe.rows(8).shape == (16, 2049) and len(recipe.losses) == 5
