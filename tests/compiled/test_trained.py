@@ -148,6 +148,8 @@ def test_arrays_that_the_loss_closes_over_are_reported_and_counted():
     assert plan.memory.peak >= sum(plan.figures[k] for k in ("argument", "temp")) + teacher.nbytes
     text = "MiB of constants are part of the program, the largest f32["
     assert any(text in str(finding) for finding in plan.findings)
+    wide = [str(finding) for finding in plan.findings if "products are in float32" in str(finding)]
+    assert len(wide) == 1 and "Give the layers dtype='bfloat16'" in wide[0]
 
 
 class Counted(nnx.Module):

@@ -1,5 +1,5 @@
 """Other notes for the user on a compiled step: leaves left whole, weights kept, state not donated,
-reads repeated.
+reads repeated, products in float32.
 
 Only a state whose leaves are whole against the policy is a fault.
 """
@@ -8,6 +8,7 @@ import collections
 import math
 from collections.abc import Iterator
 
+from zerojax.hlo import schedule
 from zerojax.hlo.program import Program
 from zerojax.layout.placement import ELSEWHERE, computed
 from zerojax.layout.report import Layout
@@ -24,6 +25,7 @@ SAVED, COMBINED = 0.3, 0.25  # of all parameters, of the peak: less is not repor
 WHOLE = 0.1  # of the state
 AGAIN = 0.01  # of ZeRO's bytes
 CONSTANT = 2**20  # bytes
+WIDE = 0.1  # of the operations of products
 
 
 def of(reading: Reading, account: Memory) -> Iterator[Finding]:
@@ -34,6 +36,7 @@ def of(reading: Reading, account: Memory) -> Iterator[Finding]:
     yield from _combined(reading, account)
     yield from _repeated(reading.demand)
     yield from _constants(reading.program)
+    yield from _wide_products(reading)
     yield from _unknown_loops(reading.program)
 
 
@@ -137,6 +140,19 @@ def _constants(program: Program) -> Iterator[Finding]:
             "that the function closes over, whole on every device. Return them from init_fn and "
             "freeze them (zero.init(..., trainable=...)), or pass them as arguments.",
             total, first.name)
+
+
+def _wide_products(reading: Reading) -> Iterator[Finding]:
+    """Products in float32 in a step that gathers 16-bit parameters."""
+    compute = reading.demand.policy.precision.compute_dtype
+    done = schedule.total_flops(reading.program)
+    wide, total = sum(n for (dtype, _), n in done.items() if dtype == "f32"), sum(done.values())
+    if itemsize(compute) == 2 and wide > WIDE * total:
+        yield Finding(
+            f"{wide / total:.0%} of the operations of products are in float32, although the model "
+            f"receives its parameters in {compute}: a Flax layer without a dtype computes in the "
+            f"widest dtype of its inputs and parameters. Give the layers dtype={compute!r}, or "
+            "cast the inputs of the model.", 0.0)
 
 
 def _unknown_loops(program: Program) -> Iterator[Finding]:
