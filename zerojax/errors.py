@@ -1,7 +1,16 @@
-"""The errors that zerojax raises: one tree under `ZeroError`.
+"""The errors that zerojax raises, one tree under `ZeroError`, and how a user sees them.
 
 Each class is also a subclass of the builtin that a caller would expect.
 """
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+
+_NOTE = "zerojax called "  # how each note begins that zerojax adds to an exception
+_HIDDEN = "JAX_TRACEBACK_FILTERING"  # in the note that jax adds about the frames that it hides
+_INTERNAL = ("zerojax", "jax", "flax", "contextlib", "functools")
 
 
 class ZeroError(Exception):
@@ -62,3 +71,50 @@ class ClusterError(ZeroError, RuntimeError):
 
 class MissingExtraError(ZeroError, ImportError):
     """An optional package that is not installed; the text names the extra to install."""
+
+
+class _MessageLast(contextlib.AbstractContextManager):
+    """Drops jax's note about hidden frames from errors of zerojax and from those that it noted.
+
+    A reader looks for the reason in the last line, where jax puts its note.
+    """
+
+    def __exit__(self, kind, error, trace) -> None:
+        notes = getattr(error, "__notes__", [])
+        if isinstance(error, ZeroError) or any(note.startswith(_NOTE) for note in notes):
+            error.__notes__ = [note for note in notes if _HIDDEN not in note]
+
+
+message_last = _MessageLast()
+
+
+@contextlib.contextmanager
+def noted(text: Callable[[], str]) -> Iterator[None]:
+    """Adds a note to an exception of the user's function: how zerojax called it.
+
+    An error of zerojax itself gets no note, and only the innermost call adds one.
+
+    Args:
+      text: returns the note, which begins with "zerojax called ".
+    """
+    try:
+        yield
+    except ZeroError:
+        raise
+    except Exception as error:
+        notes = getattr(error, "__notes__", [])
+        if not any(note.startswith(_NOTE) for note in notes):
+            error.add_note(text())
+        raise
+
+
+def warn(text: str) -> None:
+    """Warns, and names the line of the user's program that led to the warning as its place."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _is_internal(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
+
+
+def _is_internal(module: str) -> bool:
+    return module.partition(".")[0] in _INTERNAL

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,9 @@ class Precision:
             keep[pattern] = self._checked(f"keep[{pattern!r}]", dtype)
             _check_pattern("Precision.keep", pattern)
         object.__setattr__(self, "keep", tuple(keep.items()))
+
+    def __repr__(self) -> str:
+        return f"Precision({_others(self).removeprefix(', ')})"
 
     def _checked(self, field: str, dtype) -> str:
         """Returns the name of a dtype that is possible in that field."""
@@ -133,13 +136,27 @@ def _dtype_name(field: str, dtype) -> str:
     name = dtype if isinstance(dtype, str) else _name(dtype)
     if name in DTYPES:
         return name
-    near = [f" (perhaps {n!r})" for n in difflib.get_close_matches(name, DTYPES, 1, 0.5)]
-    raise PolicyError(f"Precision({field}={name!r}): not a supported dtype; "
-                      f"write one of {', '.join(DTYPES)}{''.join(near)}.")
+    near = next(iter(difflib.get_close_matches(name, DTYPES, 1, 0.5)), "")
+    raise PolicyError(f"Precision({field}={dtype!r}): not a supported dtype; "
+                      f"write {_instead(field, near)}.")
+
+
+def _instead(field: str, near: str) -> str:
+    """Returns what to write for an unknown dtype, whose nearest is `near`, "" if there is none."""
+    if not near:
+        return f"one of {', '.join(DTYPES)}"
+    if field != "params" or near not in ("bfloat16", "float16"):
+        return f'"{near}"' if field.startswith("keep") else f'zj.Precision({field}="{near}")'
+    # `params` is the first argument, so that the field may not be meant
+    text = f'zj.Precision(compute="{near}"), which keeps parameters and optimizer state in float32'
+    return text + (', or zj.Precision(params="bfloat16"), which does not' if near[0] == "b" else "")
 
 
 def _name(dtype) -> str:
-    return getattr(dtype, "__name__", None) or np.dtype(dtype).name
+    """Returns the name of a numpy dtype or scalar type; "" for anything else."""
+    if isinstance(dtype, np.dtype):
+        return dtype.name
+    return getattr(dtype, "__name__", "")
 
 
 def _check_pattern(what: str, pattern: str):
@@ -148,6 +165,36 @@ def _check_pattern(what: str, pattern: str):
     except re.error as error:
         raise PolicyError(f"{what} {pattern!r} is not a valid regular expression: "
                           f"{error}.") from None
+
+
+def _given(value) -> str:
+    """Returns an argument as text, but of a large one only the type."""
+    is_short = value is None or isinstance(value, int | str)
+    return repr(value) if is_short else f"a {type(value).__name__}"
+
+
+def _mesh_for(given) -> str:
+    """Returns the call that makes the mesh that an argument of another type stands for."""
+    if isinstance(given, str) and ":" in given:
+        return f"zj.make_mesh(topology={given!r})"
+    return "zj.make_mesh(devices=devices)" if isinstance(given, list | tuple) else "zj.make_mesh()"
+
+
+def _others(settings: Any, *shown: str) -> str:
+    """Returns the settings that differ from their defaults as text, except those already shown."""
+    fields = [f for f in dataclasses.fields(settings) if f.name not in shown]
+    values = {f.name: getattr(settings, f.name) for f in fields}
+    values |= {name: dict(x) for name, x in values.items() if isinstance(x, Mapping)}
+    defaults = {name: getattr(type(settings), name, {}) for name in values}  # {}: from a factory
+    return "".join(f", {name}={value!r}" for name, value in values.items()
+                   if value != defaults[name])
+
+
+def _kind(mesh: Any) -> str:
+    """Returns the kind of a mesh's devices."""
+    if isinstance(mesh, AbstractMesh):
+        return "simulated"
+    return mesh.devices.flat[0].device_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,12 +227,18 @@ class Policy:
     def _check_types(self):
         if not isinstance(self.mesh, (Mesh, AbstractMesh)):
             stage = self.mesh if isinstance(self.mesh, int) else self.stage
-            raise PolicyError(f"Zero(mesh={self.mesh!r}): the first argument is a mesh; "
-                              f"write Zero(zj.make_mesh(), stage={stage}).")
+            raise PolicyError(f"Zero(mesh={_given(self.mesh)}): the first argument is a mesh; "
+                              f"write zj.Zero({_mesh_for(self.mesh)}, stage={stage}).")
         if not isinstance(self.precision, Precision):
             raise PolicyError(f"Zero(precision={self.precision!r}): not a Precision; write "
                               'zj.Precision(compute="bfloat16"), for float32 parameters that are '
                               "gathered and multiplied in bfloat16.")
+        for name in ("axis", "replica_axis"):
+            value = getattr(self, name)
+            named = value if isinstance(value, tuple | list) else (value,)
+            if not all(isinstance(axis, str) for axis in named if value is not None):
+                raise PolicyError(f"Zero({name}={value!r}): not the name of an axis; the mesh has "
+                                  f"{self.mesh.axis_names}.")
 
     def _check_choices(self):
         if isinstance(self.stage, bool) or self.stage not in (0, 1, 2, 3):
@@ -213,7 +266,11 @@ class Policy:
         if not self.axes or len(set(self.batch_axes)) < len(self.batch_axes):
             raise PolicyError(f"Zero(axis={self.axis!r}, replica_axis={self.replica_axis!r}): "
                               f"name one axis or more, each once; the mesh has {names}.")
-        missing = [axis for axis in self.batch_axes if axis not in names]
+        if self.replica_axis is not None and self.replica_axis not in names:
+            raise PolicyError(f"Zero(replica_axis={self.replica_axis!r}): the mesh has the axes "
+                              f"{names}; build one with copies by zj.make_mesh(replica=2), which "
+                              "needs no replica_axis, or name one of these.")
+        missing = [axis for axis in self.axes if axis not in names]
         if missing:
             raise PolicyError(f"Zero: the mesh has axes {names}, but not {missing}; build it with "
                               f"zj.make_mesh(), or name its own: Zero(mesh, axis={names[-1:]!r}).")
@@ -228,6 +285,11 @@ class Policy:
             raise PolicyError(f"Zero: mesh axes {explicit} are not of type Auto, which sharding "
                               "constraints need (the default of jax.make_mesh is Explicit); write "
                               f"zj.make_mesh(), or jax.make_mesh(shape, names, {auto}).")
+
+    def __repr__(self) -> str:
+        axes = ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items())
+        return (f"{type(self).__name__}(mesh of {axes} ({_kind(self.mesh)}), stage={self.stage}"
+                f"{_others(self, 'mesh', 'stage')})")
 
     def __hash__(self):
         return hash((self.mesh, self.stage, self.precision, self.axes, self.replica_axis,
@@ -265,6 +327,21 @@ class Policy:
             raise PolicyError(f"{where} over simulated GPUs: nothing can run on them. Use a mesh "
                               "of devices, zj.make_mesh(); or plan a training step or a function "
                               "of zero.jit, with its method plan(state, batch).")
+
+    def check_context(self, where: str) -> None:
+        """Raises `PolicyError` if `jax.set_mesh` has set a mesh under which nothing here can run.
+
+        That is one with axes of type Explicit, or with another number of devices.
+        """
+        current = jax.sharding.get_abstract_mesh()
+        if current.empty or AxisType.Manual in current.axis_types:  # within a shard_map
+            return
+        if AxisType.Explicit in current.axis_types or current.size != self.mesh.size:
+            kinds = ", ".join(sorted({kind.name for kind in current.axis_types}))
+            raise PolicyError(f"{where} was called under jax.set_mesh with the mesh "
+                              f"{dict(current.shape)} (axes of type {kinds}), but the mesh of this "
+                              f"Zero is {dict(self.mesh.shape)} (Auto); write "
+                              "jax.set_mesh(zero.mesh), or call it without jax.set_mesh.")
 
     @functools.cached_property
     def processes(self) -> tuple[int, ...]:

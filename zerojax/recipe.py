@@ -53,17 +53,18 @@ class Recipe:
 
     def __post_init__(self):
         if not callable(self.init_fn):
-            raise RecipeError(f"Recipe(init_fn={self.init_fn!r}): "
-                              "write a function of no arguments that returns the model.")
+            raise RecipeError(f"Recipe was given a {type(self.init_fn).__name__} as its init_fn; "
+                              "write a function of no arguments that returns the model, such as "
+                              "lambda: model.init(jax.random.key(0), x).")
         if required := _required(self.init_fn):
             raise RecipeError(f"Recipe(init_fn=...) takes {required}; write a function of no "
                               "arguments, such as lambda: model.init(jax.random.key(0), x).")
         if not self.losses or not all(map(callable, self.losses.values())):
-            raise RecipeError(f"Recipe(loss_fn={self.loss_fn!r}): "
+            raise RecipeError(f"Recipe was given a {type(self.loss_fn).__name__} as its loss_fn; "
                               "write a function, or a dict of names to functions.")
         if not (hasattr(self.tx, "init") and hasattr(self.tx, "update")):
-            raise RecipeError(f"Recipe(tx={self.tx!r}): "
-                              "write an optax transform, such as optax.adamw(1e-3).")
+            raise RecipeError(f"Recipe was given a {type(self.tx).__name__} as its tx; write an "
+                              "optax transform, such as optax.adamw(1e-3).")
 
     @property
     def losses(self) -> dict[str, Callable]:

@@ -1,6 +1,7 @@
 """Leaves of pytrees: their paths, sizes and subsets, and tests for arrays and random keys."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 KEY_BYTES = {"key<fry>": 8, "key<rbg>": 16, "key<urbg>": 16}  # typed random keys, by generator
+_MOST, _LONG = 6, 60  # items and characters in a brief text
 
 
 def path_of(path: tuple[Any, ...]) -> str:
@@ -67,6 +69,51 @@ def divided(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     leaves, treedef = jax.tree.flatten(tree)
     flags = [is_array(x) for x in leaves]
     return taken(leaves, flags), lambda arrays: treedef.unflatten(put(leaves, flags, arrays))
+
+
+def brief(tree: Any, depth: int = 2) -> str:
+    """Returns a tree as short text, with the dtype and shape of each array.
+
+    Args:
+      depth: the number of levels of dicts, lists and tuples that are written out.
+
+    >>> brief({"x": np.ones((2, 3), np.float32), "labels": [np.ones(2, np.int32), {"a": {}}]})
+    "{'x': float32[2,3], 'labels': [int32[2], {...}]}"
+    """
+    if hasattr(tree, "dtype") and hasattr(tree, "shape"):
+        return f"{tree.dtype}[{','.join(map(str, tree.shape))}]"
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return repr(tree)[:_LONG]
+    if isinstance(tree, Mapping):
+        return _bracketed("{}", (f"{k!r}: {brief(v, depth - 1)}" for k, v in tree.items()), depth)
+    if type(tree) in (list, tuple):
+        opening = "[]" if isinstance(tree, list) else "()"
+        return _bracketed(opening, (brief(x, depth - 1) for x in tree), depth)
+    return f"a {type(tree).__name__}"
+
+
+def _bracketed(brackets: str, items: Iterable[str], depth: int) -> str:
+    """Returns the first items of a container as text; "..." stands for the others."""
+    first = list(itertools.islice(items, _MOST + 1))
+    shown = first[:_MOST if depth > 0 else 0]
+    shown += ["..."] if len(shown) < len(first) else []
+    return f"{brackets[0]}{', '.join(shown)}{brackets[1]}"
+
+
+def kind(x: Any) -> str:
+    """Returns the type of a value as text.
+
+    >>> kind(None), kind({}), kind(dict), kind(3), kind(np.ones(1))
+    ('None', 'a dict', 'the class dict', 'an int', 'an array float64[1]')
+    """
+    if x is None or is_array(x):
+        return "None" if x is None else f"an array {brief(x)}"
+    found = x if isinstance(x, type) else type(x)
+    module = found.__module__
+    prefix = "" if module in ("builtins", "__main__") or "._" in module else f"{module}."
+    name = f"{prefix}{found.__qualname__}"
+    article = "an" if name[0] in "aeioAEIO" else "a"
+    return f"{'the class' if found is x else article} {name}"
 
 
 def is_key(x) -> bool:

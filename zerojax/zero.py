@@ -7,11 +7,13 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, NamedSharding
 
+from zerojax import trees
 from zerojax.data import batch as batches
-from zerojax.errors import ModelError
+from zerojax.errors import ModelError, message_last
 from zerojax.layout.report import Layout
 from zerojax.plan.plan import Plan
 from zerojax.policy import Policy
+from zerojax.processes import joining
 from zerojax.train import creation, planning, state_layout, transforms
 from zerojax.train.jitted import Jitted
 from zerojax.train.loss_scale import LossScale
@@ -49,6 +51,7 @@ class Zero(Policy):
 
     Raises:
       PolicyError: an invalid argument, or a combination that cannot work.
+      ClusterError: a launcher has started several processes, which `zj.initialize` has not joined.
 
     >>> import jax.numpy as jnp, optax, zerojax as zj
     >>> zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:2]), stage=3, min_shard=1)
@@ -60,6 +63,11 @@ class Zero(Policy):
     >>> float(metrics["loss"])
     4.0
     """
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.mesh, AbstractMesh):  # simulated GPUs need no other process
+            joining.check_joined()
 
     def init(self, init_fn: Callable, tx, *args, trainable: Any = None,
              rng: jax.Array | None = None) -> TrainState:
@@ -83,9 +91,10 @@ class Zero(Policy):
           ModelError: `init_fn` returned no floating array, or a trained parameter is not floating.
           LayoutError: a rule does not fit its leaf or matches none, or no parameter is trained.
         """
-        init_fn, args = creation.given(self, init_fn, tx, args)
-        state = creation.create(
-            self, lambda: creation.maker(self, init_fn, tx, args, trainable, rng), *args)
+        with message_last:
+            init_fn, args = creation.given(self, init_fn, tx, args)
+            state = creation.create(
+                self, lambda: creation.maker(self, init_fn, tx, args, trainable, rng), *args)
         if not isinstance(self.mesh, AbstractMesh):  # a plan of the others shows it
             creation.warn_of_whole(self, state)
         return state
@@ -93,17 +102,20 @@ class Zero(Policy):
     def abstract(self, init_fn: Callable, tx, *args, trainable: Any = None,
                  rng: jax.Array | None = None) -> TrainState:
         """Returns the state of `init` as `ShapeDtypeStruct`s with shardings; allocates nothing."""
-        init_fn, args = creation.given(self, init_fn, tx, args)
-        return creation.maker(self, init_fn, tx, args, trainable, rng).abstract(*args)
+        with message_last:
+            init_fn, args = creation.given(self, init_fn, tx, args)
+            return creation.maker(self, init_fn, tx, args, trainable, rng).abstract(*args)
 
     def create(self, make: Callable[[], Any]) -> Any:
-        """Creates a training state of your own, such as flax's `TrainState`, in shards.
+        """Creates a training state of your own, such as `flax.training.TrainState`, in shards.
 
         `make` returns the state. The parameters are the leaves under the key or attribute `params`.
         A leaf with the shape of a parameter, whose path ends in the parameter's path, is sharded
         like the parameter.
         """
-        return creation.create(self, lambda: creation.maker_of_own(self, make))
+        with message_last:
+            creation.check_own(self, make)
+            return creation.create(self, lambda: creation.maker_of_own(self, make))
 
     def gathered(self, fn: Callable, argnums: int | Sequence[int] = 0) -> Callable:
         """Returns `fn` with parameters gathered where it reads them, according to the stage.
@@ -146,7 +158,7 @@ class Zero(Policy):
           batch_argnums: the arguments whose arrays are split by their first dimension.
           scale: a `zj.LossScale`, for float16; the returned gradients are unscaled.
           trainable: the parameters that get gradients, as for `init`; `loss_fn` reads all of them.
-            The optimizer must then be given the trained ones alone (docs/recipes.md, "Freezing and
+            The optimizer must then be given the trained ones alone (see the recipe "Freezing and
             LoRA"): flax's `apply_gradients` does not accept None.
 
         Returns:
@@ -212,10 +224,11 @@ class Zero(Policy):
           compiler_options: options for XLA, as in `jax.jit`.
 
         Returns:
-          the step. Its metrics are device scalars: `loss`, `grad_norm` (before clipping),
-          `param_norm` (after the update, also of a skipped one), `weight`, `skipped` (consecutive
-          skipped steps), `loss_scale` (float16), `aux` (divided by the weight). Reading a metric
-          waits for its step: read those of the previous step.
+          the step. It is jitted already: within another function that jax traces, `max_skipped` is
+          not checked, and the state's memory is not reused. Its metrics are device scalars: `loss`,
+          `grad_norm` (before clipping), `param_norm` (after the update, also of a skipped one),
+          `weight`, `skipped` (consecutive skipped steps), `loss_scale` (float16), `aux` (divided by
+          the weight). Reading a metric waits for its step: read those of the previous step.
 
         Raises:
           BatchError: the number of examples is not divisible by devices x accumulate.
@@ -240,7 +253,8 @@ class Zero(Policy):
         Every value stays the same.
 
         Args:
-          state: a state of this policy. Both states take memory until this one is released. For
+          state: a state of this policy. Both states take memory until this one is released, but
+            share the arrays that `other` leaves where they are: a step takes these from both. For
             a state of your own (`create`), `other` places leaves by shape and rules alone, because
             only `create` can see which dimension a scan slices. Where that matters, write rules, or
             restore a checkpoint into a state that `other` created.
@@ -270,8 +284,9 @@ class Zero(Policy):
           fn: a `jax.jit`ted function of `state`, `args` and `kwargs`.
           state: a state with the attribute or key `params`, of arrays or of `ShapeDtypeStruct`s
             with shardings.
-          *args, **kwargs: arrays or shapes. Those without a sharding are split over the batch's
-            devices where they divide.
+          *args: arrays or shapes. Those without a sharding are split over the batch's devices
+            where they divide.
+          **kwargs: more of them, by name.
           accumulate: the number of microbatches in `fn`.
           compiler_options: those of `fn`.
           cache: whether the plan of the same program is looked up and kept on disk.
@@ -289,8 +304,8 @@ class Zero(Policy):
             planning.check_settings("jit", compiler_options=compiler_options)
             return fn.plan(state, *args, accumulate=accumulate, cache=cache, **kwargs)
         if not hasattr(fn, "trace"):
-            raise ModelError(f"zero.plan takes a jitted function, not {fn!r}; write "
-                             "zero.plan(jax.jit(fn), state, ...).")
+            raise ModelError(f"zero.plan was given {trees.kind(fn)}, not a jitted function; write "
+                             "zero.plan(jax.jit(fn), state, batch), or step.plan(state, batch).")
         return planning.planned(self, fn, state, args, kwargs, accumulate=accumulate,
                                 compiler_options=compiler_options, cache=cache)
 

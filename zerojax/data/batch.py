@@ -1,18 +1,21 @@
 """Batches: checks of their arrays, their sharding over the devices, and their microbatches."""
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zerojax import trees
 from zerojax.errors import BatchError, PolicyError
 from zerojax.policy import Policy, has_64_bits
 
+_MOST = 6  # items that an error names
 _NUMBERS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, int, float)
 
 
@@ -61,7 +64,20 @@ def share(policy: Policy) -> tuple[int, int]:
 def check(policy: Policy, batch: Any, accumulate: int = 1) -> None:
     """Raises `BatchError` unless all arrays divide evenly over devices x microbatches."""
     n = policy.parts * accumulate
-    _check_divides(batch, n, f"{policy.parts} devices x {accumulate} microbatches = {n}")
+    over, instead = f"{policy.parts} devices", ""
+    if accumulate > 1:
+        over += f" x {accumulate} microbatches = {n}"
+        instead = _other_numbers(count(batch), policy.parts)
+    _check_divides(batch, n, over, instead)
+
+
+def _other_numbers(rows: int, parts: int) -> str:
+    """Returns numbers of microbatches that are possible, as text; "" if there is none."""
+    if rows % parts or not rows:
+        return ""
+    most = rows // parts
+    numbers = [str(k) for k in range(1, most + 1) if most % k == 0]
+    return f"write accumulate={' or '.join(numbers[-_MOST:])}, or "
 
 
 def check_share(policy: Policy, arrays: Any) -> None:
@@ -86,23 +102,47 @@ def count(batch: Any) -> int:
                          "is that of the examples.")
     for path, x in leaves:
         if not getattr(x, "shape", ()):
-            raise BatchError(f"{_name(path)} has no dimension; give arrays whose first dimension "
-                             "is that of the examples.")
-    sizes = {_name(path): x.shape[0] for path, x in leaves}
-    if len(set(sizes.values())) > 1:
-        raise BatchError(f"the arrays of a batch differ in their number of examples: {sizes}; "
-                         "the first dimension of each must be that of the examples.")
-    return next(iter(sizes.values()))
+            raise BatchError(f"{_name(path)} has no dimension, but the first dimension of an array "
+                             f"of a batch is that of the examples; {_not_a_scalar(batch, path)}.")
+    by_size = {x.shape[0]: _name(path) for path, x in reversed(leaves)}
+    if len(by_size) > 1:
+        sizes = [f"{name} has {n}" for n, name in reversed(by_size.items())]
+        raise BatchError("the arrays of a batch differ in their number of examples: "
+                         f"{', '.join(sizes[:_MOST])}; the first dimension of each must be that of "
+                         "the examples. Let the loss close over arrays of other lengths, such as "
+                         "class weights. If these are parameters, give the model or state as the "
+                         "first argument, and the batch as the second.")
+    return next(iter(by_size))
 
 
-def _check_divides(batch: Any, n: int, over: str) -> None:
+def _not_a_scalar(batch: Any, path: tuple[Any, ...]) -> str:
+    """Returns what to write in place of a number in a batch."""
+    for i, key in enumerate(path):
+        if isinstance(batch, list) and not any(map(jnp.ndim, jax.tree.leaves(batch))):
+            return f"jax reads a list as separate numbers, so write np.asarray({_name(path[:i])})"
+        batch = _child(batch, key)
+    return ("write np.full(n, value) for a number that all n examples share, np.stack(xs) for a "
+            "list of examples, and images[:8] in place of images[0]")
+
+
+def _child(tree: Any, key: Any) -> Any:
+    """Returns the subtree at a key of a jax key path; None if there is no such way down."""
+    try:
+        return tree[key.key] if hasattr(key, "key") else tree[key.idx]
+    except (AttributeError, LookupError, TypeError):
+        return None
+
+
+def _check_divides(batch: Any, n: int, over: str, instead: str = "") -> None:
     rows = count(batch)
     if rows % n or not rows:
         path, x = jax.tree.leaves_with_path(batch)[0]
         near = max(n, rows // n * n)
         raise BatchError(f"{_name(path)} has {rows} examples (shape {tuple(x.shape)}), which do "
-                         f"not divide evenly over {over}; give batches of {near}, and drop a "
-                         "shorter last batch or pad it: zj.feed(..., pad=True).")
+                         f"not divide evenly over {over}; {instead}give batches of {near}, and "
+                         "drop a shorter last batch or pad it: zj.feed(batches, zero, pad=True) "
+                         "gives pairs for the step; the loss then takes batch, weight = pair and "
+                         "returns zj.Loss((losses * weight).sum(), weight.sum()).")
 
 
 def check_arrays(batch: Any) -> None:
@@ -113,10 +153,23 @@ def check_arrays(batch: Any) -> None:
     for path, x in jax.tree.leaves_with_path(batch):
         if not isinstance(x, _NUMBERS):
             kind = f"{type(x).__module__.partition('.')[0]}.{type(x).__name__}"
-            raise BatchError(f"{_name(path)} is a {kind}; give numpy or jax arrays, such as "
-                             "np.asarray(x) returns.")
+            raise BatchError(f"{_name(path)} is a {kind}; {_not_an_array(x)}.")
         if isinstance(x, (np.ndarray, np.generic)):
             _check_numbers(_name(path), np.asarray(x))
+
+
+def _not_an_array(x: Any) -> str:
+    """Returns what to write in place of a leaf that is no array."""
+    if isinstance(x, Iterator):
+        return ("it is an iterator of batches, so write: for batch in batches: state, metrics = "
+                "step(state, batch)")
+    if isinstance(x, Mapping):
+        return "jax does not look into it, so write dict(batch)"
+    text = "give numpy or jax arrays, such as np.asarray(x) returns"
+    if type(x).__module__.startswith("torch"):
+        text += (". For a loader of tensors, write zj.feed((jax.tree.map(np.asarray, batch) for "
+                 "batch in loader), zero)")
+    return text
 
 
 def _check_numbers(name: str, x: np.ndarray) -> None:
@@ -135,19 +188,51 @@ def _check_numbers(name: str, x: np.ndarray) -> None:
 
 
 def check_given(policy: Policy, batch: Any) -> None:
-    """Raises `BatchError` for a batch that a jitted function would misread.
+    """Raises `BatchError` for a batch that a jitted function cannot take or would misread.
 
-    `check_arrays` finds one kind. With several processes, the other kind is an array of this
-    process alone, because each process would take its own array for the whole batch.
+    `check_arrays` finds one kind; shapes, and arrays on other devices than the mesh's, are another.
+    With several processes, the third is an array of this process alone, because each process would
+    take its own array for the whole batch.
     """
     check_arrays(batch)
-    if len(policy.processes) < 2:
-        return
     for path, x in jax.tree.leaves_with_path(batch):
-        if _is_local(x) and x.shape:
+        _check_placed(policy, _name(path), x)
+        if len(policy.processes) > 1 and _is_local(x) and x.shape:
             raise BatchError(f"{_name(path)} is an array of process {jax.process_index()} alone, "
                              f"but {len(policy.processes)} processes train together; give the "
                              "share of each process to zj.feed(batches, zero).")
+
+
+def _check_placed(policy: Policy, name: str, x: Any) -> None:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        raise BatchError(f"{name} is a shape, with which only step.plan and lower work; give an "
+                         "array.")
+    if elsewhere(policy, [x]):
+        raise BatchError(f"{name} is on {devices_of(x)}, but the mesh has {policy.mesh.size} "
+                         "devices; give numpy arrays, such as np.asarray(x) returns, or let "
+                         "zj.feed([batch], zero) put them on the devices.")
+
+
+def elsewhere(policy: Policy, arrays: Sequence[Any]) -> list[jax.Array]:
+    """Returns the arrays that were put on other devices than those of the mesh, which jit refuses.
+
+    Every step looks through its state, so this is fast if all arrays are on the mesh.
+    """
+    mesh = policy.mesh
+    others = [x for x in arrays if getattr(getattr(x, "sharding", None), "mesh", None) is not mesh]
+    devices = set(mesh.devices.flat) if others and isinstance(mesh, Mesh) else ()
+    return [x for x in others if devices and isinstance(x, jax.Array) and not isinstance(x, Tracer)
+            and x.committed and x.sharding.device_set != devices]
+
+
+def devices_of(x: Any) -> str:
+    """Returns the devices of an array as text.
+
+    >>> devices_of(jax.device_put(1.0, jax.devices()[0]))
+    'device 0 alone'
+    """
+    first, *others = x.sharding.device_set
+    return f"{1 + len(others)} devices" if others else f"device {first.id} alone"
 
 
 def _is_local(x: Any) -> bool:
@@ -215,7 +300,7 @@ def spread(policy: Policy, tree: Any) -> Any:
     """
     arrays = [x for x in jax.tree.leaves(tree) if getattr(x, "shape", ())]
     if arrays:
-        check(policy, arrays)
+        check(policy, jax.tree.map(lambda x: x if getattr(x, "shape", ()) else None, tree))
 
     def put(x):
         if not getattr(x, "shape", ()):

@@ -1,11 +1,13 @@
 """Feeds: sharded batches from a source, with a position from which a resumed run continues."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from zerojax import errors, trees
 from zerojax.data.batch import parts_of
 from zerojax.data.loading import Loaded, Loader, Status
 from zerojax.data.prefetch import Prefetcher
@@ -25,6 +27,12 @@ class Indexed(Iterator):
         `numpy.random.default_rng((seed, number))`.
       stop: the number of batches; None means no limit.
 
+    Attributes:
+      next: the number of the next batch.
+
+    Raises:
+      BatchError: `make` is not a function.
+
     >>> source = Indexed(lambda i: i * i, stop=4)
     >>> next(source), next(source), source.get_state()
     (0, 1, {'next': 2})
@@ -34,6 +42,10 @@ class Indexed(Iterator):
     """
 
     def __init__(self, make: Callable[[int], Any], stop: int | None = None):
+        if not callable(make):
+            raise BatchError(f"Indexed was given {trees.kind(make)}, not a function; write "
+                             "zj.Indexed(make_batch, stop) with a function make_batch(number) that "
+                             "returns a batch, or give feed an iterable of batches.")
         self.make = make
         self.stop = stop
         self.next = 0
@@ -41,14 +53,22 @@ class Indexed(Iterator):
     def __next__(self):
         if self.stop is not None and self.next >= self.stop:
             raise StopIteration
-        batch = self.make(self.next)
+        with errors.noted(self._note):
+            batch = self.make(self.next)
         self.next += 1
         return batch
 
+    def _note(self) -> str:
+        name = getattr(self.make, "__qualname__", type(self.make).__name__)
+        return (f"zerojax called {name.rpartition('<locals>.')[2]}({self.next}): zj.Indexed calls "
+                "its function with the number of a batch.")
+
     def get_state(self) -> dict:
+        """Returns the position, as JSON values."""
         return {"next": self.next}
 
     def set_state(self, state: dict) -> None:
+        """Continues from a position."""
         self.next = state["next"]
 
 
@@ -57,9 +77,15 @@ class Feed(Iterator):
 
     Each of several processes reports on its batches to the others one batch ahead, so that no
     process waits for a report.
+
+    Attributes:
+      batches, source: the iterable that `feed` was given, and its iterator.
+      policy: the `Zero` that `feed` was given.
+      prefetch, pad: as given to `feed`.
     """
 
     def __init__(self, batches: Iterable, policy: Policy, prefetch: int, pad: bool | int):
+        _check_policy(policy)
         _check_batches(batches)
         _check_prefetch(prefetch)
         policy.check_devices("feed")
@@ -139,12 +165,24 @@ class Feed(Iterator):
 
     def _check_ended(self, reports: Reports) -> None:
         ready = _with_status(reports, Status.READY)
+        if not ready and self.number == 0 and not hasattr(self.source, "get_state"):
+            self._warn_of_nothing()
         if not ready or (len(ready) < len(reports) and not self.pad):
             raise StopIteration
         empty = _with_status(reports, Status.EMPTY)
         if empty:
             raise BatchError(f"{exchange.named(empty)} brought no batch at all, so pad=True has no "
                              "example to pad with; give every process at least one example.")
+
+    def _warn_of_nothing(self) -> None:
+        """Warns of a source without any batch; one with a position may be at its end."""
+        why = ("A loader that drops a short last batch has none if its data set is smaller than a "
+               "batch.")
+        if self.source is self.batches:
+            why = ("It can be iterated over only once, and an earlier loop may have taken its "
+                   "batches: make a new one for each feed.")
+        errors.warn(f"feed: the source ({trees.kind(self.batches)}) has no batch, so that the loop "
+                    f"over the feed makes no step. {why}")
 
     def _check_shapes(self, loaded: Loaded, reports: Reports) -> None:
         if len({mark for _, mark, _ in reports.values()}) > 1:
@@ -200,6 +238,19 @@ def _check_batches(batches: Any) -> None:
     if of_arrays or isinstance(batches, (Mapping, str, *arrays)):
         raise BatchError(f"feed was given one batch (a {type(batches).__name__}); give an iterable "
                          "of batches: zj.feed([batch], zero), or a generator of them.")
+    if inspect.isgeneratorfunction(batches):
+        raise BatchError(f"feed was given the generator function {batches.__name__}; call it: "
+                         f"zj.feed({batches.__name__}(), zero).")
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise BatchError(f"feed was given {trees.kind(batches)}, which is not an iterable of "
+                         "batches; give a list, a loader or a generator of them, or, for a "
+                         "function that returns batch i, zj.Indexed(make_batch, steps).")
+
+
+def _check_policy(policy: Any) -> None:
+    if not isinstance(policy, Policy):
+        raise BatchError(f"feed was given {trees.kind(policy)} as its second argument, not the "
+                         "Zero whose steps use the batches; write zj.feed(batches, zero).")
 
 
 def _check_prefetch(prefetch: Any) -> None:
@@ -235,8 +286,8 @@ def feed(batches: Iterable, zero: Policy, *, prefetch: int = 2, pad: bool | int 
 
     Raises:
       BatchError: B is not divisible by that number, or differs between arrays or processes; an
-        array has a dtype or values that the devices cannot hold; `prefetch` is negative; or
-        `batches` is one batch.
+        array has a dtype or values that the devices cannot hold; `prefetch` is negative; `batches`
+        is one batch, or not iterable; or `zero` is not a `Zero`.
       PolicyError: the GPUs of the mesh are simulated.
       ClusterError: another process could not make its share.
 

@@ -17,7 +17,6 @@ equation of a later jax. `pending` defines pending parameters and their reads.
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +26,7 @@ from jax.core import eval_jaxpr
 from jax.extend import core as jex
 from jax.sharding import Sharding
 
+from zerojax import errors
 from zerojax.gather import uses
 from zerojax.gather.pending import Pending, array
 
@@ -201,10 +201,10 @@ def _read_if_split(x: Any) -> Any:
     """
     if not isinstance(x, Pending) or not x.pair.shards(0):
         return x
-    warnings.warn(f"{x.path}: a scan slices its dimension 0, which is sharded ({x.pair.spec}), so "
-                  "all slices are gathered before the scan. "
-                  f"Zero(rules={{{x.path!r}: P(None, 'data')}}) shards the next dimension if it "
-                  f"divides; {{{x.path!r}: P()}} leaves the array whole.", stacklevel=2)
+    errors.warn(f"{x.path}: a scan slices its dimension 0, which is sharded ({x.pair.spec}), so "
+                "all slices are gathered before the scan. "
+                f"Zero(rules={{{x.path!r}: P(None, 'data')}}) shards the next dimension if it "
+                f"divides; {{{x.path!r}: P()}} leaves the array whole.")
     return x.read(accumulated=True)
 
 

@@ -1,6 +1,6 @@
 """The uses of variables in a jaxpr: which equations take them, and in which dtypes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,6 +18,15 @@ def without_constants(jaxpr: Any) -> Any:
 def variables(eqn) -> list:
     """Returns the operands of an equation that are not literals."""
     return [v for v in eqn.invars if not isinstance(v, jex.Literal)]
+
+
+def depending(jaxpr: Any, some: Iterable[Any]) -> set:
+    """Returns some variables of a jaxpr, and all those that depend on them."""
+    found = set(some)
+    for eqn in without_constants(jaxpr).eqns:
+        if not found.isdisjoint(variables(eqn)):
+            found.update(eqn.outvars)
+    return found
 
 
 def of(jaxpr: Any, held: Mapping[Any, str]) -> Iterator[tuple[Any, set[str]]]:

@@ -21,8 +21,8 @@ def make_mesh(*, replica: int = 1, devices=None,
         nothing runs on it. Requires the extra `plan`.
 
     Raises:
-      PolicyError: the number of devices is not divisible by `replica`; both devices and a topology
-        were given; or the topology is unknown.
+      PolicyError: the number of devices is not divisible by `replica`; `devices` holds no devices;
+        both devices and a topology were given; or the topology is unknown.
       MissingExtraError: a topology was given, but the extra is not installed.
 
     >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
@@ -32,6 +32,7 @@ def make_mesh(*, replica: int = 1, devices=None,
     types = (AxisType.Auto,) * len(axes)
     if topology is None:
         array = np.array(jax.devices() if devices is None else devices)
+        _check_devices(devices, array)
         return Mesh(array.reshape(_shape(replica, array.size)), axes, axis_types=types)
     if devices is not None:
         raise PolicyError(f"make_mesh(devices=..., topology={topology!r}): devices and a topology "
@@ -40,6 +41,13 @@ def make_mesh(*, replica: int = 1, devices=None,
     check_installed()
     return AbstractMesh(_shape(replica, topology.devices), axes, types,
                         abstract_device=topology.device())
+
+
+def _check_devices(given, array: np.ndarray) -> None:
+    if not array.size or not all(hasattr(device, "device_kind") for device in array.flat):
+        count = f"[:{given}]" if isinstance(given, int) else ""
+        raise PolicyError(f"make_mesh(devices={given!r}): not devices of jax; write "
+                          f"zj.make_mesh(devices=jax.devices(){count}), or zj.make_mesh() for all.")
 
 
 def _topology(given: str | Topology) -> Topology:

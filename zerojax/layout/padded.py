@@ -41,30 +41,37 @@ class Padded:
         self.kept, self.shape = kept, tuple(shape)
 
     def tree_flatten_with_keys(self):
+        """Returns the stored array with its key, and the logical shape, for jax."""
         return ((_Within(), self.kept),), self.shape
 
     def tree_flatten(self):
+        """Returns the stored array and the logical shape, for jax."""
         return (self.kept,), self.shape
 
     @classmethod
     def tree_unflatten(cls, shape, children):
+        """Returns a padded array with this logical shape, for jax."""
         kept, = children
         return cls(kept, shape)
 
     @property
     def dtype(self):
+        """The dtype."""
         return self.kept.dtype
 
     @property
     def sharding(self):
+        """The sharding of the stored array."""
         return self.kept.sharding
 
     @property
     def ndim(self) -> int:
+        """The number of dimensions."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
+        """The number of elements of the logical array."""
         return int(np.prod(self.shape))
 
     def __jax_array__(self) -> jax.Array:

@@ -21,7 +21,17 @@ _COLUMNS = ("leaf", "copies", "shape", "dtype", "spec", "bytes/device")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One leaf: its spec, and its bytes on each device, at rest and once gathered."""
+    """The placement of one leaf.
+
+    Attributes:
+      path: the leaf's path in the state, such as "params/embed/embedding".
+      shape: the logical shape.
+      dtype: the dtype's name.
+      spec: how it is sharded between steps.
+      bytes: bytes on each device between steps.
+      gathered_bytes: bytes on a device that has gathered it, in the dtype in which it is stored.
+      reason: why it is whole on every device; "" if it is sharded.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -34,9 +44,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Layout(tables.Printed):
-    """The placement of each leaf, one `Row` per leaf. Prints as a table, largest first.
+    """The placement of each leaf. Prints as a table, largest first.
 
-    Bytes are per device.
+    Attributes:
+      rows: one `Row` per leaf.
+      devices: the number of devices.
     """
 
     rows: tuple[Row, ...]

@@ -187,7 +187,7 @@ def _check_names(where: str, leaf: Leaf, spec: P, axes: tuple[str, ...], sizes: 
     unknown = [axis for axis in axes_of(spec) if axis not in sizes]
     if unknown:
         raise LayoutError(f"{where} names axes {unknown}, but the mesh has {tuple(sizes)}; "
-                          "name one of these.")
+                          f"name one of these, such as jax.P({axes[0]!r}).")
     if replica in axes_of(spec):
         raise LayoutError(f"{where} names {replica!r}, the axis of copies, but a state is sharded "
                           f"only over {axes}; name one of these.")

@@ -32,6 +32,11 @@ NO_GPU_VARIABLE = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
 class Topology:
     """A cluster of `hosts` x `per_host` GPUs of one kind.
 
+    Attributes:
+      gpu: the kind of GPU.
+      hosts: the number of hosts.
+      per_host: the number of GPUs in each host.
+
     To use your own interconnect, write
     `Topology(dataclasses.replace(gpus.GPUS["h200"], network=25e9), 8, 8)`.
 
@@ -57,6 +62,7 @@ class Topology:
 
     @property
     def devices(self) -> int:
+        """The number of GPUs."""
         return self.hosts * self.per_host
 
     @property

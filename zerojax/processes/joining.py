@@ -22,6 +22,7 @@ _LOG = logging.getLogger("zerojax")
 _CONNECT_TIMEOUT = 5.0  # seconds; short, because an address that a person wrote may be wrong
 _GRACE = 3.0  # seconds after an uncaught exception for other threads, such as a checkpoint's
 _joined: dict[str, Any] = {}
+_alone = threading.Event()  # whether a caller has said that this process trains alone
 
 
 def initialize(address: str | None = None, processes: int | None = None,
@@ -48,6 +49,8 @@ def initialize(address: str | None = None, processes: int | None = None,
     Args:
       address: "host:port" of process 0, which authenticates nobody: the network must be private.
       processes, process: the number of processes, and the index of this one, from 0.
+        `initialize(processes=1)` says that this process trains alone, although its launcher has
+        started others.
       local_devices: the devices of this host to use. None means all, or those that the launcher
         assigns.
       config: your settings. If they differ between processes, every process raises an error.
@@ -73,7 +76,11 @@ def initialize(address: str | None = None, processes: int | None = None,
     asked = {name: value for name, value in locals().items() if value != _DEFAULTS[name]}
     if _joined:
         return _again(asked)
-    job = launchers.given(address, processes, process) or launchers.detected()
+    job = launchers.given(address, processes, process)
+    if job is not None and job.processes == 1:
+        _alone.set()
+        return None
+    job = job or launchers.detected()
     if job is None or job.processes == 1:
         return None
     _check_early()
@@ -119,6 +126,21 @@ def _compared(asked: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for name, value in asked.items():
         before, now = map(fingerprint.of_settings, (_joined["arguments"][name], value))
         yield name, str(before), str(now)
+
+
+def check_joined() -> None:
+    """Raises `ClusterError` if this process is one of several that have not joined each other.
+
+    Each of them would train a model of its own on the devices that it sees.
+    """
+    variables = launchers.several()
+    if variables and not (_joined or _alone.is_set() or jax.distributed.is_initialized()):
+        raise ClusterError(f"a launcher has started several processes ({variables}), but this one "
+                           f"has not joined the others: jax sees {jax.device_count()} devices, "
+                           "those of this process, and each process would train a model of its "
+                           "own. Write zj.initialize() as the first line of the program that uses "
+                           "jax; or, if each process is to train alone, "
+                           "zj.initialize(processes=1).")
 
 
 def _check_early() -> None:

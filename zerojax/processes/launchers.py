@@ -3,6 +3,7 @@
 Needs no jax.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from zerojax.errors import ClusterError
 
 PORT = 29431  # the default: below the ports that Linux assigns on request
+_MOST = 40  # characters of a variable in an error
 _JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -55,6 +57,8 @@ def given(address: str | None, processes: int | None, process: int | None) -> Jo
     missing = [name for name, value in arguments.items() if value is None]
     if len(missing) == len(arguments):
         return None
+    if processes == 1 and len(missing) == 2:
+        return Job("arguments", None, 1, 0)
     if missing:
         call = ", ".join(f"{k}={v!r}" for k, v in arguments.items() if v is not None)
         raise ClusterError(f"initialize({call}): {' and '.join(missing)} missing; give all three, "
@@ -83,6 +87,31 @@ def detected(environ: Mapping[str, str] = os.environ) -> Job | None:
             return _checked(dataclasses.replace(job, address=address))
     _check_jax(environ)
     return None
+
+
+def several(environ: Mapping[str, str] = os.environ) -> str:
+    """Returns the variables by which a launcher says that it started other processes too, or "".
+
+    The variables of an indexed Job of Kubernetes do not say so, because its pods are often
+    independent; nor do those in a shell of `srun --pty`, where a person starts one process.
+
+    >>> several({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"})
+    '$OMPI_COMM_WORLD_RANK is 1, $OMPI_COMM_WORLD_SIZE is 2'
+    >>> several({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"})  # in a batch script, without srun
+    ''
+    """
+    counted = {_jax: ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"),
+               _skypilot: ("SKYPILOT_NODE_RANK", "SKYPILOT_NODE_IPS"),
+               _torchrun: ("RANK", "WORLD_SIZE"),
+               _slurm: ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
+               _openmpi_of_any_version: ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")}
+    for find, names in counted.items():
+        with contextlib.suppress(ClusterError):  # incomplete variables, which nobody has asked for
+            job = find(environ)
+            if job is not None and job.processes > 1 and "SLURM_PTY_PORT" not in environ:
+                return ", ".join(f"${name} is {' '.join(environ[name].split())[:_MOST]}"
+                                 for name in names if name in environ)
+    return ""
 
 
 def _check_jax(env: Mapping[str, str]) -> None:
@@ -171,6 +200,10 @@ def _per_node(text: str) -> Iterator[int]:
     """
     for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         yield from [int(tasks)] * int(times or 1)
+
+
+def _openmpi_of_any_version(env: Mapping[str, str]) -> Job:
+    return Job("Open MPI", processes=_number(env, "OMPI_COMM_WORLD_SIZE", 1))
 
 
 def _openmpi(env: Mapping[str, str]) -> Job | None:

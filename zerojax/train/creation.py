@@ -7,7 +7,6 @@
 import contextlib
 import copy
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,16 +17,18 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from zerojax import tables, trees
+from zerojax import errors, tables, trees
 from zerojax.errors import ModelError
 from zerojax.gather import models
 from zerojax.layout import padded, placement, rules, scanned
 from zerojax.layout.rules import Leaf
 from zerojax.policy import Policy
 from zerojax.processes import agreement, fingerprint
-from zerojax.train import loss_scale, optimizer, state_layout, trained
+from zerojax.train import checks, loss_scale, optimizer, state_layout, trained
 from zerojax.train.state import Model, TrainState
 
+_INIT = "zero.init(model.init, tx, jax.random.key(0), x)"
+_CREATE = "zero.create(create) with a function create() that makes and returns the state"
 WHOLE = 0.05  # the fraction of a state above which `warn_of_whole` warns
 
 
@@ -78,10 +79,15 @@ def maker(policy: Policy, init_fn: Callable, tx: Any, args: tuple, trainable: An
 
 def maker_of_own(policy: Policy, make: Callable[[], Any]) -> Maker:
     """Returns the maker of a state of the user's own; see `Zero.create`."""
-    abstract = jax.eval_shape(make)
-    scans = scanned.stacked(jax.make_jaxpr(make)())
+
+    def build():  # another function each time: jax would not see that globals of `make` changed
+        with errors.noted(lambda: checks.call_note(make, "", {}, f"write {_CREATE}")):
+            return make()
+
+    abstract = jax.eval_shape(build)
+    scans = scanned.stacked(jax.make_jaxpr(build)())
     _check_rules(policy, state_layout.known(abstract, scans).params)
-    return Maker(make, state_layout.shardings(policy, abstract, scans))
+    return Maker(build, state_layout.shardings(policy, abstract, scans))
 
 
 def given(policy: Policy, init_fn: Any, tx: Any, args: tuple) -> tuple[Callable, tuple]:
@@ -93,7 +99,7 @@ def given(policy: Policy, init_fn: Any, tx: Any, args: tuple) -> tuple[Callable,
     Raises:
       ModelError: `init_fn` is neither a function nor a model, or `tx` is not an optax transform.
     """
-    _check_arguments(init_fn, tx)
+    _check_arguments(policy, init_fn, tx)
     if isinstance(init_fn, nnx.Module):
         graphdef, tree = nnx.split(init_fn)
     else:
@@ -101,11 +107,14 @@ def given(policy: Policy, init_fn: Any, tx: Any, args: tuple) -> tuple[Callable,
     arrays, put = trees.divided(tree)
     if callable(init_fn) and (not arrays or isinstance(init_fn, jax.tree_util.Partial)):
         return init_fn, args
-    if not arrays or args:
-        what = type(init_fn).__name__ + (" and arguments for it" if arrays else "")
-        raise ModelError(f"zero.init was given a {what}; write a function that makes the model, "
-                         "followed by the function's arguments, or an existing model: "
+    if not arrays:
+        raise ModelError(f"zero.init was given {trees.kind(init_fn)}, which is no function and "
+                         f"holds no arrays; write {_INIT}, or an existing model: "
                          "zero.init(model, tx).")
+    if args:
+        raise ModelError(f"zero.init was given a {type(init_fn).__name__} and arguments for it, "
+                         "which only a function takes; write zero.init(model, tx), or a function "
+                         f"that makes the model, followed by its arguments: {_INIT}.")
 
     def rebuild(arrays):
         return put(arrays) if graphdef is None else nnx.merge(graphdef, put(arrays))
@@ -113,14 +122,12 @@ def given(policy: Policy, init_fn: Any, tx: Any, args: tuple) -> tuple[Callable,
     return rebuild, ([_reachable(policy, x) for x in arrays],)
 
 
-def _check_arguments(init_fn: Any, tx: Any):
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise ModelError(f"zero.init(init_fn, tx, *args): the second argument is a "
-                         f"{type(tx).__name__}, not an optax transform such as optax.adamw(1e-3).")
+def _check_arguments(policy: Policy, init_fn: Any, tx: Any):
+    policy.check_context("zero.init")
+    checks.check_optimizer("init", init_fn, tx, _INIT.removeprefix("zero.init"))
     if isinstance(init_fn, nn.Module):
         raise ModelError(f"zero.init was given a linen module ({type(init_fn).__name__}), which "
-                         "holds no parameters; write "
-                         "zero.init(model.init, tx, jax.random.key(0), x).")
+                         f"holds no parameters; write {_INIT}.")
 
 
 def _reachable(policy: Policy, x: Any) -> Any:
@@ -128,6 +135,12 @@ def _reachable(policy: Policy, x: Any) -> Any:
     ours = set(policy.mesh.devices.flat) if isinstance(policy.mesh, Mesh) else set()
     elsewhere = isinstance(x, jax.Array) and x.committed and x.sharding.device_set != ours
     return np.asarray(x) if elsewhere and x.is_fully_addressable and not trees.is_key(x) else x
+
+
+def check_own(policy: Policy, make: Any) -> None:
+    """Raises `ModelError` if `Zero.create` is not given a function."""
+    policy.check_context("zero.create")
+    checks.check_function("create", make, _CREATE)
 
 
 def survey(policy: Policy, init_fn: Callable, args: tuple,
@@ -146,7 +159,8 @@ def survey(policy: Policy, init_fn: Callable, args: tuple,
     found = {}
 
     def traced(*args):
-        model = init_fn(*args)
+        with errors.noted(lambda: _init_note(init_fn, args)):
+            model = init_fn(*args)
         found["kind"], params, state, bases = models.kind_of(model).split(model)
         found["treedefs"] = [jax.tree.structure(tree) for tree in (params, state)]
         leaves = placement.describe(params, bases)
@@ -157,10 +171,16 @@ def survey(policy: Policy, init_fn: Callable, args: tuple,
     scans = scanned.stacked(jax.make_jaxpr(traced)(*args))
     leaves = _scanned(found["leaves"], scans)
     state = _scanned(found["state"], scans[len(leaves):])
-    _check_params(found["kind"], leaves)
+    _check_params(leaves)
     _check_rules(policy, leaves)
     _check_static(found["kind"])
     return Model(found["kind"], _as_stored(policy, leaves), state), found["treedefs"]
+
+
+def _init_note(init_fn: Callable, args: tuple) -> str:
+    return checks.call_note(init_fn, ", ".join(map(trees.brief, args)), {},
+                            "if it expects other arguments, change those of zero.init after tx, as "
+                            f"in {_INIT} or zero.init(lambda: Net(nnx.Rngs(0)), tx)")
 
 
 def _scanned(leaves: Sequence[Leaf], dims: Sequence[int | None]) -> tuple[Leaf, ...]:
@@ -176,11 +196,11 @@ def _as_stored(policy: Policy, leaves: Sequence[Leaf]) -> tuple[Leaf, ...]:
     return tuple(dataclasses.replace(leaf, dtype=dtype(leaf)) for leaf in leaves)
 
 
-def _check_params(kind: models.Kind, leaves: Sequence[Leaf]):
+def _check_params(leaves: Sequence[Leaf]):
     if not leaves:
-        raise ModelError(f"init_fn returned a model ({type(kind).__name__}) without a floating "
-                         "array: there is nothing to train. Return the parameters, such as "
-                         "model.init(key, x), or a module.")
+        raise ModelError("init_fn returned a model without a floating array, so that there is "
+                         "nothing to train; let it return parameters, as model.init(key, x) does, "
+                         "or an NNX module.")
     for leaf in leaves:
         if leaf.trained and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ModelError(f"parameter {leaf.path} is of dtype {leaf.dtype}, but trained "
@@ -265,7 +285,7 @@ def warn_of_whole(policy: Policy, state: TrainState) -> None:
     total = sum(row.gathered_bytes for row in rows)
     if kept > WHOLE * total:
         first = max(whole, key=lambda row: row.bytes)
-        warnings.warn(f"zero.init: {kept / total:.0%} of the state's {tables.size(total)} stay "
-                      f"whole on every device, such as {first.path}: {first.reason}, the number of "
-                      "devices that share a state. Write Zero(..., uneven='pad'), which pads with "
-                      "zeros, or choose a number of devices that divides.", stacklevel=3)
+        errors.warn(f"zero.init: {kept / total:.0%} of the state's {tables.size(total)} stay "
+                    f"whole on every device, such as {first.path}: {first.reason}, the number of "
+                    "devices that share a state. Write Zero(..., uneven='pad'), which pads with "
+                    "zeros, or choose a number of devices that divides.")

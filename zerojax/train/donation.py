@@ -29,7 +29,8 @@ def check_alive(where: str, tree: Any) -> None:
                      f"that it returned (donation): {gone[0]}{more}. Continue with the state that "
                      "was returned last: state, metrics = step(state, batch). If that call was "
                      "interrupted, restore a checkpoint or start again; zero.jit(donate=False) "
-                     "does not take the memory of its arguments.")
+                     "does not take the memory of its arguments. States that zero.move made of "
+                     "each other may share arrays, so a step of one takes them from both.")
 
 
 def ready(where: str, mesh: Any, state: Any, dtypes: Sequence[Any] = (), others: Any = ()) -> Any:

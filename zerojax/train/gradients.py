@@ -286,7 +286,8 @@ def differentiator(policy: Policy, objective: Objective, places: Sequence[Placem
     rows = objective.examples // accumulate
     micro = traced(rows)
     study.warn_of_constants(micro)
-    study.warn_of_means(micro, lambda: traced(2 * rows))
+    study.warn_of_no_gradient(micro, objective.leaves)
+    study.warn_of_means(micro, len(objective.leaves), lambda: traced(2 * rows))
     _check_overwritten(objective, micro, accumulate)
     if accumulate > 1:
         _check_closed_over(objective, micro, accumulate)

@@ -5,7 +5,6 @@ Shardings follow the state that the function is called with; the batch is split 
 
 import functools
 import inspect
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,24 +13,31 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from zerojax import trees
+from zerojax import errors, trees
 from zerojax.data import batch as batches
+from zerojax.errors import PolicyError, message_last
 from zerojax.gather import uses
 from zerojax.layout import rules
 from zerojax.plan.plan import Plan
 from zerojax.policy import Policy
 from zerojax.processes import fingerprint
-from zerojax.train import argument_shardings, planning
+from zerojax.train import argument_shardings, checks, planning
 from zerojax.train.preflight import Preflight
 
 _PRODUCTS = {"dot_general", "conv_general_dilated", "gather"}
 
 
 class Jitted:
-    """A function of a state and other arguments, jitted; made by `Zero.jit`, which documents it."""
+    """A function of a state and other arguments, jitted; made by `Zero.jit`, which documents it.
+
+    Attributes:
+      policy: the `Zero` that made it.
+      fn: the function that was given.
+    """
 
     def __init__(self, policy: Policy, fn, *,
                  batch_argnums: int | Collection[int] | Mapping[int, Any], **options):
+        checks.check_function("jit", fn, "zero.jit(fn) with a function fn(state, batch, ...)")
         functools.update_wrapper(self, fn)
         self.policy = policy
         self.fn = fn
@@ -40,25 +46,31 @@ class Jitted:
         numbers = (batch_argnums,) if isinstance(batch_argnums, int) else batch_argnums
         # how each batch is split, by argument number; None: by the first dimension of its arrays
         self._specs = dict(numbers) if isinstance(numbers, Mapping) else dict.fromkeys(numbers)
+        self._check_specs()
         self._names = list(inspect.signature(fn).parameters)
         self._jitted = {}  # by shardings: jit itself traces once per shape
         self._uses = {}  # by `_trace_key`: how often the trace needs each argument
         self._preflight = Preflight(policy, "zero.jit", donate=self._donates)
         self._is_new = False  # whether the function was traced since the last warning
 
+    def __repr__(self) -> str:
+        return f"zero.jit({checks.name_of(self.fn)})\n  {self.policy!r}"
+
     def __call__(self, state, *args, **kwargs):
-        state = self._preflight(state, args, kwargs, batch=self._batches(args, kwargs),
-                                fields=lambda state: self._fields(state, args, kwargs))
-        result = self.of(state, *args, **kwargs)(state, *args, **kwargs)
-        self._warn_of_products(state, *args, **kwargs)
-        return result
+        with message_last:
+            state = self._preflight(state, args, kwargs, batch=self._batches(args, kwargs),
+                                    fields=lambda state: self._fields(state, args, kwargs))
+            result = self.of(state, *args, **kwargs)(state, *args, **kwargs)
+            self._warn_of_products(state, *args, **kwargs)
+            return result
 
     def lower(self, state, *args, **kwargs):
         """Lowers as `jax.jit` does.
 
         `state` may be shapes with shardings, such as `Zero.abstract` returns.
         """
-        lowered = self.of(state, *args, **kwargs).lower(state, *args, **kwargs)
+        with message_last:
+            lowered = self.of(state, *args, **kwargs).lower(state, *args, **kwargs)
         self._warn_of_products(state, *args, **kwargs)
         return lowered
 
@@ -67,12 +79,24 @@ class Jitted:
         batches.check_mesh(self.policy, (state, args, kwargs))
         placed = batches.placed(self.policy, (args, kwargs))
         program = self.of(state, *placed[0], **placed[1])
-        program.trace(state, *placed[0], **placed[1])  # notes the uses; jax keeps the trace
+        with message_last:  # notes the uses; jax keeps the trace
+            program.trace(state, *placed[0], **placed[1])
         key = self._trace_key(self._shardings(state, *placed), state, *placed)
         uses = self._uses.get(key, ())
         return planning.planned(self.policy, program, state, args, kwargs, accumulate=accumulate,
                                 uses=planning.of_model(state, uses), cache=cache,
                                 compiler_options=self._options["compiler_options"])
+
+    def _check_specs(self) -> None:
+        """Raises `PolicyError` for a batch's spec with an axis that the mesh does not have."""
+        names = self.policy.mesh.axis_names
+        for i, specs in self._specs.items():
+            for spec in jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P)):
+                missing = [axis for axis in rules.axes_of(P(*spec)) if axis not in names]
+                if missing:
+                    raise PolicyError(f"zero.jit(batch_argnums={{{i}: {spec}}}): the mesh has the "
+                                      f"axes {names}, but not {missing}; name one of these, such "
+                                      f"as jax.P({names[-1]!r}).")
 
     def of(self, state, *args, **kwargs):
         """Returns the jitted function for arguments with these shardings."""
@@ -98,9 +122,11 @@ class Jitted:
         return {"fn": fingerprint.of_function(self.fn),
                 "program": fingerprint.of_program(program, state, *args, **kwargs)}
 
-    def _batches(self, args, kwargs) -> list:
-        by_position = [x for i, x in enumerate(args, 1) if i in self._specs]
-        return by_position + [x for name, x in kwargs.items() if self._number(name) is not None]
+    def _batches(self, args, kwargs) -> Any:
+        """Returns the batch, or a list of several."""
+        found = [x for i, x in enumerate(args, 1) if i in self._specs]
+        found += [x for name, x in kwargs.items() if self._number(name) is not None]
+        return found[0] if len(found) == 1 else found
 
     def _not_batches(self, state, args, kwargs) -> tuple:
         """Returns the state and the other arguments that are not batches; no static ones."""
@@ -155,11 +181,11 @@ class Jitted:
         if not names:
             return
         some = ", ".join(names[:3]) + " and others" * (len(names) > 3)
-        warnings.warn(f"zero.jit({getattr(self.fn, '__name__', self.fn)}): {some} are multiplied "
-                      "without having been gathered, so that XLA may move activations instead of "
-                      "them (tensor parallelism). Write zero.value_and_grad(loss)(params, batch) "
-                      "in place of jax.value_and_grad, or zero.gathered(fn)(params, ...) in place "
-                      "of fn.", stacklevel=3)
+        errors.warn(f"zero.jit({getattr(self.fn, '__name__', self.fn)}): {some} are multiplied "
+                    "without having been gathered, so that XLA may move activations instead of "
+                    "them (tensor parallelism). Write zero.value_and_grad(loss)(params, batch) in "
+                    "place of jax.value_and_grad, or zero.gathered(fn)(params, ...) in place of "
+                    "fn.")
 
     def _multiplied(self, state, jaxpr) -> Iterator[str]:
         """Yields the paths of sharded arrays of the state that a product in the program reads."""

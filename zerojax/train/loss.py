@@ -9,7 +9,12 @@ import jax.numpy as jnp
 from flax import struct
 from jax.core import Tracer
 
+from zerojax import errors, trees
 from zerojax.errors import LossError
+from zerojax.train import checks
+
+_ADVICE = ("if the loss expects other arguments, keys, shapes or dtypes, change the loss or the "
+           "batch. The model is what init_fn returned (linen reads {'params': params})")
 
 
 class Loss(struct.PyTreeNode):
@@ -49,12 +54,21 @@ def call(loss_fn: Callable, model: Any, batch: Any, rng: Any) -> Any:
     >>> call(lambda model, batch, key: key, 1, 2, 3)
     3
     """
+    by_position, by_name = _key_arguments(loss_fn, rng)
+    key = ", rng" * len(by_position) + ", rng=rng" * len(by_name)
+    given = {"model": model, "batch": batch}
+    with errors.noted(lambda: checks.call_note(loss_fn, f"model, batch{key}", given, _ADVICE)):
+        return loss_fn(model, batch, *by_position, **by_name)
+
+
+def _key_arguments(loss_fn: Callable, rng: Any) -> tuple[tuple, dict[str, Any]]:
+    """Returns the arguments of a loss after the batch, by position and by name."""
     parameters = inspect.signature(loss_fn).parameters
     bound = getattr(loss_fn, "keywords", {})  # by functools.partial
     if "rng" in parameters and "rng" not in bound:
-        return loss_fn(model, batch, rng=rng)
+        return (), {"rng": rng}
     required = [p for p in parameters.values() if _is_required(p)]
-    return loss_fn(model, batch, rng) if len(required) >= 3 else loss_fn(model, batch)
+    return ((rng,) if len(required) >= 3 else ()), {}
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:
@@ -82,9 +96,18 @@ def _f32(x) -> jax.Array:
 
 
 def _check_total(what: str, x: Any):
-    if isinstance(x, (tuple, list, dict)) or not hasattr(x, "dtype"):
-        raise LossError(f"{what} is a {type(x).__name__}; "
-                        "return a scalar array, or zj.Loss(total, weight, aux=...).")
+    if x is None:
+        raise LossError(f"{what} is None; end the loss function with return losses.mean(), or "
+                        "return zj.Loss(losses.sum(), losses.size).")
+    if isinstance(x, (tuple, list, dict)):
+        raise LossError(f"{what} is {trees.kind(x)}, {trees.brief(x)}; return one scalar, or "
+                        "zj.Loss(losses.sum(), losses.size, aux={...}) with scalars that are sums "
+                        "over the examples, such as correct.sum(), and with model_state=... for "
+                        "updated collections. In zero.value_and_grad, a pair (loss, aux) needs "
+                        "has_aux=True.")
+    if not hasattr(x, "dtype"):
+        raise LossError(f"{what} is {trees.kind(x)}; return a scalar array, or "
+                        "zj.Loss(total, weight, aux=...).")
     if x.shape != ():
         raise LossError(f"{what} has shape {x.shape}; "
                         "return a scalar: loss.mean(), or zj.Loss(loss.sum(), loss.size).")

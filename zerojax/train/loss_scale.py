@@ -36,15 +36,18 @@ class NoScale(struct.PyTreeNode):
 
 
 class LossScale(struct.PyTreeNode):
-    """A dynamic loss scale, which approaches the largest one that does not overflow.
+    """A dynamic loss scale for float16, which approaches the largest one that does not overflow.
 
-    The seed is also divided by the weight, so that float16 holds the gradient of the mean.
+    It starts at 2^16. `window` consecutive finite steps double it. The first `hysteresis` - 1
+    non-finite steps are only counted, and each later one halves it, until the scale doubles again.
+    It stays between 1 and 2^24.
 
     Attributes:
       value: the scale.
       good: number of consecutive finite steps since the scale last doubled.
       left: number of non-finite steps up to and including the one that halves the scale.
-      window, hysteresis: see the module.
+      window: number of consecutive finite steps that double the scale.
+      hysteresis: number of non-finite steps up to and including the first that halves the scale.
 
     >>> scale = LossScale.start()
     >>> float(scale.update(False).value), float(scale.update(False).update(False).value)
@@ -63,19 +66,22 @@ class LossScale(struct.PyTreeNode):
         return cls(jnp.float32(value), jnp.int32(0), jnp.int32(hysteresis), window, hysteresis)
 
     def seed(self, weight):
-        """See `NoScale.seed`."""
+        """Returns the cotangent of a total, given the weight by which it will be divided.
+
+        The scale is divided by the weight, so that float16 holds the gradient of the mean.
+        """
         return self.value / _nonzero(weight)
 
     def unscale(self, grads, weight):
-        """See `NoScale.unscale`."""
+        """Returns gradients of the total, given those that `seed(weight)` led to."""
         return _times(grads, _nonzero(weight) / self.value)
 
     def rescale(self, grads, weight):
-        """See `NoScale.rescale`."""
+        """Returns gradients as `seed(weight)` leads to them, given those of the total."""
         return _times(grads, self.seed(weight))
 
     def update(self, finite) -> "LossScale":
-        """See `NoScale.update`."""
+        """Returns the scale after a step whose gradient was finite or not."""
         finite = jnp.asarray(finite)
         good = jnp.where(finite, self.good + 1, 0)
         double = good >= self.window
@@ -88,7 +94,7 @@ class LossScale(struct.PyTreeNode):
                             left=jnp.where(double, self.hysteresis, left))
 
     def metrics(self) -> dict:
-        """See `NoScale.metrics`."""
+        """Returns what a step reports of the scale."""
         return {"loss_scale": self.value}
 
 

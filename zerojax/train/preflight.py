@@ -6,7 +6,7 @@ from typing import Any
 from zerojax.data import batch as batches
 from zerojax.policy import Policy
 from zerojax.processes import agreement
-from zerojax.train import donation
+from zerojax.train import checks, donation
 
 
 class Preflight:
@@ -36,13 +36,16 @@ class Preflight:
           dtypes: the dtypes that the function expects of the state's leaves, if it expects any.
 
         Raises:
-          PolicyError: the GPUs are simulated.
+          PolicyError: the GPUs are simulated, or see `Policy.check_context`.
           BatchError: see `batches.check_given`.
+          ModelError: see `checks.check_placed`.
           StateError: an array of the state was deleted.
           ClusterError: processes are about to run different programs.
         """
         self.policy.check_devices(self.where)
+        self.policy.check_context(self.where)
         batches.check_given(self.policy, batch)
+        checks.check_placed(self.where, self.policy, state)
         if self.donate:
             others = (args, kwargs)
             state = donation.ready(self.where, self.policy.mesh, state, dtypes, others)

@@ -129,7 +129,7 @@ def model_leaves(policy: Policy, state: Any) -> tuple[tuple[Leaf, ...], tuple[Pl
 
 def moved(policy: Policy, state: Any, other: Policy) -> Any:
     """Returns a state of `policy` as `other` places and pads it; see `Zero.move`."""
-    _check_move(policy, other)
+    _check_move(policy, state, other)
     donation.check_alive("move", state)
     if isinstance(other.mesh, AbstractMesh):
         raise PolicyError("move was given a policy over simulated GPUs, which hold no arrays; give "
@@ -142,7 +142,11 @@ def moved(policy: Policy, state: Any, other: Policy) -> Any:
     return padded.structure(state).unflatten(leaves)
 
 
-def _check_move(policy: Policy, other: Policy):
+def _check_move(policy: Policy, state: Any, other: Policy):
+    if not isinstance(other, Policy) or isinstance(state, Policy):
+        raise PolicyError(f"move was given {trees.kind(state)} and {trees.kind(other)}; write "
+                          "moved = zero.move(state, other), with a state of zero and the Zero "
+                          "that is to have it.")
     ours, theirs = policy.precision, other.precision
     if (ours.params, ours.keep) != (theirs.params, theirs.keep):
         raise PolicyError(f"move changes the placement of a state, not its dtype, but it was asked "

@@ -4,31 +4,31 @@
     norm, clip, finite?    -> optax update on shards, or the state as it was
 """
 
-import collections
 import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
-from zerojax import trees
+from zerojax import errors, trees
 from zerojax.data import batch as batches
-from zerojax.errors import ModelError, NonFiniteError, PolicyError
+from zerojax.errors import ModelError, PolicyError, message_last
 from zerojax.plan import audit
 from zerojax.plan.demand import Use
 from zerojax.plan.plan import Plan
 from zerojax.policy import Policy
 from zerojax.processes import fingerprint
-from zerojax.train import loss, optimizer, planning, state_layout, transforms
+from zerojax.train import checks, loss, optimizer, planning, state_layout, transforms
 from zerojax.train.gradients import Differentiator
 from zerojax.train.loss import Loss
 from zerojax.train.optimizer import Update
 from zerojax.train.preflight import Preflight
+from zerojax.train.skips import Skips
 from zerojax.train.state import TrainState
 from zerojax.train.transforms import LossCall
 
+_CALL = "state, metrics = step(state, batch)"
 _EVALUATION = 0xFFFFFFFF  # folded into the key of an evaluation, in place of a step's number
 
 
@@ -45,16 +45,23 @@ class TrainStep:
     """`step(state, batch) -> (state, metrics)`, made by `Zero.train_step`, which documents it.
 
     The given state is donated: continue with the returned one.
+
+    Attributes:
+      policy: the `Zero` that made it.
+      loss_fn, tx, accumulate, clip_norm, max_skipped, compiler_options: as given to
+        `Zero.train_step`.
     """
 
     def __init__(self, policy: Policy, loss_fn, tx, *, accumulate: int, clip_norm: float | None,
                  max_skipped: int | None, compiler_options: dict | None):
+        checks.check_optimizer("train_step", loss_fn, tx, "(loss_fn, tx)")
+        checks.check_loss("train_step", loss_fn, "(loss_fn, tx)")
         transforms.check_accumulate("train_step", accumulate)
-        if clip_norm is not None and not clip_norm > 0:
-            raise PolicyError(f"train_step(clip_norm={clip_norm}): write a positive norm, or None "
-                              "to leave gradients unclipped.")
-        if max_skipped is not None and max_skipped < 1:
-            raise PolicyError(f"train_step(max_skipped={max_skipped}): write the number of "
+        if clip_norm is not None and not _is_positive(clip_norm):
+            raise PolicyError(f"train_step(clip_norm={clip_norm!r}): write a positive norm, or "
+                              "None to leave gradients unclipped.")
+        if max_skipped is not None and not _is_positive(max_skipped):
+            raise PolicyError(f"train_step(max_skipped={max_skipped!r}): write the number of "
                               "consecutive steps, 1 or more, or None.")
         self.policy = policy
         self.loss_fn = loss_fn
@@ -68,21 +75,35 @@ class TrainStep:
         self._skips = Skips(max_skipped)
         self._dtypes = []
 
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self._settings().items()
+                          if value not in (None, {}))
+        return (f"TrainStep({checks.name_of(self.loss_fn)}{options}): (state, batch) -> (state, "
+                f"metrics)\n  {self.policy!r}")
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name)
+                for name in ("accumulate", "clip_norm", "max_skipped", "compiler_options")}
+
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        self._skips.check(state)
-        self._dtypes = self._dtypes or self._expected_dtypes(state)
-        state = self._preflight(state, (batch,), batch=batch, dtypes=self._dtypes,
-                                fields=lambda state: self._fields(state, batch))
-        state, metrics = self._jitted(state, batch)
-        self._skips.record(state, metrics["skipped"])
-        return state, metrics
+        with message_last:
+            checks.check_state("train_step", state, batch, _CALL)
+            self._skips.check(state)
+            self._dtypes = self._dtypes or self._expected_dtypes(state)
+            state = self._preflight(state, (batch,), batch=batch, dtypes=self._dtypes,
+                                    fields=lambda state: self._fields(state, batch))
+            state, metrics = self._jitted(state, batch)
+            self._skips.record(state, metrics)
+            return state, metrics
 
     def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
         """Lowers as `jax.jit` does; `state` and `batch` may be `ShapeDtypeStruct`s.
 
         A batch without shardings gets the shardings that the step expects.
         """
-        return self._jitted.lower(state, batches.placed(self.policy, batch))
+        with message_last:
+            checks.check_state("train_step", state, batch, "step.lower(state, batch)")
+            return self._jitted.lower(state, batches.placed(self.policy, batch))
 
     def plan(self, state: TrainState, batch: Any, *, cache: bool = True) -> Plan:
         """Returns the memory, collectives and time of a step, and whether they are those of ZeRO.
@@ -99,11 +120,13 @@ class TrainStep:
             lines.
           BatchError, LossError, PolicyError: as for the step.
         """
+        checks.check_state("train_step", state, batch, "step.plan(state, batch)")
         self._expected_dtypes(state)
         batches.check(self.policy, batch, self.accumulate)
         batches.check_mesh(self.policy, (state, batch))
         batch = batches.placed(self.policy, batch)
-        per_device, why, uses = self._way(state, batch)
+        with message_last:
+            per_device, why, uses = self._way(state, batch)
         return planning.planned(self.policy, self._jitted, state, (batch,), {},
                                 accumulate=self.accumulate, per_device=per_device, why=why,
                                 uses=uses, compiler_options=self.compiler_options, cache=cache)
@@ -111,18 +134,15 @@ class TrainStep:
     def _expected_dtypes(self, state) -> list:
         """Returns the dtypes of the leaves of a state with this optimizer.
 
-        Raises `ModelError` or `PolicyError` for a state that the step cannot take.
+        Raises `PolicyError` for a state that the optimizer cannot take.
         """
-        _check_state(state)
         optimizer.check_padding(self.tx, state.trained)
         shapes = jax.eval_shape(
             lambda state: state.replace(opt_state=optimizer.init(self.tx, state.trained)), state)
         return [x.dtype for x in jax.tree.leaves(shapes)]
 
     def _fields(self, state, batch) -> dict:
-        return {"accumulate": self.accumulate, "clip_norm": self.clip_norm,
-                "max_skipped": self.max_skipped, "compiler_options": self.compiler_options,
-                **_fields(self.loss_fn, self._jitted, state, batch)}
+        return {**self._settings(), **_fields(self.loss_fn, self._jitted, state, batch)}
 
     def _way(self, state, batch) -> tuple[bool, str, tuple[Use, ...]]:
         """Returns whether each device differentiates its own part, the reason, and the reads."""
@@ -144,11 +164,14 @@ class TrainStep:
         return self._finish(state, update, grads, loss)
 
     def _studied(self, state, batch) -> tuple[LossCall, Differentiator, Update]:
-        _check_state(state)
+        checks.check_dtypes(self.policy, state)
         self._check_optimizer(state)
         batches.check(self.policy, batch, self.accumulate)
         trained = state.trained
         update = optimizer.trace(self.tx, trained, state.opt_state, trained, jnp.float32(0))
+        if all(update.still):
+            errors.warn("the optimizer moves no parameter: all of its updates are 0, as those of a "
+                        "learning rate of 0 are.")
         call = self._loss_call(state, batch)
         return call, call.differentiator(self.policy), update
 
@@ -162,13 +185,15 @@ class TrainStep:
 
     def _check_optimizer(self, state):
         expected = jax.eval_shape(functools.partial(optimizer.init, self.tx), state.trained)
-        ours = _shapes(expected)
-        theirs = _shapes(state.opt_state)
+        ours, theirs = _shapes(expected), _shapes(state.opt_state)
         same_tree = jax.tree.structure(expected) == jax.tree.structure(state.opt_state)
-        if ours != theirs or not same_tree:
-            odd = sorted(set(ours) ^ set(theirs))[:3] or [optimizer.kinds(expected)]
-            raise ModelError("train_step was given another optimizer than zero.init: their states "
-                             f"differ at {odd}; give both the same optax transform.")
+        if ours == theirs and same_tree:
+            return
+        given, wanted = (_described(x, other) for x, other in
+                         ((state.opt_state, ours), (expected, theirs)))
+        raise ModelError("train_step was given another optimizer than zero.init: the state has "
+                         f"{given}, and the step needs {wanted}; give both the same tx: "
+                         "zero.init(init_fn, tx, ...) and zero.train_step(loss_fn, tx).")
 
     def _finish(self, state, update: Update, grads, loss: Loss):
         """Returns the state after an update, or as it was if that is not finite; and metrics."""
@@ -190,58 +215,34 @@ class TrainStep:
         return _at_rest(self.policy, new, state), metrics | _reported_aux(loss)
 
 
-class Skips:
-    """Raises `NonFiniteError` after `most` consecutive skipped steps; never, if that is None.
+class EvalStep:
+    """`evaluate(state, batch) -> metrics`, made by `Zero.eval_step`, which documents it.
 
-    It reads the count of the step before the last, so that every process raises at the same call
-    and the device always has another step to run.
+    Attributes:
+      policy: the `Zero` that made it.
+      loss_fn: as given to `Zero.eval_step`.
     """
 
-    def __init__(self, most: int | None):
-        self.most = most
-        self._pending = collections.deque()
-        self._last = None
-
-    def check(self, state: Any) -> None:
-        """Raises for the state that a step is about to be called with."""
-        if getattr(state, "skipped", None) is not self._last:  # of another run
-            self._pending.clear()
-        if self.most is None or len(self._pending) < 2:
-            return
-        skipped = int(self._pending.popleft())
-        if skipped >= self.most:
-            self._pending.clear()
-            raise NonFiniteError(
-                f"{skipped} consecutive steps had a non-finite loss or gradient "
-                f"(max_skipped={self.most}); the state is as it was before them. Possible causes "
-                "are a summed weight of 0, a learning rate that is too high, bad data, or float16 "
-                "at the lowest loss scale.")
-
-    def record(self, state: TrainState, skipped: jax.Array) -> None:
-        """Notes the result of a step, unless the step is being traced."""
-        if self.most is not None and not isinstance(skipped, Tracer):
-            skipped.copy_to_host_async()
-            self._pending.append(skipped)
-            self._last = state.skipped
-
-
-class EvalStep:
-    """`evaluate(state, batch) -> metrics`, made by `Zero.eval_step`, which documents it."""
-
     def __init__(self, policy: Policy, loss_fn, compiler_options: dict | None):
+        checks.check_loss("eval_step", loss_fn, "(loss_fn)")
         self.policy = policy
         self.loss_fn = loss_fn
         self._jitted = jax.jit(self._evaluate, compiler_options=compiler_options)
         self._preflight = Preflight(policy, "eval_step", donate=False)
 
+    def __repr__(self) -> str:
+        return (f"EvalStep({checks.name_of(self.loss_fn)}): (state, batch) -> metrics\n"
+                f"  {self.policy!r}")
+
     def __call__(self, state: TrainState, batch: Any) -> dict[str, jax.Array]:
-        state = self._preflight(
-            state, (batch,), batch=batch,
-            fields=lambda state: _fields(self.loss_fn, self._jitted, state, batch))
-        return self._jitted(state, batch)
+        with message_last:
+            checks.check_state("eval_step", state, batch, "metrics = evaluate(state, batch)")
+            state = self._preflight(
+                state, (batch,), batch=batch,
+                fields=lambda state: _fields(self.loss_fn, self._jitted, state, batch))
+            return self._jitted(state, batch)
 
     def _evaluate(self, state, batch):
-        _check_state(state)
         batches.check(self.policy, batch)
         batch = jax.lax.with_sharding_constraint(batch, batches.sharding(self.policy))
 
@@ -273,15 +274,22 @@ def _at_rest(policy: Policy, new: TrainState, old: TrainState) -> TrainState:
     return jax.lax.with_sharding_constraint(new, state_layout.shardings(policy, old))
 
 
-def _check_state(state):
-    if not isinstance(state, TrainState):
-        raise ModelError("a train_step's state is the one that zero.init returned, not a "
-                         f"{type(state).__name__}; for a training state of your own use "
-                         "zero.create and zero.jit.")
+def _is_positive(x: Any) -> bool:
+    try:
+        return bool(x > 0)
+    except TypeError:  # text, for example
+        return False
 
 
 def _shapes(tree) -> list[tuple[str, tuple[int, ...]]]:
     return [(trees.path_of(path), x.shape) for path, x in jax.tree.leaves_with_path(tree)]
+
+
+def _described(opt_state, other: list) -> str:
+    """Returns the kinds of an optimizer's state, and some of its shapes that `other` lacks."""
+    kinds = ", ".join(optimizer.kinds(opt_state)) or "no optimizer state"
+    own = [f"{path} {shape}" for path, shape in _shapes(opt_state) if (path, shape) not in other]
+    return kinds + (f" (with {', '.join(own[:2])})" if own else "")
 
 
 def _fields(loss_fn, jitted, state, batch) -> Mapping[str, Any]:

@@ -1,14 +1,13 @@
 """A loss function of a model, and its program: a jaxpr that takes pending parameters."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.core import Tracer
 
-from zerojax import tables, trees
+from zerojax import errors, tables, trees
 from zerojax.errors import LossError, ModelError
 from zerojax.gather import pending, rewrite, uses
 from zerojax.gather.models import Kind
@@ -75,8 +74,8 @@ class Objective:
 
 def _pair(result):
     if not isinstance(result, tuple) or len(result) != 2:
-        raise LossError(f"has_aux=True, but the loss returned a {type(result).__name__}; "
-                        "return (loss, aux) or a zj.Loss.")
+        raise LossError(f"has_aux=True, but the loss returned {trees.brief(result)}; return a pair "
+                        "(loss, aux) or a zj.Loss, or leave has_aux out.")
     return result
 
 
@@ -187,22 +186,42 @@ def _keys(jaxpr, inputs: int) -> tuple[bool, ...]:
     return tuple(trees.is_key(v.aval) or str(i) in wrapped for i, v in enumerate(variables))
 
 
-def warn_of_means(traced: TracedLoss, larger: Callable[[], TracedLoss]) -> None:
-    """Warns if the total of a `Loss` is a mean, which would be divided by the weight again.
+def warn_of_means(traced: TracedLoss, params: int, larger: Callable[[], TracedLoss]) -> None:
+    """Warns of sums of a `Loss` that are means, which would be divided by the weight again.
 
     Args:
-      larger: returns the loss traced for a larger batch; a total that is a mean there too is not
-        merely divided by a constant that equals the size of the smaller batch.
+      params: the number of the model's parameters.
+      larger: returns the loss traced for a batch of twice the size.
     """
-    if traced.is_sum and _is_mean(traced) and _is_mean(larger()):
-        warnings.warn("Loss.total is a mean (a sum divided by the number of its terms) and is "
-                      "divided by Loss.weight again, so that the loss and its gradients are too "
-                      "small by the factor Loss.weight. Write zj.Loss(losses.sum(), losses.size).",
-                      stacklevel=2)
+    if not traced.is_sum:
+        return
+    (loss, _), _ = traced.out
+    aux = [f".aux{jax.tree_util.keystr(path)}" for path, _ in jax.tree.leaves_with_path(loss.aux)]
+    names = {0: ".total"} | dict(enumerate(aux, 2))  # by the number of the result
+    found = {i: means.sizes(traced.jaxpr, params, i) for i in names}
+    for i in [i for i in names if found[i].may_be_mean]:
+        if found[i].is_mean(means.sizes(larger().jaxpr, params, i)):
+            _warn_of_mean(names[i])
 
 
-def _is_mean(traced: TracedLoss) -> bool:
-    return means.is_mean(traced.jaxpr, 0, 1)  # the first results of a `Loss`: total and weight
+def _warn_of_mean(field: str) -> None:
+    small, instead = "the reported value is", "give the sum instead"
+    if field == ".total":
+        small = "the loss and its gradients are"
+        instead = ("give the sum, without the division: zj.Loss(losses.sum(), losses.size), and "
+                   "multiply other terms, such as a penalty, by the weight")
+    errors.warn(f"Loss{field} is a mean (a sum divided by the number of its terms) and is divided "
+                f"by Loss.weight again, so that {small} too small; {instead}.")
+
+
+def warn_of_no_gradient(traced: TracedLoss, leaves: Sequence[Leaf]) -> None:
+    """Warns if the loss depends on no trained parameter: it may read those of another model."""
+    jaxpr = uses.without_constants(traced.jaxpr)
+    trained = [v for v, leaf in zip(jaxpr.invars, leaves, strict=False) if leaf.trained]
+    if jaxpr.outvars[0] not in uses.depending(jaxpr, trained):  # the first result is the total
+        errors.warn("the loss does not depend on any trained parameter, so that its gradient is 0. "
+                    "Compute it with the model that the loss function is given as its first "
+                    "argument, not with a model or parameters from outside the function.")
 
 
 def warn_of_constants(traced: TracedLoss) -> None:
@@ -212,6 +231,6 @@ def warn_of_constants(traced: TracedLoss) -> None:
     if total > LARGE:
         largest = max(held, key=lambda x: x.nbytes)
         what = f"{tables.size(total)} (the largest is {largest.dtype}{list(largest.shape)})"
-        warnings.warn(f"the loss closes over arrays of {what}, which become part of the program, "
-                      "whole on every device. Return them from init_fn and freeze them "
-                      "(zero.init(..., trainable=...)), or pass them with the batch.", stacklevel=2)
+        errors.warn(f"the loss closes over arrays of {what}, which become part of the program, "
+                    "whole on every device. Return them from init_fn and freeze them "
+                    "(zero.init(..., trainable=...)), or pass them with the batch.")

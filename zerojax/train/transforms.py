@@ -3,33 +3,45 @@ parameters at rest."""
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from zerojax import trees
+from zerojax import errors, trees
 from zerojax.data import batch as batches
-from zerojax.errors import BatchError, LossError, PolicyError
+from zerojax.errors import BatchError, LossError, PolicyError, message_last
 from zerojax.gather import rewrite
 from zerojax.layout import padded
 from zerojax.policy import Policy
-from zerojax.train import argument_shardings, gradients, parameters, study
+from zerojax.train import argument_shardings, checks, donation, gradients, parameters, study
 from zerojax.train.gradients import Differentiator
 from zerojax.train.loss import Loss
 from zerojax.train.loss_scale import NoScale
 from zerojax.train.split_model import SplitModel
 from zerojax.train.study import Objective
 
+_ADVICE = "if it expects other arguments, keys, shapes or dtypes, change it or the call"
+
 
 def gathered(policy: Policy, fn: Callable, argnums: int | Collection[int]) -> Callable:
     """See `Zero.gathered`."""
+    checks.check_function("gathered", fn, "zero.gathered(fn)(params, ...) with a function "
+                          "fn(params, ...)")
 
     @functools.wraps(fn)
     def run(*args, **kwargs):
+        with message_last:
+            policy.check_context("zero.gathered")
+            _check_alive("zero.gathered", *args, *kwargs.values())
+            return evaluated(args, kwargs)
+
+    def evaluated(args, kwargs):
         numbers = argument_numbers("argnums", argnums, len(args))
         if not numbers:
             raise PolicyError("gathered(argnums=()) names no argument that holds parameters; write "
@@ -43,7 +55,9 @@ def gathered(policy: Policy, fn: Callable, argnums: int | Collection[int]) -> Ca
             args, kwargs = put(inputs)
             joined = {i: split[i].join(*both)
                       for i, *both in zip(split, params, states, strict=True)}
-            result = fn(*(joined.get(i, x) for i, x in enumerate(args)), **kwargs)
+            args = tuple(joined.get(i, x) for i, x in enumerate(args))
+            with _noted(fn, args, kwargs):
+                result = fn(*args, **kwargs)
             arrays, found["put"] = trees.divided(result)
             return arrays, [split[i].kind.state_after(joined[i], state)
                             for i, state in zip(split, states, strict=True)]
@@ -52,6 +66,24 @@ def gathered(policy: Policy, fn: Callable, argnums: int | Collection[int]) -> Ca
         return found["put"](arrays)
 
     return run
+
+
+def _check_alive(where: str, *arguments: Any) -> None:
+    for x in arguments:
+        donation.check_alive(where, x)
+
+
+def _noted(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> AbstractContextManager:
+    """Notes in an exception of a function of the user's how it was called."""
+
+    def note() -> str:
+        names = list(inspect.signature(fn).parameters)[:len(args)]
+        names += [f"argument{i}" for i in range(len(names), len(args))]
+        call = ", ".join([*names, *(f"{name}={name}" for name in kwargs)])
+        arguments = dict(zip(names, args, strict=True)) | dict(kwargs)
+        return checks.call_note(fn, call, arguments, _ADVICE)
+
+    return errors.noted(note)
 
 
 def _evaluated(policy: Policy, split: Sequence[SplitModel], fn: Callable, inputs: list) -> Any:
@@ -79,10 +111,18 @@ def value_and_grad(policy: Policy, loss_fn: Callable, *, accumulate: int = 1, ha
                    batch_argnums: int | Collection[int] = 1, scale: Any = None,
                    trainable: Any = None) -> Callable:
     """See `Zero.value_and_grad`."""
+    checks.check_loss("value_and_grad", loss_fn, "(loss_fn)")
     check_accumulate("value_and_grad", accumulate)
 
     @functools.wraps(loss_fn)
     def run(model, *args, **kwargs):
+        with message_last:
+            policy.check_context("zero.value_and_grad")
+            checks.check_model("zero.value_and_grad", model)
+            _check_alive("zero.value_and_grad", model, *args, *kwargs.values())
+            return differentiated(model, args, kwargs)
+
+    def differentiated(model, args, kwargs):
         numbers = argument_numbers("batch_argnums", batch_argnums if args else (), 1 + len(args))
         call = LossCall.of(policy, loss_fn, model, args, kwargs, batch=numbers, has_aux=has_aux,
                            accumulate=accumulate, trainable=trainable)
@@ -125,8 +165,11 @@ class LossCall:
 
         def call(model, inputs):
             args, kwargs = put(inputs)
-            return loss_fn(model, *args, **kwargs)
+            with _noted(loss_fn, (model, *args), kwargs):
+                return loss_fn(model, *args, **kwargs)
 
+        if any(is_batch) or accumulate > 1:
+            batches.check(policy, _batch_of(args, batch), accumulate)
         examples = [x.shape[0] for x in trees.taken(inputs, is_batch)]
         objective = Objective(call, is_batch, split.kind, split.leaves,
                               padded.structure(split.params), split.state_leaves, has_aux,
@@ -163,6 +206,15 @@ def _is_batch(args: tuple, batch: Collection[int], inputs: int) -> tuple[bool, .
     return (*flags, *[False] * (inputs - len(flags)))
 
 
+def _batch_of(args: tuple, batch: Collection[int]) -> Any:
+    """Returns the arguments that are a batch, with None in place of what is not split."""
+    def split(x):
+        return x if trees.is_array(x) and jnp.ndim(x) else None
+
+    found = [jax.tree.map(split, arg) for i, arg in enumerate(args, 1) if i in batch]
+    return found[0] if len(found) == 1 else found
+
+
 def _unsplit(inputs: list, is_batch: Sequence[bool]) -> str:
     """Returns why these inputs cannot be split into parts, or ""."""
     batch = trees.taken(inputs, is_batch)
@@ -178,8 +230,6 @@ def _unsplit(inputs: list, is_batch: Sequence[bool]) -> str:
 def _spread(policy: Policy, objective: Objective, inputs: list, accumulate: int) -> list:
     """Returns the inputs with the batch split over the devices."""
     batch, others = objective.divided(inputs)
-    if batch or accumulate > 1:
-        batches.check(policy, batch, accumulate)
     if accumulate > 1 and objective.unsplit:
         raise BatchError(f"accumulate={accumulate}, but the loss {objective.unsplit}; name all "
                          "arguments that are batches, such as batch_argnums=(1, 2).")
