@@ -2,6 +2,7 @@
 
     python examples/nnx_transformer.py --stage 2 --accumulate 2
     python examples/nnx_transformer.py --trainable 'blocks/.*|head/.*'    # freezes the embeddings
+    zerojax plan examples/nnx_transformer.py --topology h100:1x8 --min-shard 1024
 
 Each sequence consists of random letters, followed by the same letters backwards. The model learns
 to write the second half. The module is plain NNX. The loss receives it as `init_fn` created it, and
@@ -52,9 +53,14 @@ class Transformer(nnx.Module):
 
     def __call__(self, letters):
         x = self.embed(letters) + self.position(jnp.arange(letters.shape[1]))[None]
+        x = x.astype(self.head.kernel.dtype)  # in bfloat16 too, nnx.Embed returns float32
         block = nnx.remat(lambda block, x: block(x))
         through = nnx.scan(block, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
         return self.head(through(self.blocks, x))
+
+
+def init():
+    return Transformer(nnx.Rngs(0))
 
 
 def loss_fn(model, letters):
@@ -64,6 +70,19 @@ def loss_fn(model, letters):
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
     correct = (logits.argmax(-1) == target).sum()
     return zj.Loss(losses.sum(), losses.size, aux={"accuracy": correct})
+
+
+def optimizer(steps):
+    return optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+
+
+def batch_shape(parts):
+    """Returns a batch of 8 sequences for each device and microbatch."""
+    return jax.ShapeDtypeStruct((8 * parts, SEQ), jnp.int32)
+
+
+# for `zerojax plan`, `zerojax advise` and `zerojax show`
+recipe = zj.Recipe(init, loss_fn, optimizer(40), batch_shape)
 
 
 def sequences(rows, seed):
@@ -91,8 +110,8 @@ def main():
     jax.config.update("jax_num_cpu_devices", args.devices)
     mesh = zj.make_mesh(devices=jax.devices()[:args.devices])
     zero = zj.Zero(mesh, args.stage, min_shard=2**10)
-    tx = optax.adam(optax.cosine_decay_schedule(3e-3, args.steps))
-    state = zero.init(lambda: Transformer(nnx.Rngs(0)), tx, trainable=args.trainable)
+    tx = optimizer(args.steps)
+    state = zero.init(init, tx, trainable=args.trainable)
     step = zero.train_step(loss_fn, tx, accumulate=args.accumulate, clip_norm=1.0)
     print(zero.layout(state))
     batches = itertools.islice(sequences(128, seed=0), args.steps)
