@@ -128,6 +128,10 @@ def test_a_live_state_is_exported(tmp_path, policy):
 
 def test_what_is_not_a_live_state(checkpoint, tmp_path):
     to = tmp_path / "m.safetensors"
+    taken = states.state()
+    jax.tree.leaves(taken.params)[0].delete()
+    with pytest.raises(zj.StateError, match="export_safetensors was given a state whose memory"):
+        zj.export_safetensors(taken, to)
     with pytest.raises(zj.CheckpointError, match="are shapes without values"):
         zj.export_safetensors(states.target(), to)
     with pytest.raises(zj.CheckpointError, match="step=3 is the step of a checkpoint, but"):
@@ -265,11 +269,21 @@ def test_advice_on_dtypes_and_transposed_kernels(tmp_path):
 def test_one_tensor_for_two_leaves(tmp_path):
     save_as_pytorch(tmp_path, w=np.ones((3, 4)))
     target = {"a": jnp.zeros((3, 4)), "b": jnp.zeros((3, 4))}
-    with pytest.raises(zj.CheckpointError, match="a and b would both be read from 'w' in the same"):
+    with pytest.raises(zj.CheckpointError, match="a, b would all be read from 'w' without"):
         zj.load_safetensors(tmp_path, target, rename={".+": "w"})
+    same = {"": "x y -> x y"}
+    with pytest.raises(zj.CheckpointError, match=r"by the transform 'x y -> x y'; .*'\(0/2 ...\) "):
+        zj.load_safetensors(tmp_path, target, rename={".+": "w"}, transform=same)
     found = zj.load_safetensors(tmp_path, {"a": target["a"], "b": jnp.zeros((4, 3))},
                                 rename={".+": "w"}, transform={"b": "x y -> y x"})
     assert found["a"].shape == (3, 4) and found["b"].shape == (4, 3)
+
+
+def test_a_missing_star_is_named(tmp_path):
+    save_as_pytorch(tmp_path, **{f"encoder.layer.{i}.norm": np.ones(4) for i in range(2)})
+    with pytest.raises(zj.CheckpointError, match=r"rename it to 'encoder\.layer\.\*\.norm'"):
+        zj.load_safetensors(tmp_path, {"layers": {"norm": jnp.ones((2, 4))}},
+                            rename={"^layers": "encoder.layer"})
 
 
 def test_targets_that_cannot_be_loaded(tmp_path):

@@ -67,8 +67,9 @@ def step_path(directory: str | os.PathLike, step: int | None = None) -> epath.Pa
     if step is not None and (path / str(step)).is_dir():  # a file system may list it only later
         return path / str(step)
     found = steps(directory)
-    if step is not None or not found:
+    if not found:
         check_is_ours(path)
+    if step is not None or not found:
         wanted = "step" if step is None else f"step {step}"
         raise CheckpointError(f"{directory} has no {wanted}; it has {found or 'none'}.")
     return path / str(found[-1])

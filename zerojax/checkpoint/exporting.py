@@ -69,6 +69,7 @@ def export_safetensors(source: str | os.PathLike | Any, to: str | os.PathLike, *
       CheckpointError: a file already exists, two leaves have the same name, safetensors does not
         support a dtype, or there is no such step.
       CorruptCheckpointError: a leaf of a checkpoint differs from the saved one.
+      StateError: a step took the memory of the state.
     """
     leaves = whole_leaves.of(source, step)
     only = only or (MODEL if _is_of_state(leaves) else ".*")

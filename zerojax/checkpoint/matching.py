@@ -103,15 +103,22 @@ def sources(wanted: Mapping[str, Entry], rename: Mapping[str, str],
     names = safetensors.renamed(map(safetensors.dotted, wanted), rename)
     found = [Source(p, entry, name, _transform_of(p, transform))
              for (p, entry), name in zip(wanted.items(), names, strict=True)]
-    owners: dict[tuple[str, Transform | None], str] = {}
+    users: dict[tuple[str, Transform | None], list[str]] = {}
     for source in found:
-        key = source.name, source.transform
-        if key in owners:
-            raise CheckpointError(f"{owners[key]} and {source.path} would both be read from "
-                                  f"{source.name!r} in the same way; rename one of them, or give "
-                                  "each a transform, such as '(0/2 out) in -> in out'.")
-        owners[key] = source.path
+        users.setdefault((source.name, source.transform), []).append(source.path)
+    for (name, how), paths in users.items():
+        if len(paths) > 1:
+            _refuse_shared(name, how, paths)
     return found
+
+
+def _refuse_shared(name: str, how: Transform | None, paths: Sequence[str]):
+    given = "without a transform" if how is None else f"by the transform {how!r}"
+    n, last = len(paths), safetensors.dotted(paths[0]).rpartition(".")[2]
+    raise CheckpointError(f"{', '.join(paths)} would all be read from {name!r} {given}; rename "
+                          f"them, or give each its part: '(0/{n} ...) in -> in ...' for the kernel "
+                          f"of a fused linear layer of PyTorch, '(0/{n} ...) -> ...' for its bias, "
+                          f"with a regex for each, such as r'query\\.{last}$'.")
 
 
 def _check_transforms(transform: Mapping[str, Transform]):
@@ -158,8 +165,21 @@ def views(where: str, found: Sequence[Source], tensors: Tensors, cast: bool) -> 
 
 def similar(absent: Iterable[str], names: Iterable[str]) -> str:
     """Returns a sentence with the names in the files that are most like some absent ones."""
-    closest = {name: difflib.get_close_matches(name, names, 1, 0) for name in list(absent)[:3]}
-    return f" The closest names in the files: {closest}; see rename." if closest else ""
+    absent = list(absent)
+    closest = {name: difflib.get_close_matches(name, names, 1, 0) for name in absent[:3]}
+    if not closest:
+        return ""
+    return (f" The closest names in the files: {closest}; see rename."
+            + _numbered_instead(absent[0], closest[absent[0]]))
+
+
+def _numbered_instead(absent: str, closest: Sequence[str]) -> str:
+    """Returns a sentence if an absent name lacks only the number of a layer."""
+    stars = [(re.sub(r"\.\d+\.", ".*.", name, count=1), name) for name in closest]
+    for star, name in stars:
+        if star != name and star.replace(".*.", ".") == absent:
+            return f" If the leaf is a stack of layers, rename it to {star!r}."
+    return ""
 
 
 def _advice(given: Mapping[str, Entry], wanted: Mapping[str, Entry]) -> str:

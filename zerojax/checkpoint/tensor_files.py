@@ -47,8 +47,9 @@ class Tensor:
         Raises:
           CheckpointError: safetensors cannot make numpy arrays of the dtype.
         """
-        if not math.prod(self.shape):  # safetensors cannot slice tensors of size zero
-            return np.zeros(self.shape, self.dtype)[index]
+        sizes = [len(range(size)[at]) for size, at in zip(self.shape, index, strict=True)]
+        if not math.prod(sizes):  # safetensors cannot read parts of size zero
+            return np.zeros(sizes, self.dtype)
         try:
             return np.asarray(self.slices[index or ...])
         except AttributeError as error:

@@ -17,6 +17,7 @@ from zerojax.checkpoint.manifest import Manifest
 from zerojax.errors import CheckpointError
 from zerojax.layout import padded
 from zerojax.processes import exchange
+from zerojax.train import donation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +88,11 @@ def of(source: str | os.PathLike | Any, step: int | None) -> Leaves:
 
     Raises:
       CheckpointError: there is no such step, or the state consists of shapes.
+      StateError: a step took the memory of the state.
     """
     if isinstance(source, (str, os.PathLike)):
         return Saved(directory.step_path(source, step))
+    donation.check_alive("export_safetensors", source)
     live = Live(source)
     if step is not None:
         raise CheckpointError(f"step={step} is the step of a checkpoint, but the first argument is "
