@@ -11,7 +11,7 @@ import pytest
 import zerojax.recipe
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ["README.md", "docs/on_gpus.md", "docs/plan.md", "docs/start.md"]
+PAGES = ["README.md", "docs/coming_from.md", "docs/on_gpus.md", "docs/plan.md", "docs/start.md"]
 
 
 def blocks(page: str) -> list[re.Match]:
@@ -54,6 +54,11 @@ def test_the_readmes_blocks_run(devices, tmp_path):
     assert losses[-1] < 0.5 * losses[0]
     text = " ".join(done.stdout.split())
     assert f"on each of {devices} device" in text and "MFU about" in text
+
+
+@pytest.mark.slow
+def test_the_program_of_coming_from_runs(tmp_path):
+    run("docs/coming_from.md", 8, tmp_path)
 
 
 @pytest.mark.slow

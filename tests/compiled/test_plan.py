@@ -212,6 +212,7 @@ def test_no_array_of_the_models_size_is_ever_made(billions, width, layers):
 def test_a_right_step_passes_and_says_so(plan):
     assert plan.check() is plan
     assert plan.fits and "products are in float32" not in str(plan)
+    assert "ZeRO explains all of this communication." in str(plan)
     # embedding and head are gathered once, not twice
     assert plan.sent == pytest.approx(plan.zero_bytes, rel=0.15)
 

@@ -272,10 +272,25 @@ def test_a_skipped_step_changes_no_parameter():
      "selects none of the 3 parameters, such as backbone, lora/a, lora/b"),
     (nnx.LoRAParam, zj.PolicyError, "is not possible for a dict; write a regex for paths"),
     (3, zj.PolicyError, "trainable=3 is not possible for a dict; write a regex"),
+    ("*a", zj.LayoutError, r"trainable='\*a' is not a regular expression: nothing to repeat"),
+    ("params/lora/.*", zj.LayoutError, "match the whole path without params/"),
 ])
 def test_invalid_choices(trainable, error, text):
     with pytest.raises(error, match=text):
         _zero().init(_tree, TX, trainable=trainable)
+
+
+@pytest.mark.parametrize("trainable, unused", [
+    ("layers_1/.*|lora/.*", ["layers_1/.*"]), ("lora/(a|b)|backbone", []), ("lora/[a|b]", []),
+    ("head|tail|lora/a", ["head", "tail"]), ("(x|lora)/a", []),
+])
+def test_an_alternative_that_matches_nothing(trainable, unused):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _zero().abstract(_tree, TX, trainable=trainable)
+    found = [str(w.message) for w in caught if "matches no parameter" in str(w.message)]
+    wanted = [f"{pattern!r} matches no" for pattern in unused]
+    assert all(part in text for part, text in zip(wanted, found, strict=True))
 
 
 def test_integers_are_frozen_or_refused():

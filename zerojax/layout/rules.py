@@ -215,8 +215,9 @@ def check_patterns(what: str, patterns: Iterable[str], paths: Sequence[str]) -> 
     for pattern in patterns:
         if not any(re.fullmatch(pattern, path) for path in paths):
             near = difflib.get_close_matches(pattern, paths, 3, 0) or list(paths[:3])
+            prefix = " without params/" if pattern.startswith("params/") else ""
             raise LayoutError(f"{what} {pattern!r} matches none of {len(paths)} parameters (a "
-                              "regex must match the whole path); "
+                              f"regex must match the whole path{prefix}); "
                               f"the nearest are {', '.join(near)}.")
 
 

@@ -176,6 +176,8 @@ class Plan(tables.Printed):
         sheets = [_memory_sheet(self.memory), _traffic_sheet(self)]
         lines = [_time(self.compute)] if self.compute else []
         lines += [("! " if f.wrong else "- ") + str(f) for f in self.findings]
+        if not any(f.wrong for f in self.findings):
+            lines.append("ZeRO explains all of this communication.")
         below = [part for sheet in sheets for part in ("", *sheet.parts())]
         return [self.title, *below, "", *lines]
 

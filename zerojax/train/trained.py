@@ -8,12 +8,15 @@
 | any other nnx filter, such as nnx.LoRAParam | those that it selects in an NNX module |
 """
 
+import contextlib
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
 
+from zerojax import errors
 from zerojax.errors import LayoutError, PolicyError
 from zerojax.layout import rules
 from zerojax.layout.rules import Leaf
@@ -29,13 +32,35 @@ def flags(trainable: Any, model: Any, paths: Sequence[str], params: Sequence[Any
     >>> flags("b|c", {}, ["a", "b"], [0, 0])
     [False, True]
     """
+    if isinstance(trainable, str):
+        _check_regex(trainable)
     chosen = _chosen(trainable, model, paths, params)
     if any(chosen) or trainable is None:
+        if isinstance(trainable, str):
+            _warn_of_unused(trainable, paths)
         return chosen
     if isinstance(trainable, str):
         rules.check_patterns("trainable", [trainable], paths)
     raise LayoutError(f"trainable={trainable!r} selects none of the {len(paths)} parameters, such "
                       f"as {', '.join(paths[:3])}, so that there is nothing to train.")
+
+
+def _check_regex(trainable: str):
+    try:
+        re.compile(trainable)
+    except re.error as error:
+        raise LayoutError(f"trainable={trainable!r} is not a regular expression: {error}; write .* "
+                          "for any text, such as '.*/head/.*'.") from None
+
+
+def _warn_of_unused(trainable: str, paths: Sequence[str]):
+    """Warns of alternatives of a regex, such as "layers_1/.*|head/.*", that match no parameter."""
+    for pattern in re.split(r"\|(?![^(\[]*[)\]])", trainable):
+        with contextlib.suppress(re.error):  # it was divided within parentheses
+            if not any(re.fullmatch(pattern, path) for path in paths):
+                errors.warn(f"trainable={trainable!r}: {pattern!r} matches no parameter, so that "
+                            "it trains none. The paths are those of zero.layout(state), without "
+                            "params/; layers that a scan has stacked are one parameter.")
 
 
 def marked(leaves: Sequence[Leaf], trainable: Any, model: Any,
