@@ -89,6 +89,14 @@ def test_zerojaxs_own_steps_are_for_the_checkpointer(tmp_path):
         zj.load_orbax(tmp_path, states.state())
 
 
+def test_text_and_unfinished_saves_are_left_out(tmp_path):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "a", {"w": jnp.ones(3), "name": "mine"})
+    (tmp_path / "b.orbax-checkpoint-tmp-1").mkdir()
+    (tmp_path / "b.orbax-checkpoint-tmp-1/_METADATA").touch()
+    assert zj.load_orbax(tmp_path, {"w": jnp.zeros(3)})["w"].tolist() == [1, 1, 1]
+
+
 def test_none_or_several_trees(tmp_path):
     with pytest.raises(zj.CheckpointError, match=r"has 0 trees that Orbax wrote \(none\)"):
         zj.load_orbax(tmp_path, states.state())

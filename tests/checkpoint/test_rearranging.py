@@ -48,7 +48,7 @@ def test_every_part_is_that_of_numpy(pattern, data):
     want = PATTERNS[pattern]
     view = rearranging.rearranged(pattern, Array(X), want.shape)
     bounds = [sorted(data.draw(st.lists(st.integers(0, size), min_size=2, max_size=2, unique=True)))
-              for size in want.shape]
+              for size in want.shape]  # no empty part: these are never read
     index = tuple(slice(*bound) for bound in bounds)
     assert view.shape == want.shape and view.dtype == "float32"
     np.testing.assert_array_equal(view.read(index), want[index], strict=True)
@@ -71,6 +71,7 @@ WRONG = {
     "o? in -> in o?": ((16, 48), r"'o\?' is not an axis; write a name, k/n or name=a:b/n"),
     "(3/3 x) in -> in x": ((16, 16), "3/3 is not within 3 parts"),
     "(0/5 x) in -> in x": ((16, 16), r"it needs a tensor of shape \[80, 16\]"),
+    "(a b) in -> a (b in)": ((0, 16), r"needs a tensor|does not follow"),
     "out in height -> in out height": ((16, 48, 1), "its sides have 3 and 3 dimensions"),
 }
 

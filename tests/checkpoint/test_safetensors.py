@@ -1,8 +1,10 @@
 """Safetensors: exports equal the saved arrays, and each device reads its part of an import."""
 
+import functools
 import json
 import os
 import struct
+import weakref
 
 import flax.linen as nn
 import jax
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors
 import states
+from flax import nnx
 from flax.training import train_state
 from safetensors.numpy import load_file, save_file
 
@@ -81,8 +84,8 @@ def test_each_part_is_read_once(checkpoint, tmp_path, monkeypatch):
     file, = zj.export_safetensors(checkpoint, tmp_path / "m.safetensors")
     shapes, part_of = [], loading._part
 
-    def spy(view, index, leaf):
-        part = part_of(view, index, leaf)
+    def spy(*args):
+        part = part_of(*args)
         shapes.append(part.shape)
         return part
 
@@ -238,7 +241,7 @@ TRANSFORMS = {
     "a pattern that does not fit": ({"transform": {"kernel": "a b -> a"}},
                                     "^kernel, from kernel: the pattern 'a b -> a' does not turn"),
     "a function of another shape": ({"transform": {"kernel": lambda x: x[:2]}},
-                                    r"float32\[2, 4\] in the checkpoint, float32\[4, 4\] in"),
+                                    r"made float32\[2, 4\] of a tensor float32\[4, 4\], but the"),
     "too many stars": ({"rename": {"^": "*.*.*."}}, "has no indices for each *"),
 }
 
@@ -264,6 +267,81 @@ def test_advice_on_dtypes_and_transposed_kernels(tmp_path):
         zj.load_safetensors(tmp_path, {"w": jnp.ones((4, 3))})
     with pytest.raises(zj.CheckpointError, match="For another floating dtype, write cast=True"):
         zj.load_safetensors(tmp_path, {"w": jnp.ones((3, 4), jnp.bfloat16)})
+
+
+@pytest.mark.parametrize("n", [6, 9, 33])
+def test_devices_that_hold_only_padding(tmp_path, n):
+    kernel = np.arange(13.0 * n).reshape(13, n)
+    save_as_pytorch(tmp_path, kernel=kernel, **{f"h.{i}.b": np.full(3, i) for i in range(n)})
+    policy = states.zero(uneven="pad")
+    state = policy.init(lambda: {"kernel": jnp.zeros((n, 13)), "h": jnp.zeros((n, 3))}, states.tx)
+    found = zj.load_safetensors(tmp_path, state, rename={"^h$": "h.*.b"},
+                                transform={"kernel": "o i -> i o"}).params
+    np.testing.assert_array_equal(np.asarray(found["kernel"]), kernel.T)
+    np.testing.assert_array_equal(np.asarray(found["h"])[:, 0], np.arange(n))
+
+
+def test_transforms_see_names_between_renamings(tmp_path):
+    save_as_pytorch(tmp_path, **{"model.q_proj.weight": SQUARE})
+    rename = {r"\bwq\.": "q_proj."} | zj.hugging_face.LLAMA["rename"]
+    found = zj.load_safetensors(tmp_path, {"wq": {"kernel": jnp.ones((4, 2, 2))}}, rename=rename,
+                                transform=zj.hugging_face.LLAMA["transform"])
+    np.testing.assert_array_equal(found["wq"]["kernel"], SQUARE.T.reshape(4, 2, 2))
+
+
+def test_functions_are_computed_one_by_one(tmp_path):
+    save_as_pytorch(tmp_path, **{f"w{i}": np.full(8, i) for i in range(4)})
+    made, most = [], []
+
+    class Result(np.ndarray):
+        pass
+
+    def doubled(x):
+        result = (2 * x).view(Result)
+        made.append(weakref.ref(result))
+        most.append(sum(ref() is not None for ref in made))
+        return result
+
+    found = zj.load_safetensors(tmp_path, {f"w{i}": jnp.zeros(8) for i in range(4)},
+                                transform={"w": doubled})
+    assert found["w3"].tolist() == [6.0] * 8 and len(most) == 4 and max(most) <= 2
+
+
+def test_values_that_a_dtype_cannot_represent(tmp_path):
+    save_as_pytorch(tmp_path, w=np.array([1.0, 1e6]))
+    with pytest.raises(zj.CheckpointError, match="w has values that float16 cannot represent"):
+        zj.load_safetensors(tmp_path, {"w": jnp.zeros(2, jnp.float16)}, cast=True)
+    with pytest.raises(zj.CheckpointError, match="that float8_e4m3fn cannot represent"):
+        zj.export_safetensors({"w": jnp.array([1.0, 1e6])}, tmp_path / "n.safetensors",
+                              dtype="float8_e4m3fn")
+
+
+class Dropping(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(4, 4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+
+
+def test_an_nnx_model_with_dropout(tmp_path):
+    state = states.zero().init(lambda: Dropping(nnx.Rngs(0)), states.tx)
+    save_as_pytorch(tmp_path, **{"dense.kernel": SQUARE, "dense.bias": np.ones(4)})
+    found = zj.load_safetensors(tmp_path, state, transform={"kernel": "o i -> i o"})
+    np.testing.assert_array_equal(found.params["dense"]["kernel"], SQUARE.T)
+    check_equal(found.model_state, state.model_state)
+    with pytest.raises(zj.CheckpointError, match="kernel/value would be read from"):
+        zj.load_safetensors(tmp_path, nnx.state(nnx.Linear(4, 4, rngs=nnx.Rngs(0))),
+                            rename={r"^(\w+)\.value": r"dense.\1", r"^(\w+)$": r"dense.\1"})
+    only = zj.load_safetensors(tmp_path, state, only="params/.*bias")
+    check_equal(only.params["dense"]["kernel"], state.params["dense"]["kernel"])
+
+
+def test_an_export_keeps_no_copy_of_the_state(tmp_path, monkeypatch):
+    state, taken = states.state(), []
+    asarray = np.asarray
+    monkeypatch.setattr(np, "asarray", lambda x, *a, **k: (taken.append(x), asarray(x, *a, **k))[1])
+    zj.export_safetensors(state, tmp_path / "m.safetensors")
+    leaves = jax.tree.leaves(state)
+    assert taken and not any(x is leaf for x in taken for leaf in leaves)
 
 
 def test_one_tensor_for_two_leaves(tmp_path):
@@ -360,6 +438,7 @@ INDEXES = {
     "a number": ({"w": 3}, NOT_BESIDE),
     "a zero byte": ({"w": "m\0.safetensors"}, NOT_BESIDE),
     "a list": (["m.safetensors"], "no attribute 'items'"),
+    "a deep list": (functools.reduce(lambda x, _: [x], range(900), []), "is not a usable index"),
     "a tensor that its file does not have": (
         {"w": "m.safetensors", "other": "m.safetensors"}, r"m\.safetensors is unreadable: .*other"),
     "a missing file": ({"w": "n.safetensors"}, "which is not a file in its directory"),

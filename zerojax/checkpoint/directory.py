@@ -32,7 +32,8 @@ def _is_step(name: str) -> bool:
 def orbax_trees(path: epath.Path) -> list[epath.Path]:
     """Returns the directories of trees that Orbax wrote, at most two levels below a directory."""
     levels = [path, *path.glob("*"), *path.glob("*/*")] if path.is_dir() else []
-    return sorted(level for level in levels if (level / "_METADATA").exists())
+    return sorted(level for level in levels
+                  if (level / "_METADATA").exists() and "orbax-checkpoint-tmp" not in str(level))
 
 
 def check_is_ours(path: epath.Path) -> None:

@@ -119,6 +119,23 @@ def _difference(path: str, saved: Entry | None, wanted: Entry, cast: bool) -> st
     return f"{path}: {saved.text} in the checkpoint, {wanted.text} in the target"
 
 
+def cast(path: str, x: np.ndarray, dtype: Any) -> np.ndarray:
+    """Returns an array in another dtype.
+
+    Raises:
+      CheckpointError: the dtype cannot represent a finite value.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        y = x.astype(dtype)
+    if x.dtype == y.dtype or "float" not in str(y.dtype):
+        return y
+    lost = np.isfinite(x) & ~np.isfinite(y)
+    if lost.any():
+        raise CheckpointError(f"{path} has values that {y.dtype} cannot represent, such as "
+                              f"{x[lost].flat[0]}; choose bfloat16.")
+    return y
+
+
 def can_cast(a: Entry, b: Entry) -> bool:
     """Whether one dtype may be cast to the other: floating to floating, nothing else."""
     return "float" in a.dtype and "float" in b.dtype

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
-from zerojax.checkpoint import safetensors, whole_leaves
+from zerojax.checkpoint import entries, safetensors, whole_leaves
 from zerojax.checkpoint.entries import Entry
 from zerojax.checkpoint.target import MODEL, Target
 from zerojax.checkpoint.whole_leaves import Leaves
@@ -72,18 +72,14 @@ def export_safetensors(source: str | os.PathLike | Any, to: str | os.PathLike, *
       StateError: a step took the memory of the state.
     """
     leaves = whole_leaves.of(source, step)
-    only = only or (MODEL if _is_of_state(leaves) else ".*")
+    only = only or (MODEL if leaves.is_of_state else ".*")
     group = leaves.group
     export = group.everywhere(lambda: _prepared(leaves, to, dtype, only, rename or {}, shard_bytes,
                                                 group.first), [CheckpointError])
     arrays = leaves.arrays([p for part in export.parts for p in part])
-    group.everywhere(lambda: _written(export, arrays, group.first), [CheckpointError])
+    group.everywhere(lambda: _written(export, arrays, writes=group.first,
+                                      is_gathered=group.size > 1), [CheckpointError])
     return list(export.files)
-
-
-def _is_of_state(leaves: Leaves) -> bool:
-    """Whether leaves have the paths of a state, rather than those of a tree of parameters."""
-    return any(path.startswith("params/") for path in leaves.entries)
 
 
 def _prepared(leaves: Leaves, to: str | os.PathLike, dtype: str | None, only: str,
@@ -99,14 +95,16 @@ def _prepared(leaves: Leaves, to: str | os.PathLike, dtype: str | None, only: st
     return Export(leaves.step, written, names, parts, files)
 
 
-def _written(export: Export, arrays: Iterator[tuple[str, np.ndarray]], writes: bool):
-    """Writes the files; takes all of the arrays, which the processes gather together."""
+def _written(export: Export, arrays: Iterator[tuple[str, np.ndarray]], *, writes: bool,
+             is_gathered: bool):
+    """Writes the files; takes all of the arrays if several processes gather them together."""
     try:
         if writes:
             _write_all(export, arrays)
     finally:
-        for _ in arrays:
-            pass
+        if is_gathered:
+            for _ in arrays:
+                pass
 
 
 def _write_all(export: Export, arrays: Iterator[tuple[str, np.ndarray]]):
@@ -215,7 +213,7 @@ def _write(out: BinaryIO, export: Export, part: Sequence[str],
     for p, (_, array) in zip(part, arrays, strict=False):  # leaves the rest for other files
         flat = np.ascontiguousarray(array).reshape(-1)
         for start in range(0, flat.size, _PIECE):
-            piece = _cast(p, flat[start:start + _PIECE], export.written[p].dtype)
+            piece = entries.cast(p, flat[start:start + _PIECE], export.written[p].dtype)
             out.write(piece.view(np.uint8).data)
     out.flush()
     os.fsync(out.fileno())
@@ -235,13 +233,3 @@ def _header(export: Export, part: Sequence[str]) -> bytes:
     text = json.dumps(fields).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _cast(path: str, x: np.ndarray, dtype: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        y = x.astype(dtype)
-    if x.dtype != y.dtype and bool(np.any(np.isinf(y) & np.isfinite(x))):
-        largest = np.abs(x[np.isfinite(x)]).max()
-        raise CheckpointError(f"{path} has values that {dtype} cannot represent, such as "
-                              f"{largest}; export as bfloat16.")
-    return y

@@ -4,11 +4,11 @@
 import dataclasses
 import difflib
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from zerojax import errors
 from zerojax.checkpoint import entries, rearranging, safetensors
 from zerojax.checkpoint.entries import Entry
 from zerojax.checkpoint.rearranging import View
@@ -71,7 +71,7 @@ class Source:
         if self.transform is None:
             return tensor
         if callable(self.transform):
-            return rearranging.Computed(tensor, self.transform)
+            return rearranging.Computed(tensor, self.transform, self.tensor_shape)
         try:
             return rearranging.rearranged(self.transform, tensor, self.tensor_shape)
         except CheckpointError as error:
@@ -100,9 +100,9 @@ def sources(wanted: Mapping[str, Entry], rename: Mapping[str, str],
       CheckpointError: an argument is invalid, or two leaves are the same part of one tensor.
     """
     _check_transforms(transform)
-    names = safetensors.renamed(map(safetensors.dotted, wanted), rename)
-    found = [Source(p, entry, name, _transform_of(p, transform))
-             for (p, entry), name in zip(wanted.items(), names, strict=True)]
+    histories = [safetensors.renamings(safetensors.dotted(p), rename) for p in wanted]
+    found = [Source(p, entry, names[-1], _transform_of(names, transform))
+             for (p, entry), names in zip(wanted.items(), histories, strict=True)]
     users: dict[tuple[str, Transform | None], list[str]] = {}
     for source in found:
         users.setdefault((source.name, source.transform), []).append(source.path)
@@ -118,7 +118,9 @@ def _refuse_shared(name: str, how: Transform | None, paths: Sequence[str]):
     raise CheckpointError(f"{', '.join(paths)} would all be read from {name!r} {given}; rename "
                           f"them, or give each its part: '(0/{n} ...) in -> in ...' for the kernel "
                           f"of a fused linear layer of PyTorch, '(0/{n} ...) -> ...' for its bias, "
-                          f"with a regex for each, such as r'query\\.{last}$'.")
+                          f"with a regex for each, such as r'query\\.{last}$'. Of "
+                          "two leaves that share a whole tensor, give one the transform 'a b -> a "
+                          "b'.")
 
 
 def _check_transforms(transform: Mapping[str, Transform]):
@@ -133,10 +135,16 @@ def _check_transforms(transform: Mapping[str, Transform]):
                                   f"{error}.") from None
 
 
-def _transform_of(path: str, transform: Mapping[str, Transform]) -> Transform | None:
-    """Returns the first transform whose regex occurs in a leaf's name, or None."""
-    name = safetensors.dotted(path)
-    return next((value for regex, value in transform.items() if re.search(regex, name)), None)
+def _transform_of(names: Sequence[str], transform: Mapping[str, Transform]) -> Transform | None:
+    """Returns the first transform whose regex occurs in one of a leaf's names, or None."""
+    return next((value for regex, value in transform.items()
+                 if any(re.search(regex, name) for name in names)), None)
+
+
+def present(found: Sequence[Source], tensors: Tensors) -> list[Source]:
+    """Returns the sources without integers of the model state that the files lack."""
+    return [s for s in found if "float" in s.wanted.dtype or s.name in tensors
+            or not s.path.startswith("model_state/")]
 
 
 def views(where: str, found: Sequence[Source], tensors: Tensors, cast: bool) -> dict[str, View]:
@@ -200,9 +208,11 @@ def _check_squares(found: Sequence[Source], tensors: Tensors):
     """
     for s in found:
         tensor = tensors[s.names()[0]]
-        is_square = len(tensor.shape) == 2 and tensor.shape[0] == tensor.shape[1] > 1
-        if (s.transform is None and is_square and s.path.endswith("kernel")
-                and tensor.framework == "pt"):
+        is_square = len(tensor.shape) > 1 and tensor.shape[-1] == tensor.shape[-2] > 1
+        is_kernel = s.path.removesuffix("/value").endswith("kernel")  # NNX's states have a value
+        is_ours = tensor.framework == "flax" or (tensor.framework != "pt"
+                                                 and s.name.endswith("kernel"))
+        if s.transform is None and is_square and is_kernel and not is_ours:
             raise CheckpointError(
                 f"{s.path} would be read from {s.name}{list(tensor.shape)} as it is, but PyTorch "
                 "stores the kernels of linear layers transposed. Write transform={'kernel$': 'out "
@@ -213,5 +223,5 @@ def warn_of_unused(where: str, found: Sequence[Source], tensors: Tensors) -> Non
     """Warns of tensors that no leaf is made of."""
     unused = sorted(set(tensors) - {name for s in found for name in s.names()})
     if unused:
-        warnings.warn(f"the target has no leaf for {len(unused)} of the {len(tensors)} tensors in "
-                      f"{where}, such as {', '.join(unused[:3])}.", stacklevel=3)
+        errors.warn(f"the target has no leaf for {len(unused)} of the {len(tensors)} tensors in "
+                    f"{where}, such as {', '.join(unused[:3])}.")

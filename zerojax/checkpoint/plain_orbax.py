@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import NamedSharding
 
 from zerojax import trees
 from zerojax.checkpoint import directory, entries, matching, reading, safetensors
@@ -55,8 +54,7 @@ def load_orbax(path: str | os.PathLike, target: Any, *, only: str | None = None,
     """
     aim = Target(target, only)
     aim.check_restorable(str(path))
-    shardings = [getattr(x, "sharding", None) for x in aim.wanted.values()]
-    group = exchange.of_mesh(*(s.mesh for s in shardings if isinstance(s, NamedSharding)))
+    group = exchange.of_shardings(aim.wanted.values())
     kinds = (CorruptCheckpointError, CheckpointError)
     return aim.filled(group.everywhere(lambda: _read(path, aim, rename or {}, cast), kinds))
 
@@ -66,7 +64,8 @@ def _read(path: str | os.PathLike, aim: Target, rename: Mapping[str, str],
     """Returns the wanted arrays by their path in the target."""
     tree = _only_tree(directory.located(path))
     shapes = _opened(tree, lambda handler: handler.metadata(tree).tree)
-    saved = {trees.path_of(at): _entry(x) for at, x in jax.tree.leaves_with_path(shapes)}
+    saved = {trees.path_of(at): _entry(x) for at, x in jax.tree.leaves_with_path(shapes)
+             if hasattr(x, "shape") and hasattr(x, "dtype")}  # text has neither
     names = dict(zip(aim.wanted, safetensors.renamed(aim.wanted, rename), strict=True))
     given = {p: saved[name] for p, name in names.items() if name in saved}
     lines = entries.differences(given, aim.wanted_entries, all_of_it=False, cast=cast)
@@ -100,6 +99,8 @@ def _opened(tree: epath.Path, act: Callable[[ocp.PyTreeCheckpointHandler], T]) -
     try:
         return act(ocp.PyTreeCheckpointHandler())
     except Exception as error:
+        if reading.is_transient(error):
+            raise
         raise CorruptCheckpointError(f"{tree} is unreadable: {reading.brief(error)}.") from error
 
 

@@ -44,7 +44,7 @@ def read_manifest(path: epath.Path) -> Manifest:
             raise ValueError(f"it belongs to step {found.step}")
         return found
     except Exception as error:
-        if _is_transient(error):
+        if is_transient(error):
             raise
         raise CorruptCheckpointError(f"step {path.name} in {path.parent}: its manifest is "
                                      f"unusable ({brief(error)}); {_alternative(path)}."
@@ -98,7 +98,7 @@ def _raise_damaged(path: epath.Path, manifest: Manifest, damaged: Mapping[str, s
                                      f"damaged; {_alternative(path)}.{some}")
 
 
-def _is_transient(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     return isinstance(error, _TRANSIENT) or _TRANSIENT_TEXT.search(str(error)) is not None
 
 
@@ -117,7 +117,7 @@ def _tried(path: epath.Path, sources: Mapping[str, Any]) -> tuple[dict[str, Any]
     try:
         return _read(path, sources), {}
     except Exception as error:
-        if _is_transient(error):
+        if is_transient(error):
             raise
         text = str(error)
         named = [p for p in sources if re.search(f"[\"']{re.escape(p)}/", text)]

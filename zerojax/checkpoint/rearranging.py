@@ -59,23 +59,30 @@ class Stacked:
 
 @dataclasses.dataclass(frozen=True)
 class Computed:
-    """A function of a whole tensor, which is computed once."""
+    """A function of a whole tensor, computed when it is first read.
+
+    Attributes:
+      function: its result has the shape `shape`.
+      dtype: the dtype of the tensor.
+    """
 
     tensor: View
     function: Callable[[np.ndarray], np.ndarray]
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.tensor.dtype
 
     @functools.cached_property
     def whole(self) -> np.ndarray:
         every = tuple(slice(0, size) for size in self.tensor.shape)
-        return np.asarray(self.function(self.tensor.read(every)))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.whole.shape
-
-    @property
-    def dtype(self) -> str:
-        return str(self.whole.dtype)
+        made = np.asarray(self.function(self.tensor.read(every)))
+        if made.shape != tuple(self.shape):
+            raise CheckpointError(f"a transform made {made.dtype}{list(made.shape)} of a tensor "
+                                  f"{self.tensor.dtype}{list(self.tensor.shape)}, but the leaf "
+                                  f"needs the shape {list(self.shape)}.")
+        return made
 
     def read(self, index: Index) -> np.ndarray:
         return self.whole[index]
@@ -279,5 +286,5 @@ def _solve(dimension: Sequence[tuple[str, int]], size: int, sizes: dict[str, int
     """Adds the size of the only axis of a dimension that has none yet."""
     open_ = [name for name, n in dimension if not n and name not in sizes]
     rest = math.prod(n or sizes.get(name, 1) for name, n in dimension)
-    if len(open_) == 1 and size % rest == 0:
+    if len(open_) == 1 and rest and size % rest == 0:
         sizes[open_[0]] = size // rest

@@ -4,7 +4,6 @@ A file has the length of its header (8 bytes), a JSON header with the dtype, sha
 each tensor, and the tensors' bytes, row by row.
 """
 
-import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -34,15 +33,23 @@ def renamed(names: Iterable[str], rename: Mapping[str, str]) -> list[str]:
     >>> renamed(["blocks.kernel"], {r"^blocks": "h", r"kernel$": "weight"})
     ['h.weight']
     """
+    return [renamings(name, rename)[-1] for name in names]
+
+
+def renamings(name: str, rename: Mapping[str, str]) -> list[str]:
+    """Returns a name, and what it becomes after each regex of `rename`.
+
+    Raises:
+      CheckpointError: `rename` is invalid.
+    """
+    names = [name]
     try:
-        return [functools.reduce(_replaced, rename.items(), name) for name in names]
+        for pattern, replacement in rename.items():
+            names.append(re.sub(pattern, replacement, names[-1]))
     except re.error as error:
         raise CheckpointError(f"rename={dict(rename)!r} has an invalid regular expression or "
                               f"replacement: {error}.") from None
-
-
-def _replaced(name: str, rule: tuple[str, str]) -> str:
-    return re.sub(*rule, name)
+    return names
 
 
 def names_of(paths: Sequence[str], rename: Mapping[str, str]) -> dict[str, str]:

@@ -22,6 +22,11 @@ from zerojax.tables import quantity
 MODEL = r"(params|model_state|batch_stats)/.*"  # paths of the model's leaves in a state
 
 
+def is_state(tree: Any) -> bool:
+    """Whether a tree is a training state, of zerojax or of flax."""
+    return hasattr(tree, "params") and hasattr(tree, "opt_state")
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A state, or its shapes with shardings, into which a checkpoint is restored.

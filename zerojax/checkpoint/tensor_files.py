@@ -84,6 +84,8 @@ def opened(path: pathlib.Path, follow_links: bool) -> Iterator[dict[str, Tensor]
                 wanted = found.keys() if names is None else names
                 tensors |= {name: Tensor(found.get_slice(name), framework) for name in wanted}
             except (SafetensorError, OSError, ValueError) as error:
+                if reading.is_transient(error):
+                    raise
                 raise CorruptCheckpointError(f"{file} is unreadable: {reading.brief(error)}."
                                              ) from error
         yield tensors
@@ -116,7 +118,7 @@ def _indexed(path: pathlib.Path, follow_links: bool) -> Files:
         for name, file in json.loads(path.read_text())["weight_map"].items():
             files.setdefault(_beside(path, file, follow_links), []).append(name)
         return files
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCheckpointError(f"{path} is not a usable index: {reading.brief(error)}."
                                      ) from error
 

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from zerojax.checkpoint import directory, entries, reading
 from zerojax.checkpoint.entries import Entry
 from zerojax.checkpoint.manifest import Manifest
+from zerojax.checkpoint.target import is_state
 from zerojax.errors import CheckpointError
 from zerojax.layout import padded
 from zerojax.processes import exchange
@@ -45,6 +46,11 @@ class Saved:
         """The step of the state; None for a tree without one."""
         return self.manifest.step
 
+    @property
+    def is_of_state(self) -> bool:
+        """Whether these are the leaves of a state, rather than those of a tree of parameters."""
+        return any(path.startswith("params/") for path in self.entries)
+
     def arrays(self, paths: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
         """Yields leaves with their paths, in the order of `paths`."""
         return reading.arrays(self.path, self.manifest, paths)
@@ -67,8 +73,12 @@ class Live:
     @functools.cached_property
     def group(self) -> exchange.Group:
         """The processes that hold parts of the state."""
-        shardings = [getattr(x, "sharding", None) for x in self.leaves.values()]
-        return exchange.of_mesh(*(s.mesh for s in shardings if isinstance(s, NamedSharding)))
+        return exchange.of_shardings(self.leaves.values())
+
+    @property
+    def is_of_state(self) -> bool:
+        """Whether these are the leaves of a state, rather than those of a tree of parameters."""
+        return is_state(self.state)
 
     @property
     def step(self) -> int | None:
@@ -108,7 +118,12 @@ def _whole(x: Any) -> np.ndarray:
     """Returns a leaf without padding; several processes gather its shards together."""
     stored = entries.as_array(padded.stored(x))
     if isinstance(stored, jax.Array) and not stored.is_fully_addressable:
-        stored = _replicated(stored.sharding)(stored).addressable_data(0)
+        mesh: Any = getattr(stored.sharding, "mesh", None)
+        with jax.set_mesh(mesh):  # the caller may have set another
+            stored = _replicated(stored.sharding)(stored).addressable_data(0)
+    elif isinstance(stored, jax.Array):  # jax keeps numpy's copy with the array: take an alias
+        stored = jax.make_array_from_single_device_arrays(
+            stored.shape, stored.sharding, [shard.data for shard in stored.addressable_shards])
     return np.asarray(stored)[tuple(map(slice, np.shape(x)))]
 
 

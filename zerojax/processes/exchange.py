@@ -31,6 +31,12 @@ def of_mesh(*meshes: Mesh | AbstractMesh) -> "Group":
     return _group(d for d in everyone().devices if d.process_index in processes)
 
 
+def of_shardings(arrays: Iterable[Any]) -> "Group":
+    """Returns the group of all processes that have a device in the mesh of one of these arrays."""
+    shardings = [getattr(x, "sharding", None) for x in arrays]
+    return of_mesh(*(s.mesh for s in shardings if isinstance(s, NamedSharding)))
+
+
 def everyone() -> "Group":
     """Returns the group of all processes; does not initialize the devices of a single process."""
     return _group(jax.devices() if jax.distributed.is_initialized() else ())
