@@ -41,7 +41,8 @@ os.makedirs(os.environ["TEST_UNDECLARED_OUTPUTS_DIR"], exist_ok=True)
 jax.config.update("jax_num_cpu_devices", 10)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-LONG_NOTEBOOKS = ("zero_stages.ipynb", "plan_a_cluster.ipynb", "multihost.ipynb")
+LONG_NOTEBOOKS = ("zero_stages.ipynb", "plan_a_cluster.ipynb", "multihost.ipynb",
+                  "reading_hlo.ipynb")
 
 
 def pytest_collection_modifyitems(items):

@@ -51,8 +51,8 @@ FIELDS = [  # the command, the most that the metric may be before training, the 
 ]
 
 
-@pytest.mark.parametrize("command, before, after",
-                         some(FIELDS, lambda field: field[0] == "textbook_mlp"))
+@pytest.mark.slow
+@pytest.mark.parametrize("command, before, after", FIELDS)
 def test_an_example_learns_the_same_at_every_stage(command, before, after):
     name, *options = command.split()
     results = [re.search(r"(\S+)% before, (\S+)% after \d+ steps; last loss (\S+)",
@@ -108,6 +108,7 @@ def test_textbook_mlp_pads_for_ten_devices_and_prints_progress_by_epochs():
     assert len(lines) == 10 and lines[:3] == [
         "Train Epoch: 1 [800/1600 (50%)]", "Train Epoch: 1 [1600/1600 (100%)]",
         "Train Epoch: 2 [800/1600 (50%)]"]
+    assert float(re.search(r"(\S+)% after \d+ steps", out)[1]) > 85
 
 
 def test_text_classification_does_not_see_padding():
@@ -133,6 +134,7 @@ def test_segmentation_saves_a_picture(tmp_path):
     assert picture.shape[:2] == (700, 700) and picture[..., :3].std() > 0.1
 
 
+@pytest.mark.slow
 def test_nnx_transformer():
     out = run("nnx_transformer", "--stage", "2", "--accumulate", "2")
     word, backwards = re.search(r"(\w+) backwards is (\w+)", out).groups()

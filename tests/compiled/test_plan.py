@@ -194,8 +194,8 @@ def test_stage_0_of_the_papers_table():
     assert theory.paper_bytes(7.5e9, 64, 0) == 120e9
 
 
-@pytest.mark.parametrize("billions, width, layers", [
-    (1.5, 1600, 48), pytest.param(170, 12288, 94, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("billions, width, layers", [(1.5, 1600, 48), (170, 12288, 94)])
 def test_no_array_of_the_models_size_is_ever_made(billions, width, layers):
     """Nor is a batch: this process holds the same bytes before and after."""
     zero = zj.Zero(zj.make_mesh(topology="h200:64x8"), 3, precision=BF16)
