@@ -2,7 +2,7 @@
 
     python examples/mnist_style_mlp.py                        # ten seconds on two cores
     python examples/mnist_style_mlp.py --stage 0              # the same losses
-    zerojax plan examples/mnist_style_mlp.py --topology h100:1x8
+    zerojax plan examples/mnist_style_mlp.py --topology h100:1x8 --compute float32
 
 The model (784-128-10, SGD) and the data (scikit-learn's digits, scaled to 28 x 28) are those of
 textbook_mlp.py. The four lines are marked with <--. With `--devices 10`, no dimension of 784 x 128

@@ -61,8 +61,9 @@ class DLRM(nn.Module):
 
     @nn.compact
     def __call__(self, ids, numbers):
-        bottom = nn.Dense(WIDTH)(nn.relu(nn.Dense(64)(numbers)))
         looked_up = [nn.Embed(ROWS, WIDTH, name=name)(ids[:, i]) for i, name in enumerate(TABLES)]
+        numbers = numbers.astype(looked_up[0].dtype)  # computes in the dtype of the parameters
+        bottom = nn.Dense(WIDTH)(nn.relu(nn.Dense(64)(numbers)))
         vectors = jnp.stack([bottom, *looked_up], 1)
         products = vectors @ vectors.swapaxes(1, 2)  # of each pair of vectors
         rows, columns = np.triu_indices(vectors.shape[1], 1)

@@ -59,8 +59,8 @@ class Double(nnx.Module):
     """Two 3 x 3 convolutions, each with group normalization."""
 
     def __init__(self, features_in, features, rngs):
-        self.conv_1 = nnx.Conv(features_in, features, (3, 3), rngs=rngs)
-        self.conv_2 = nnx.Conv(features, features, (3, 3), rngs=rngs)
+        self.conv_1 = nnx.Conv(features_in, features, (3, 3), use_bias=False, rngs=rngs)
+        self.conv_2 = nnx.Conv(features, features, (3, 3), use_bias=False, rngs=rngs)
         self.norm_1 = nnx.GroupNorm(features, 4, rngs=rngs)
         self.norm_2 = nnx.GroupNorm(features, 4, rngs=rngs)
 

@@ -60,6 +60,7 @@ class MLP(nnx.Module):
         self.head = nnx.Linear(WIDTH, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def __call__(self, x):
+        x = x.astype(self.head.kernel.dtype)  # computes in the dtype of the parameters
         x = nnx.relu(self.layer_1(x))
         x = nnx.relu(self.layer_2(x))
         return self.head(x)[:, 0]

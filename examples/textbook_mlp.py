@@ -2,7 +2,7 @@
 
     python examples/textbook_mlp.py                           # ten seconds on two cores
     python examples/textbook_mlp.py --stage 0 --devices 8     # the same losses
-    zerojax plan examples/textbook_mlp.py --topology h100:1x8
+    zerojax plan examples/textbook_mlp.py --topology h100:1x8 --compute float32
 
 The images are scikit-learn's digits (1,797 handwritten digits of 8 x 8 pixels), scaled to 28 x 28.
 Neither 784 nor 128 is divisible by ten, so the first kernel is padded (`uneven="pad"`). The lines
