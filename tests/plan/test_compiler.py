@@ -266,3 +266,11 @@ def test_real_cpus_are_planned_but_not_judged():
     assert plan.compute is None and plan.fits is None and "peak" in str(plan)
     with pytest.raises(zj.PlanError, match="compiled for CPUs"):
         plan.check()
+
+
+def test_xlas_reason_is_shown_though_a_stack_trace_follows():
+    log = "I000 starting\nE000 INTERNAL: Couldn't find tile sizes\n" + "\n".join(
+        f"  frame {i}" for i in range(20))
+    text = compiler._why(1, log, {"topology": "h100:1x8", "options": {}})
+    assert "INTERNAL: Couldn't find tile sizes\n  " in text and "frame 19" in text
+    assert "starting" not in text and "frame 3" not in text

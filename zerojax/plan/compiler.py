@@ -38,6 +38,8 @@ from zerojax.policy import has_64_bits
 
 MEMORY = ("argument", "output", "alias", "temp", "generated_code", "host_argument", "host_output",
           "host_alias", "host_temp")
+_STATUS = re.compile(r"\b(INTERNAL|INVALID_ARGUMENT|UNIMPLEMENTED|RESOURCE_EXHAUSTED|NOT_FOUND"
+                     r"|FAILED_PRECONDITION): ")  # XLA's reason, which a stack trace may follow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +222,8 @@ def _wait(child: subprocess.Popen, title: str) -> None:
 
 
 def _why(status: int, log: str, request: dict) -> str:
-    lines = [line for line in log.strip().splitlines() if line.strip()][-8:]
+    every = [line for line in log.strip().splitlines() if line.strip()]
+    lines = [line for line in every[:-8] if _STATUS.search(line)][:1] + every[-8:]
     ended = f"exit status {status}" if status > 0 else f"signal {signal.Signals(-status).name}"
     killed = status == -signal.SIGKILL
     signs = ("bad_alloc", "MemoryError", "Cannot allocate memory")
@@ -228,7 +231,7 @@ def _why(status: int, log: str, request: dict) -> str:
               "scan."
               if killed or any(sign in log for sign in signs) else "")
     return (f"the compiler process for {request['topology']} ended with {ended}.{memory} "
-            f"Options: {request['options']}. Its last lines:\n  "
+            f"Options: {request['options']}. From its output:\n  "
             + "\n  ".join(lines or ["(none)"]))
 
 
