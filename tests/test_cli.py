@@ -128,6 +128,7 @@ def test_figures_of_a_gpu_file_may_be_floats(tmp_path):
     assert gpus.find(str(tmp_path / "mine.json")) == gpus.GPUS["h200"]
 
 
+@pytest.mark.slow
 def test_the_readmes_command(tmp_path):
     """In a process of its own: the plan of a file for a topology."""
     command = [sys.executable, "-m", "zerojax", "plan", EXAMPLE, "--topology", "h200:8x8",

@@ -87,10 +87,10 @@ def test_an_example_has_a_recipe_and_the_common_options(name, monkeypatch):
     assert (args.stage, args.devices, args.steps) == (1, 2, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, devices", [
     ([], 8),
-    pytest.param(["--stage", "1", "--devices", "4", "--accumulate", "2", "--compute", "bfloat16"],
-                 4, marks=pytest.mark.slow),
+    (["--stage", "1", "--devices", "4", "--accumulate", "2", "--compute", "bfloat16"], 4),
 ], ids=["stage 3", "stage 1"])
 def test_train_gpt(options, devices):
     out = run("train_gpt", "--steps", "40", *options)

@@ -20,8 +20,8 @@ import zerojax as zj
 
 FOLDER = pathlib.Path(__file__).parent.parent / "docs" / "recipes"
 TOLERANCES = {"float16": 3e-3, "ppo": 2e-4}  # ppo: 72 updates, each from the one before
-SLOW = {"hugging_face_weights", "sequence_and_tensor_parallel", "batch_norm",  # more than 4 s each
-        "teacher_and_student", "ppo"}
+QUICK = {"export_and_serve", "graphs", "learning_rate", "logging", "moving_average",
+         "own_loop_accumulation", "uneven_evaluation"}  # at most 3 s each
 PAGES = sorted({path.stem for path in FOLDER.glob("*.md")} - {"index"})
 
 
@@ -112,7 +112,7 @@ def leaves(tree):
 
 
 @pytest.mark.parametrize("stage", quick.some(range(4), (3).__eq__))
-@pytest.mark.parametrize("page", quick.some(PAGES, lambda page: page not in SLOW))
+@pytest.mark.parametrize("page", quick.some(PAGES, QUICK.__contains__))
 def test_ends_in_the_numbers_of_plain_jax(page, stage, monkeypatch, tmp_path):
     real = zj.Zero
 

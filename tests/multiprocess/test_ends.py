@@ -126,6 +126,7 @@ def test_an_exception_of_one_process_ends_all_with_its_traceback(run):
     assert report[-1] == "[1] ValueError: process 1 fails"
 
 
+@pytest.mark.slow
 def test_a_process_that_raises_does_not_wait_for_the_others(tmp_path, run):
     """Without a launcher that would end it; jax would wait for `shutdown_timeout`, 25 s."""
     with Job(tmp_path, [TRAINER, run, 1000], 2, env=lambda _: {"FAULT": "raise 1 3"}) as job:

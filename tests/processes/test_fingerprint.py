@@ -138,6 +138,7 @@ for name in ("scanned_remat", "nnx", "mlp", "resnet"):
 """
 
 
+@pytest.mark.slow
 def test_another_process_has_the_same_fingerprints(tmp_path):
     """It runs in another directory, with other addresses and another order of sets."""
     tests = str(pathlib.Path(__file__).parent.parent)
