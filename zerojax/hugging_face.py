@@ -39,7 +39,7 @@ GPT2: dict[str, Any] = {
                   r"\bkernel$": "in out -> in out"},
 }
 
-# LlamaForCausalLM, and the models of Mistral and Qwen: embed_tokens, layers.{input_layernorm,
+# LlamaForCausalLM, whose names Mistral and Qwen share: embed_tokens, layers.{input_layernorm,
 # self_attn.{q_proj, k_proj, v_proj, o_proj}, post_attention_layernorm, mlp.{gate_proj, up_proj,
 # down_proj}}, norm, lm_head. The projections may also be named query, key, value and out.
 LLAMA: dict[str, Any] = {

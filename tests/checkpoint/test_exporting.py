@@ -124,7 +124,7 @@ def test_a_live_state_is_exported(tmp_path, policy):
     assert set(load_file(alone)) == set(want)
 
 
-def test_what_is_not_a_live_state(checkpoint, tmp_path):
+def test_states_that_cannot_be_exported(checkpoint, tmp_path):
     to = tmp_path / "m.safetensors"
     taken = states.state()
     jax.tree.leaves(taken.params)[0].delete()
