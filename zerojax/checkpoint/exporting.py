@@ -70,6 +70,11 @@ def export_safetensors(source: str | os.PathLike | Any, to: str | os.PathLike, *
         support a dtype, or there is no such step.
       CorruptCheckpointError: a leaf of a checkpoint differs from the saved one.
       StateError: a step took the memory of the state.
+
+    >>> import tempfile
+    >>> file = pathlib.Path(tempfile.mkdtemp(), "model.safetensors")
+    >>> [path.name for path in export_safetensors({"w": jnp.ones(4)}, file, dtype="bfloat16")]
+    ['model.safetensors']
     """
     leaves = whole_leaves.of(source, step)
     only = only or (MODEL if leaves.is_of_state else ".*")

@@ -50,6 +50,17 @@ def load_safetensors(path: str | os.PathLike, target: Any, *,
         kernel would be read as PyTorch stores it, transposed.
       CorruptCheckpointError: a file is damaged, or an index names files in another directory.
       MissingExtraError: safetensors is not installed.
+
+    >>> import tempfile, zerojax as zj
+    >>> from safetensors.numpy import save_file
+    >>> file = pathlib.Path(tempfile.mkdtemp(), "model.safetensors")
+    >>> save_file({"h.0.qkv": np.arange(12, dtype=np.float32).reshape(6, 2)}, file)
+    >>> zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:2]), min_shard=1)
+    >>> params = zero.create(lambda: {"layers": {"key": jax.numpy.zeros((1, 2, 2))}})
+    >>> print(load_safetensors(file, params, rename={r"^layers\\.key": "h.*.qkv"},
+    ...                        transform={"key": "(1/3 out) in -> in out"})["layers"]["key"])
+    [[[4. 6.]
+      [5. 7.]]]
     """
     aim = Target(target, only or (MODEL if is_state(target) else None))
     aim.check_restorable(str(path))

@@ -118,9 +118,9 @@ def _refuse_shared(name: str, how: Transform | None, paths: Sequence[str]):
     raise CheckpointError(f"{', '.join(paths)} would all be read from {name!r} {given}; rename "
                           f"them, or give each its part: '(0/{n} ...) in -> in ...' for the kernel "
                           f"of a fused linear layer of PyTorch, '(0/{n} ...) -> ...' for its bias, "
-                          f"with a regex for each, such as r'query\\.{last}$'. Of "
-                          "two leaves that share a whole tensor, give one the transform 'a b -> a "
-                          "b'.")
+                          f"with a regex for each, such as r'query\\.{last}$'. If "
+                          "two leaves share a whole tensor, give one of them the transform 'a b -> "
+                          "a b'.")
 
 
 def _check_transforms(transform: Mapping[str, Transform]):
