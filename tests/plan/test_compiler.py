@@ -2,6 +2,7 @@
 do."""
 
 import functools
+import os
 import re
 import stat
 import sys
@@ -100,10 +101,11 @@ def test_out_of_memory_is_said_to_be_that(zero, monkeypatch, tmp_path):
 
 
 def test_an_interrupted_plan_leaves_no_process(zero, monkeypatch, tmp_path):
-    _as_compiler(monkeypatch, tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 60")
+    new, written = tmp_path / "new", tmp_path / "pid"  # the move writes name and content at once
+    _as_compiler(monkeypatch, tmp_path, f"echo $$ > {new}; mv {new} {written}; exec sleep 60")
 
     def interrupt(child, title):
-        while not (tmp_path / "pid").exists():
+        while not written.exists():
             pass
         raise KeyboardInterrupt
 
@@ -111,7 +113,7 @@ def test_an_interrupted_plan_leaves_no_process(zero, monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         _plan(zero)
     with pytest.raises(ProcessLookupError):
-        __import__("os").kill(int((tmp_path / "pid").read_text()), 0)
+        os.kill(int(written.read_text()), 0)
 
 
 @pytest.mark.parametrize("damage", [
