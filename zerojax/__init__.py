@@ -24,13 +24,14 @@ _CONTENTS = {
     "layout.report": ["Layout"],
     "layout.topology": ["Topology"],
     "plan.plan": ["Plan"],
-    "policy": ["Precision"],
+    "precision": ["Precision"],
     "processes.joining": ["initialize"],
     "processes.preemption": ["Preemption"],
     "recipe": ["Recipe"],
     "train.loss": ["Loss"],
     "train.loss_scale": ["LossScale"],
     "train.state": ["TrainState"],
+    "wire": ["Wire"],
     "zero": ["Zero"],
 }
 _SUBMODULES = ["hugging_face", "remat", "viz"]
@@ -73,13 +74,14 @@ if TYPE_CHECKING:
     from zerojax.layout.report import Layout as Layout
     from zerojax.layout.topology import Topology as Topology
     from zerojax.plan.plan import Plan as Plan
-    from zerojax.policy import Precision as Precision
+    from zerojax.precision import Precision as Precision
     from zerojax.processes.joining import initialize as initialize
     from zerojax.processes.preemption import Preemption as Preemption
     from zerojax.recipe import Recipe as Recipe
     from zerojax.train.loss import Loss as Loss
     from zerojax.train.loss_scale import LossScale as LossScale
     from zerojax.train.state import TrainState as TrainState
+    from zerojax.wire import Wire as Wire
     from zerojax.zero import Zero as Zero
 
 

@@ -12,7 +12,7 @@ from zerojax.errors import PolicyError, RecipeError, ZeroError
 from zerojax.layout.mesh import make_mesh
 from zerojax.layout.topology import Topology
 from zerojax.plan.plan import Plan
-from zerojax.policy import Precision
+from zerojax.precision import Precision
 from zerojax.recipe import Recipe
 from zerojax.tables import Printed, Sheet, quantity, seconds, size
 from zerojax.zero import Zero

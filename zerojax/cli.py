@@ -283,7 +283,7 @@ def _load(args):
 
 
 def _precision(args):
-    from zerojax.policy import Precision
+    from zerojax.precision import Precision
 
     return Precision(compute=args.compute, reduce=args.reduce)
 

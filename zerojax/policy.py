@@ -1,170 +1,23 @@
-"""The frozen settings of a training run, `Precision` and `Policy`, and the checks of their values.
+"""The frozen settings of a training run, `Policy`, and the checks of their values.
 
 Needs no devices. `Zero` is a `Policy` with methods that act on it.
 """
 
 import dataclasses
-import difflib
 import functools
 import math
-import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from zerojax.errors import PolicyError
+from zerojax.errors import PolicyError, check_pattern
+from zerojax.precision import Precision, settings_text
+from zerojax.wire import Wire
 
-DTYPES = ("bfloat16", "float16", "float32", "float64")
 Gradients = Literal["global", "per_device"]
-
-
-def has_64_bits() -> bool:
-    """Whether jax keeps 64-bit numbers in this thread (its option jax_enable_x64)."""
-    return jax.dtypes.canonicalize_dtype("float64") == np.float64
-
-
-@dataclasses.dataclass(frozen=True)
-class Precision:
-    """The dtypes of a step.
-
-    Args:
-      params: dtype of parameters and optimizer state at rest; not float16, in which sums of
-        gradients overflow.
-      compute: dtype in which the model reads parameters, and which gathers move; None means the
-        same as `params`.
-      reduce: dtype in which gradients are summed across devices; None means the same as `compute`.
-        A dtype other than `compute` requires `gradients="per_device"`, where each device
-        differentiates its own part of the batch.
-      accumulate: dtype in which gradients of microbatches are added; not float16.
-      keep: from a regex for a parameter's whole path, such as "router/.*", to the dtype in which
-        that parameter is stored, computed and reduced.
-
-    Raises:
-      PolicyError: a dtype is unknown or not possible in its field, or a regex is invalid.
-
-    >>> precision = Precision(compute="bfloat16", keep={"router/.*": "float32"})
-    >>> precision.reduce_dtype, precision.computed("mlp/kernel", "float32")
-    ('bfloat16', 'bfloat16')
-    >>> precision.computed("router/kernel", "float32")
-    'float32'
-    """
-
-    params: str = "float32"
-    compute: str | None = None
-    reduce: str | None = None
-    accumulate: str = "float32"
-    keep: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
-
-    def __post_init__(self):
-        for field in ("params", "compute", "reduce", "accumulate"):
-            if (dtype := getattr(self, field)) is not None:
-                object.__setattr__(self, field, self._checked(field, dtype))
-        keep = {}
-        for pattern, dtype in dict(self.keep).items():
-            keep[pattern] = self._checked(f"keep[{pattern!r}]", dtype)
-            _check_pattern("Precision.keep", pattern)
-        object.__setattr__(self, "keep", tuple(keep.items()))
-
-    def __repr__(self) -> str:
-        return f"Precision({_others(self).removeprefix(', ')})"
-
-    def _checked(self, field: str, dtype) -> str:
-        """Returns the name of a dtype that is possible in that field."""
-        name = _dtype_name(field, dtype)
-        if name == "float16" and field not in ("compute", "reduce"):
-            raise PolicyError(f'Precision({field}="float16"): sums over a batch overflow above '
-                              '65504; write "float32" or "bfloat16" here, and use float16 as '
-                              'compute="float16", where the loss is scaled.')
-        if name == "float64" and not has_64_bits():
-            raise PolicyError(f'Precision({field}="float64"): jax uses float32 instead unless its '
-                              "option jax_enable_x64 is on; turn it on first, or write float32.")
-        return name
-
-    @property
-    def compute_dtype(self) -> str:
-        """The compute dtype; that of `params` if `compute` is None."""
-        return self.compute or self.params
-
-    @property
-    def reduce_dtype(self) -> str:
-        """The reduce dtype; the compute dtype if `reduce` is None."""
-        return self.reduce or self.compute_dtype
-
-    def kept(self, path: str) -> str | None:
-        """Returns the dtype that `keep` gives a parameter, or None.
-
-        Patterns also match the path without linen's leading "params/".
-        """
-        names = (path, path.removeprefix("params/"))
-        return next((dtype for pattern, dtype in dict(self.keep).items()
-                     if any(re.fullmatch(pattern, name) for name in names)), None)
-
-    def at_rest(self, path: str) -> str:
-        """Returns the dtype of a trained parameter between steps."""
-        return self.kept(path) or self.params
-
-    def computed(self, path: str, dtype) -> str:
-        """Returns the dtype in which the model reads a parameter stored in `dtype`.
-
-        Parameters of integer and complex dtypes are read as they are stored.
-        """
-        wanted = self.kept(path) or self.compute
-        return wanted if wanted and jnp.issubdtype(dtype, jnp.floating) else str(dtype)
-
-    def reduced(self, path: str, dtype) -> str:
-        """Returns the dtype in which a parameter's gradients are summed across devices.
-
-        `dtype` is the one in which the parameter is stored.
-        """
-        kept = self.kept(path)
-        if self.reduce and kept:
-            return str(jnp.promote_types(self.reduce, kept))
-        return self.reduce or self.computed(path, dtype)
-
-    def as_dict(self) -> dict:
-        """Returns the fields as values that JSON can hold."""
-        return {**vars(self), "keep": dict(self.keep)}
-
-
-def _dtype_name(field: str, dtype) -> str:
-    """Returns the name of a floating dtype given as text, numpy dtype or scalar type."""
-    name = dtype if isinstance(dtype, str) else _name(dtype)
-    if name in DTYPES:
-        return name
-    near = next(iter(difflib.get_close_matches(name, DTYPES, 1, 0.5)), "")
-    raise PolicyError(f"Precision({field}={dtype!r}): not a supported dtype; "
-                      f"write {_instead(field, near)}.")
-
-
-def _instead(field: str, near: str) -> str:
-    """Returns what to write for an unknown dtype, whose nearest is `near`, "" if there is none."""
-    if not near:
-        return f"one of {', '.join(DTYPES)}"
-    if field != "params" or near not in ("bfloat16", "float16"):
-        return f'"{near}"' if field.startswith("keep") else f'zj.Precision({field}="{near}")'
-    # `params` is the first argument, so that the field may not be meant
-    text = f'zj.Precision(compute="{near}"), which keeps parameters and optimizer state in float32'
-    return text + (', or zj.Precision(params="bfloat16"), which does not' if near[0] == "b" else "")
-
-
-def _name(dtype) -> str:
-    """Returns the name of a numpy dtype or scalar type; "" for anything else."""
-    if isinstance(dtype, np.dtype):
-        return dtype.name
-    return getattr(dtype, "__name__", "")
-
-
-def _check_pattern(what: str, pattern: str):
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise PolicyError(f"{what} {pattern!r} is not a valid regular expression: "
-                          f"{error}.") from None
 
 
 def _given(value) -> str:
@@ -180,21 +33,24 @@ def _mesh_for(given) -> str:
     return "zj.make_mesh(devices=devices)" if isinstance(given, list | tuple) else "zj.make_mesh()"
 
 
-def _others(settings: Any, *shown: str) -> str:
-    """Returns the settings that differ from their defaults as text, except those already shown."""
-    fields = [f for f in dataclasses.fields(settings) if f.name not in shown]
-    values = {f.name: getattr(settings, f.name) for f in fields}
-    values |= {name: dict(x) for name, x in values.items() if isinstance(x, Mapping)}
-    defaults = {name: getattr(type(settings), name, {}) for name in values}  # {}: from a factory
-    return "".join(f", {name}={value!r}" for name, value in values.items()
-                   if value != defaults[name])
-
-
 def _kind(mesh: Any) -> str:
     """Returns the kind of a mesh's devices."""
     if isinstance(mesh, AbstractMesh):
         return "simulated"
     return mesh.devices.flat[0].device_kind
+
+
+def _names(given: Any) -> tuple[str, ...]:
+    """Returns axes given as one name, several or None."""
+    return (given,) if isinstance(given, str) else tuple(given or ())
+
+
+def _usual_axes(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the axes over which a state is sharded on a mesh of `make_mesh`."""
+    return ("host", "data") if "host" in names else ("data",)
+
+
+_FULL, _AS_COMPUTED = Precision(), Wire()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,9 +60,11 @@ class Policy:
     mesh: Mesh | AbstractMesh = None  # pyright: ignore[reportAssignmentType]
     stage: int = 3
     _: dataclasses.KW_ONLY
-    precision: Precision = Precision()
-    axis: tuple[str, ...] | str = ("data",)
+    precision: Precision = _FULL
+    axis: tuple[str, ...] | str | None = None
     replica_axis: str | None = None
+    secondary: tuple[str, ...] | str | None = None
+    wire: Wire = _AS_COMPUTED
     gradients: Gradients | None = None
     rules: Mapping[str, PartitionSpec] = dataclasses.field(default_factory=dict)
     min_shard: int = 2**16
@@ -214,14 +72,17 @@ class Policy:
 
     def __post_init__(self):
         self._check_types()
-        object.__setattr__(self, "axis", self.axes)
         names = self.mesh.axis_names
+        if self.axis is None:
+            object.__setattr__(self, "axis", _usual_axes(names))
+        object.__setattr__(self, "axis", self.axes)
         if self.replica_axis is None and "replica" in names and "replica" not in self.axes:
             object.__setattr__(self, "replica_axis", "replica")
         object.__setattr__(self, "rules", MappingProxyType(dict(self.rules)))
         self._check_choices()
         self._check_rules()
         self._check_axes()
+        self._check_secondary()
         self._check_auto()
 
     def _check_types(self):
@@ -233,7 +94,10 @@ class Policy:
             raise PolicyError(f"Zero(precision={self.precision!r}): not a Precision; write "
                               'zj.Precision(compute="bfloat16"), for float32 parameters that are '
                               "gathered and multiplied in bfloat16.")
-        for name in ("axis", "replica_axis"):
+        if not isinstance(self.wire, Wire):
+            raise PolicyError(f"Zero(wire={self.wire!r}): not a Wire; write "
+                              'zj.Wire(gather="int8"), or leave it out.')
+        for name in ("axis", "replica_axis", "secondary"):
             value = getattr(self, name)
             named = value if isinstance(value, tuple | list) else (value,)
             if not all(isinstance(axis, str) for axis in named if value is not None):
@@ -259,7 +123,7 @@ class Policy:
             if not isinstance(spec, PartitionSpec):
                 raise PolicyError(f"rule {pattern!r}: {spec!r} is not a PartitionSpec; "
                                   f"write jax.P({spec!r}).")
-            _check_pattern("rule", pattern)
+            check_pattern("rule", pattern)
 
     def _check_axes(self):
         names = self.mesh.axis_names
@@ -275,6 +139,19 @@ class Policy:
             raise PolicyError(f"Zero: the mesh has axes {names}, but not {missing}; build it with "
                               f"zj.make_mesh(), or name its own: Zero(mesh, axis={names[-1:]!r}).")
 
+    def _check_secondary(self):
+        chosen, axes = self.secondary_axes, self.axes
+        if chosen and (self.stage != 3 or not set(chosen) < set(axes)):
+            raise PolicyError(f"Zero(stage={self.stage}, axis={axes}, secondary={chosen}): the "
+                              "second copy that stage 3 keeps for the backward pass is sharded "
+                              "over some of the axes of the state, but not all; write stage=3 on "
+                              'a mesh with an axis of hosts: Zero(zj.make_mesh(hosts=8), 3, '
+                              'secondary="data").')
+        if chosen and chosen != axes[-len(chosen):]:
+            raise PolicyError(f"Zero(axis={axes}, secondary={chosen}): the second copy is sharded "
+                              "over the last of the axes, whose devices are nearest to each other; "
+                              f"write axis={(*[a for a in axes if a not in chosen], *chosen)}.")
+
     def _check_auto(self):
         """Raises `PolicyError` for mesh axes on which sharding constraints are not possible."""
         names = self.mesh.axis_names
@@ -288,17 +165,33 @@ class Policy:
 
     def __repr__(self) -> str:
         axes = ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items())
+        shown = ["mesh", "stage"] + ["axis"] * (self.axes == _usual_axes(self.mesh.axis_names))
         return (f"{type(self).__name__}(mesh of {axes} ({_kind(self.mesh)}), stage={self.stage}"
-                f"{_others(self, 'mesh', 'stage')})")
+                f"{settings_text(self, *shown)})")
 
     def __hash__(self):
         return hash((self.mesh, self.stage, self.precision, self.axes, self.replica_axis,
-                     self.gradients, self.min_shard, self.uneven, tuple(self.rules.items())))
+                     self.secondary_axes, self.wire, self.gradients, self.min_shard, self.uneven,
+                     tuple(self.rules.items())))
 
     @property
     def axes(self) -> tuple[str, ...]:
         """The mesh axes over which one copy of the state is sharded."""
-        return (self.axis,) if isinstance(self.axis, str) else tuple(self.axis)
+        return _names(self.axis)
+
+    @property
+    def secondary_axes(self) -> tuple[str, ...]:
+        """The last of `axes`, over which stage 3 shards the copy for the backward pass; or ()."""
+        return _names(self.secondary)
+
+    @property
+    def spec_axes(self) -> tuple[str, ...]:
+        """`axes` in the order in which a dimension is split over them: the second copy's first.
+
+        The axes that are gathered first must be the minor ones: XLA would otherwise permute shards.
+        """
+        first = tuple(axis for axis in self.axes if axis not in self.secondary_axes)
+        return self.secondary_axes + first
 
     @property
     def batch_axes(self) -> tuple[str, ...]:

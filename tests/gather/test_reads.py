@@ -45,10 +45,11 @@ def by_a_layer_that_is_dropped(w):
 
 PROGRAMS = {
     "a loop over its layers": (layers, {1}, Use(1, 1)),
-    "the same, rematerialised": (lambda w: layers(w, jax.checkpoint(layer)), {1}, Use(2, 1)),
+    "the same, rematerialised": (lambda w: layers(w, jax.checkpoint(layer)), {1},
+                                 Use(2, 1, again=1)),
     "two loops": (lambda w: layers(w, x=layers(w)), {1}, Use(2, 2)),
     "a loop over a sharded dimension": (layers, {0}, Use(1, 1)),
-    "remat within remat": (nested, {1}, Use(3, 1)),
+    "remat within remat": (nested, {1}, Use(3, 1, again=2)),
     "two of eight layers": (lambda w: X @ w[0] + X @ w[1], {1}, Use(0.25, 0.25)),
     "one layer twice": (lambda w: X @ w[0] + X @ w[0], {1}, Use(0.125, 0.125)),
     "layers of a sharded dimension": (lambda w: X @ w[0] + X @ w[1], {0}, Use(1, 1)),

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from zerojax import trees
 from zerojax.errors import BatchError, PolicyError
-from zerojax.policy import Policy, has_64_bits
+from zerojax.policy import Policy
+from zerojax.precision import has_64_bits
 
 _MOST = 6  # items that an error names
 _NUMBERS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, int, float)

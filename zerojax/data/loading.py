@@ -12,7 +12,8 @@ import numpy as np
 
 from zerojax.data import batch as batches
 from zerojax.errors import BatchError
-from zerojax.policy import Policy, has_64_bits
+from zerojax.policy import Policy
+from zerojax.precision import has_64_bits
 from zerojax.processes import fingerprint
 
 _NOTHING = object()

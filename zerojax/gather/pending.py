@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from zerojax.gather import formats
 from zerojax.gather.pair import Pair
 
 
@@ -21,13 +23,16 @@ class Parameter:
       gathered: The parameter as gathered at the start of the step, or None.
       pair: How the parameter is gathered and its cotangent scattered.
       path: The parameter's path, for messages.
+      seed: That of random rounding, uint32, or None.
     """
 
-    def __init__(self, x: jax.Array, gathered: jax.Array | None, pair: Pair, path: str):
+    def __init__(self, x: jax.Array, gathered: jax.Array | None, pair: Pair, path: str,
+                 seed: jax.Array | None):
         self.x = x
         self.gathered = gathered
         self.pair = pair
         self.path = path
+        self.seed = seed
         self._pieces = {}
 
     @functools.cached_property
@@ -40,7 +45,7 @@ class Parameter:
 
     @functools.cached_property
     def _shared(self):
-        return self.pair.read(self.x, self._whole)
+        return self.pair.read(self.x, self._whole, seed=self.seed)
 
     def read(self, dtype: str, accumulated: bool) -> jax.Array:
         """Returns the whole parameter, in the compute dtype or a wider one.
@@ -78,16 +83,17 @@ class Pending:
         self.dtype = dtype
 
     @classmethod
-    def of(cls, x, gathered, pair: Pair, dtype: str, path: str) -> "Pending":
+    def of(cls, x, gathered, pair: Pair, dtype: str, path: str, seed=None) -> "Pending":
         """Returns a view of all of a new parameter; see `Parameter` for the arguments."""
-        return cls(Parameter(x, gathered, pair, path), tuple(range(len(pair.spec))), dtype)
+        return cls(Parameter(x, gathered, pair, path, seed), tuple(range(len(pair.spec))), dtype)
 
     def tree_flatten(self):
-        return (self.x, self.gathered), (self.pair, self.dtype, self.path)
+        return (self.x, self.gathered, self.parameter.seed), (self.pair, self.dtype, self.path)
 
     @classmethod
     def tree_unflatten(cls, aux, children):
-        return cls.of(*children, *aux)
+        x, gathered, seed = children
+        return cls.of(x, gathered, *aux, seed)
 
     @property
     def x(self):
@@ -135,14 +141,22 @@ class Pending:
         """Returns the pieces that `pieces_of` cuts an array into, each with a read of its own."""
         xs = pieces_of(self.x)
         gathered = [None] * len(xs) if self.gathered is None else pieces_of(self.gathered)
-        return [Pending.of(x, whole, pair, self.dtype, self.path)
+        return [Pending.of(x, whole, pair, self.dtype, self.path, self.parameter.seed)
                 for x, whole in zip(xs, gathered, strict=True)]
+
+    def with_seeds(self) -> "Pending":
+        """Returns the view with one seed for each of the slices that a scan cuts it into."""
+        seed = self.parameter.seed
+        if seed is None:
+            return self
+        seeds = formats.mixed(seed, jnp.arange(self.shape[0]))
+        return Pending.of(self.x, self.gathered, self.pair, self.dtype, self.path, seeds)
 
     def sliced(self) -> "Pending":
         """Returns the view without its first dimension, after a scan has sliced its arrays."""
         rest = self.pair.only(range(1, len(self.pair.spec)))
-        parameter = self.parameter
-        return Pending.of(parameter.x, parameter.gathered, rest, self.dtype, self.path)
+        p = self.parameter
+        return Pending.of(p.x, p.gathered, rest, self.dtype, self.path, p.seed)
 
 
 def array(x: Any) -> Any:

@@ -83,13 +83,14 @@ def count(jaxpr: Any, params: Sequence[Sharded | None]) -> list[Use]:
     >>> w = jax.ShapeDtypeStruct((8, 4), "float32")
     >>> f = jax.checkpoint(lambda w, x: x @ w)
     >>> count(jax.make_jaxpr(lambda w: f(w, jnp.ones(8)))(w), [Sharded((8, 4), {0})])
-    [Use(gathers=2.0, scatters=1.0, calls=1)]
+    [Use(gathers=2.0, scatters=1.0, calls=1, again=1.0)]
     """
     jaxpr = uses.without_constants(jaxpr)
     scope = _Scope(len(params))
     scope.visit(jaxpr, {v: _View(i, p, tuple(range(len(p.shape))), tuple(p.shape))
                         for i, (v, p) in enumerate(zip(jaxpr.invars, params, strict=False)) if p})
-    return [Use(reads.forward + reads.backward, reads.scopes) for reads in scope.reads]
+    return [Use(reads.forward + reads.backward, reads.scopes, again=reads.backward)
+            for reads in scope.reads]
 
 
 class _Scope:

@@ -28,6 +28,7 @@ from jax.sharding import Sharding
 
 from zerojax import errors
 from zerojax.gather import uses
+from zerojax.gather.pair import SECOND_COPY
 from zerojax.gather.pending import Pending, array
 
 
@@ -172,6 +173,7 @@ def _scan(eqn: _Equation, args: list) -> list[Any]:
         return results[:len(carry)], results[len(carry):]
 
     settings = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    xs = [x.with_seeds() if isinstance(x, Pending) else x for x in xs]
     carry, ys = jax.lax.scan(body, carry, xs, **settings)
     return [*carry, *ys]
 
@@ -216,7 +218,16 @@ def _remat(eqn: _Equation, args: list) -> list[Any] | None:
     def body(*args):
         return [array(x) for x in evaluate(params["jaxpr"], args)]
 
-    return jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])(*args)
+    policy = params["policy"]
+    if any(isinstance(x, Pending) and x.pair.secondary for x in args):
+        policy = _keeping_second_copies(policy)
+    return jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=policy)(*args)
+
+
+def _keeping_second_copies(policy: Callable | None) -> Callable:
+    policies = jax.checkpoint_policies
+    return policies.save_from_both_policies(policies.save_only_these_names(SECOND_COPY),
+                                            policy or policies.nothing_saveable)
 
 
 def _call(eqn: _Equation, args: list) -> list[Any] | None:

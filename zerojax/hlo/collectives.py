@@ -90,6 +90,25 @@ class Collective:
         """The bytes that each device sends for all arrays in one execution of the program."""
         return sum(map(self.wire, self.shapes))
 
+    def between(self, per_host: int) -> float:
+        """Returns the bytes that each device sends to other hosts, of `wire_bytes`, on average.
+
+        A ring leaves a host once, whatever the number of its devices in a group. All-to-alls send
+        as much to each device, and permutations what their pairs say.
+
+        Args:
+          per_host: the number of devices in a host; they are numbered host by host.
+        """
+        hosts = [[device // per_host for device in group] for group in self.groups] or [[0]]
+        if self.kind == "collective-permute":
+            return self.wire_bytes * sum(a != b for a, b in hosts) / len(hosts)
+        here = hosts[0].count(hosts[0][0])
+        if here == len(hosts[0]):
+            return 0.0
+        if "all-to-all" in self.kind:
+            return self.wire_bytes * (self.size - here) / (self.size - 1)
+        return self.wire_bytes / here
+
     def axes(self, mesh: Mapping[str, int]) -> tuple[str, ...] | None:
         """Returns the mesh axes it runs over; None if no set of axes has its groups.
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -75,6 +76,21 @@ def computed(policy: Policy, leaf: Leaf) -> str:
     return policy.precision.computed(leaf.path, leaf.dtype)
 
 
+def on_wire(policy: Policy, leaf: Leaf) -> tuple[str, str]:
+    """Returns the formats of `Policy.wire` in which a leaf is gathered and its gradient reduced.
+
+    "" stands for the compute dtype and the reduce dtype.
+    """
+    if (leaf.group == "state" or leaf.overwritten
+            or not jnp.issubdtype(leaf.dtype, jnp.floating)):
+        return "", ""
+    wire, reduce = policy.wire, policy.wire.reduce if leaf.trained else None
+    dimensions = len(leaf.shape) - (leaf.scanned is not None)
+    if dimensions < 2 or wire.excludes(leaf.path):  # not in blocks
+        return "", reduce if reduce == "bfloat16" else ""
+    return wire.gather or "", reduce or ""
+
+
 def place(policy: Policy, leaf: Leaf) -> Placement:
     """Returns the placement of a leaf of a model under a policy.
 
@@ -84,7 +100,7 @@ def place(policy: Policy, leaf: Leaf) -> Placement:
     if rule is None:
         return place_other(policy, leaf, policy.uneven == "pad" and leaf.group != "state")
     pad = policy.uneven == "pad" and policy.stage > 0
-    ruled = rules.by_rule(leaf, rule, policy.rules[rule], policy.axes, policy.mesh.shape,
+    ruled = rules.by_rule(leaf, rule, policy.rules[rule], policy.spec_axes, policy.mesh.shape,
                           policy.replica_axis, pad)
     return ruled if policy.stage else _whole(ruled)
 
@@ -94,7 +110,7 @@ def place_other(policy: Policy, leaf: Leaf, pad: bool = False) -> Placement:
     if leaf.dtype.startswith("key"):
         return Placement(leaf.base, leaf.base, "a random key")
     base = rules.keep(leaf.base, lambda axis: axis in policy.mesh.axis_names)
-    ruled = rules.shard(dataclasses.replace(leaf, base=base), policy.axes, policy.shards,
+    ruled = rules.shard(dataclasses.replace(leaf, base=base), policy.spec_axes, policy.shards,
                         policy.min_shard, pad)
     return ruled if policy.stage else _whole(ruled)
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 
 from zerojax.hlo import collectives
 from zerojax.hlo.collectives import Collective
-from zerojax.hlo.program import BITS, Program
+from zerojax.hlo.program import BITS, Program, Shape
 from zerojax.layout.rules import Leaf
 from zerojax.plan import budget, finding, foreign, provenance
 from zerojax.plan.budget import Pair
@@ -103,7 +103,7 @@ def missing(demand: Demand, program: Program, found: Sequence[Collective]) -> It
     XLA then computes with shards, as in tensor parallelism. A loop whose count is not known hides
     how much is gathered, so that any gather will do.
     """
-    pairs = [(c, s) for one in found if _gathers_parameters(demand, one)
+    pairs = [(c, s) for one in found if one.kind == "all-gather"
              for c, s in _arrays(one) if not _in_optimizer(c)]
     unknown = any(i.trips_unknown for body in program.computations.values() for i in body)
     groups = collections.defaultdict(list)
@@ -111,15 +111,16 @@ def missing(demand: Demand, program: Program, found: Sequence[Collective]) -> It
         if demand.is_read(leaf) and leaf.group != "state":
             groups[key(demand.local(leaf, place))].append(leaf)
     for dims, leaves in groups.items():
-        there = sum(s.elements * c.trips for c, s in pairs if set(leaves) & demand.owners(s).keys())
+        there = sum(s.elements * c.trips for c, s in pairs if set(leaves) & _wholes(demand, c, s))
         share = sum(min(1.0, demand.gathers(leaf)) for leaf in leaves)
         if not there or (not unknown and there * budget.SLACK < share * math.prod(dims)):
             yield _ungathered(demand, leaves, there / math.prod(dims), share)
 
 
-def _gathers_parameters(demand: Demand, c: Collective) -> bool:
-    axes = set(c.axes(demand.policy.mesh.shape) or ())
-    return c.kind == "all-gather" and axes == set(demand.policy.axes)
+def _wholes(demand: Demand, c: Collective, s: Shape) -> set[Leaf]:
+    """Returns the parameters that an array may be, whole; not their parts or scales."""
+    axes = c.axes(demand.policy.mesh.shape) or ()
+    return {move.leaf for move in demand.owners(s, c.kind, axes) if move.whole}
 
 
 def _ungathered(demand: Demand, leaves: Sequence[Leaf], there: float, share: float) -> Finding:
@@ -170,7 +171,7 @@ def _in_optimizer(c: Collective) -> bool:
 def _is_scattered(demand: Demand, pairs: Sequence[Pair]) -> bool:
     """Whether the gradients of all sharded parameters are reduce-scattered, by their elements."""
     there = sum(s.elements * c.trips for c, s in pairs
-                if c.kind == "reduce-scatter" and demand.owners(s))
+                if c.kind != "all-gather" and _wholes(demand, c, s))
     wanted = sum(min(1.0, demand.reductions(leaf)) * math.prod(demand.local(leaf, place))
                  for leaf, place in demand.sharded)
     return there * budget.SLACK >= wanted

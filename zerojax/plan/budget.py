@@ -1,14 +1,14 @@
 """How many elements of its parameters ZeRO moves at most, and the arrays that exceed it."""
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from zerojax.hlo.collectives import Collective
 from zerojax.hlo.program import Shape
-from zerojax.layout.rules import Leaf
 from zerojax.plan import finding, provenance
 from zerojax.plan.demand import Demand, key
 from zerojax.plan.finding import Finding
+from zerojax.plan.moves import Move
 from zerojax.tables import quantity
 
 SLACK = 1.02
@@ -17,15 +17,21 @@ Pair = tuple[Collective, Shape]
 
 
 def exceeding(demand: Demand, pairs: Sequence[Pair], group: Callable,
-              owners: Callable[[Shape], Mapping[Leaf, int]]) -> tuple[list, list[Pair]]:
-    """Returns findings for the arrays that exceed the budgets of their groups, and the others."""
+              owners: Callable[..., list[Move]]) -> tuple[list, list[Pair]]:
+    """Returns findings for the arrays that exceed the budgets of their groups, and the others.
+
+    Args:
+      group: returns the key of an array's group.
+      owners: returns the moves that an array may belong to, such as `Demand.owners`.
+    """
     groups = collections.defaultdict(list)
     for pair in pairs:
         groups[group(demand, *pair)].append(pair)
     found, left = [], []
     for mine in groups.values():
         c, s = mine[0]
-        findings, rest = _too_often(demand, mine, _most(demand, c, owners(s)))
+        axes = c.axes(demand.policy.mesh.shape) or ()
+        findings, rest = _too_often(demand, mine, _most(demand, c, owners(s, c.kind, axes)))
         found += findings
         left += rest
     return found, left
@@ -35,12 +41,13 @@ def by_shape(demand: Demand, c: Collective, s: Shape) -> tuple:
     """Returns the key of a budget: of all reductions over the same axes, or of one shape."""
     if c.kind == "all-reduce":
         return c.kind, c.axes(demand.policy.mesh.shape)
-    return c.kind, key(s.dims)
+    return c.kind, c.axes(demand.policy.mesh.shape), key(s.dims)
 
 
 def by_family(demand: Demand, c: Collective, s: Shape) -> tuple:
     """Returns the key of a budget: of all parameters that are related to the owners of an array."""
-    return c.kind, demand.family(s)
+    axes = c.axes(demand.policy.mesh.shape) or ()
+    return c.kind, axes, frozenset(demand.relatives(s, c.kind, axes))
 
 
 def _too_often(demand: Demand, pairs: list[Pair], most: float) -> tuple[list[Finding], list[Pair]]:
@@ -63,7 +70,7 @@ def _too_often(demand: Demand, pairs: list[Pair], most: float) -> tuple[list[Fin
     return odd, left
 
 
-def _most(demand: Demand, c: Collective, owners: Mapping[Leaf, int]) -> float:
+def _most(demand: Demand, c: Collective, owners: Sequence[Move]) -> float:
     """Returns the number of elements that ZeRO moves of these parameters at most, in all iterations
     of all loops.
 
@@ -75,6 +82,4 @@ def _most(demand: Demand, c: Collective, owners: Mapping[Leaf, int]) -> float:
         times = 1 if demand.per_device else 2 * demand.accumulate
         over_copies = c.axes(demand.policy.mesh.shape) == (demand.policy.replica_axis,)
         return times * demand.summed + (demand.scattered if over_copies else 0)
-    if c.kind == "all-gather":
-        return sum(demand.gathers(leaf) * n for leaf, n in owners.items())
-    return sum(demand.reductions(leaf) * n for leaf, n in owners.items())
+    return sum(move.times * move.size for move in dict.fromkeys(owners))

@@ -34,7 +34,7 @@ from zerojax.errors import CompileError, ModelError
 from zerojax.layout import topology as topologies
 from zerojax.layout.topology import Topology
 from zerojax.plan import cache, provenance
-from zerojax.policy import has_64_bits
+from zerojax.precision import has_64_bits
 
 MEMORY = ("argument", "output", "alias", "temp", "generated_code", "host_argument", "host_output",
           "host_alias", "host_temp")

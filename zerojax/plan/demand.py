@@ -6,14 +6,12 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
-
-from jax.sharding import PartitionSpec as P
+from collections.abc import Collection, Sequence
 
 from zerojax.hlo.program import Shape
-from zerojax.layout import placement, rules
 from zerojax.layout.rules import Leaf, Placement
-from zerojax.plan import theory
+from zerojax.plan import moves, theory
+from zerojax.plan.moves import Count, Move
 from zerojax.policy import Policy
 from zerojax.trees import itemsize
 
@@ -29,15 +27,17 @@ class Use:
       gathers: times that it is gathered, the forward and the backward pass together.
       scatters: times that its gradient is reduced; 0 if it has none.
       calls: functions that gather it, in stages 1 and 2 once at their start.
+      again: those of `gathers` that recompute it in the backward pass.
     """
 
     gathers: float
     scatters: float
     calls: int = 1
+    again: float = 0.0
 
     def __add__(self, other: "Use") -> "Use":
         return Use(self.gathers + other.gathers, self.scatters + other.scatters,
-                   self.calls + other.calls)
+                   self.calls + other.calls, self.again + other.again)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,17 @@ class Demand:
         pairs = zip(self.leaves, self.uses or (), strict=False)
         return {leaf: use for leaf, use in pairs if use}
 
+    def count(self, leaf: Leaf) -> Count:
+        """Returns how often a step moves a sharded parameter at most."""
+        gathers = self.gathers(leaf)
+        return Count(gathers, gathers - self._again(leaf), self.reductions(leaf))
+
+    def _again(self, leaf: Leaf) -> float:
+        """Returns how many of the gathers are in the backward pass."""
+        if self.policy.stage < 3:
+            return 0.0
+        return self.accumulate * (self._use[leaf].again if leaf in self._use else 1.0)
+
     def gathers(self, leaf: Leaf) -> float:
         """Returns how many times a step gathers a sharded parameter at most."""
         if leaf not in self._use:
@@ -97,65 +108,66 @@ class Demand:
     def local(self, leaf: Leaf, place: Placement) -> tuple[int, ...]:
         """Returns the dimensions of a gathered parameter on one device, which the model's own axes
         still divide."""
-        axes = [rules.axes_of(P(entry)) for entry in place.whole]
-        sizes = self.policy.mesh.shape
-        shape = place.kept or leaf.shape
-        return tuple(d // math.prod(sizes[a] for a in on)
-                     for d, on in zip(shape, axes, strict=True))
+        return moves.local(self.policy, leaf, place, place.whole)
 
     @functools.cached_property
-    def _known(self) -> dict[int, list[tuple[tuple[int, ...], Leaf, int]]]:
-        """By number of elements: the sorted dimensions of each sharded parameter on one device, of
-        one layer of a stack of them and of a stack of stacks; with the parameter and its size
-        there."""
+    def moves(self) -> tuple[Move, ...]:
+        """The arrays of sharded parameters that ZeRO moves."""
+        return tuple(move for leaf, place in self.sharded for move in
+                     moves.of(self.policy, leaf, place, self.count(leaf), self.per_device))
+
+    @functools.cached_property
+    def _known(self) -> dict[int, list[tuple[tuple[int, ...], Move]]]:
+        """By number of elements: the sorted dimensions of each move, of one layer of a stack of
+        them and of a stack of stacks; with the move."""
+        places = dict(self.sharded)
         found = collections.defaultdict(list)
-        for leaf, place in self.sharded:
-            dims = self.local(leaf, place)
+        for move in self.moves:
+            place = places[move.leaf]
             stacks = [i for i, (rest, whole) in enumerate(zip(place.spec, place.whole, strict=True))
-                      if rest == whole]
-            for one in {_without(dims, sliced) for n in range(3)
+                      if rest == whole and i < len(move.dims)]
+            for one in {_without(move.dims, sliced) for n in range(3)
                         for sliced in itertools.combinations(stacks, n)}:
-                found[math.prod(one)].append((one, leaf, math.prod(dims)))
+                found[math.prod(one)].append((one, move))
         return found
 
-    def owners(self, shape: Shape) -> dict[Leaf, int]:
-        """Returns the sharded parameters that an array may belong to, each with its size on one
-        device."""
+    def owners(self, shape: Shape, kind: str | None = None,
+               axes: Collection[str] | None = None) -> list[Move]:
+        """Returns the moves that an array may belong to.
+
+        Args:
+          kind, axes: of the collective; None means any. The axes of a collective-permute are not
+            known.
+        """
         dims = key(shape.dims)
-        return {leaf: size for one, leaf, size in self._known.get(shape.elements, ())
-                if _alike(one, dims)}
+        return [move for one, move in self._known.get(shape.elements, ()) if _alike(one, dims)
+                and kind in (None, move.kind)
+                and (axes is None or kind == "collective-permute" or move.axes == set(axes))]
 
-    def relatives(self, shape: Shape) -> dict[Leaf, int]:
-        """Returns the owners of an array, and all parameters that arrays of their other shapes may
-        belong to, each with its size on one device."""
-        families = [self._families[leaf] for leaf in self.owners(shape)]
-        return {leaf: self._sizes[leaf] for family in families for leaf in family}
-
-    def family(self, shape: Shape) -> frozenset[int]:
-        """Returns a value that is the same for all arrays with the same `relatives`."""
-        return frozenset(id(self._families[leaf]) for leaf in self.owners(shape))
+    def relatives(self, shape: Shape, kind: str, axes: Collection[str]) -> list[Move]:
+        """Returns the owners of an array, and all moves of the same kind and axes that arrays of
+        their other shapes may belong to."""
+        families = [self._families[move] for move in self.owners(shape, kind, axes)]
+        return list({move: None for family in families for move in family})
 
     @functools.cached_property
-    def _sizes(self) -> dict[Leaf, int]:
-        return {leaf: math.prod(self.local(leaf, place)) for leaf, place in self.sharded}
+    def _families(self) -> dict[Move, set[Move]]:
+        """The moves of one kind over the same axes that have a shape in common, directly or through
+        others."""
+        families = {move: {move} for move in self.moves}
 
-    @functools.cached_property
-    def _families(self) -> dict[Leaf, set[Leaf]]:
-        """The sharded parameters that have a shape in common, directly or through others."""
-        families = {leaf: {leaf} for leaf in self._sizes}
-
-        def join(a: Leaf, b: Leaf) -> None:
-            if families[a] is not families[b]:
+        def join(a: Move, b: Move) -> None:
+            if families[a] is not families[b] and (a.kind, a.axes) == (b.kind, b.axes):
                 families[a] |= families[b]
                 families.update(dict.fromkeys(families[b], families[a]))
 
         for elements, entries in self._known.items():
             first = {}
-            for dims, leaf, _ in entries if elements > SMALLEST else ():
-                join(first.setdefault(dims, leaf), leaf)
-            for (a, leaf), (b, other) in itertools.combinations(first.items(), 2):
-                if _alike(a, b):
-                    join(leaf, other)
+            for dims, move in entries if elements > SMALLEST else ():
+                join(first.setdefault((dims, move.kind, move.axes), move), move)
+            for (a, move), (b, other) in itertools.combinations(first.items(), 2):
+                if _alike(a[0], b[0]):
+                    join(move, other)
         return families
 
     @functools.cached_property
@@ -195,8 +207,10 @@ class Demand:
             whole = theory.wire(0, self.accumulate, per_device=self.per_device)
             return whole.bytes(size, p.parts, reduce=reduce)
         copies = 2 * (p.replicas - 1) / p.replicas * size * reduce * self.wire.reduced / p.shards
-        compute = itemsize(placement.computed(p, leaf))
-        return copies + self.wire.bytes(size, p.shards, compute=compute, reduce=reduce)
+        backward = self.wire.gathered / 2 if p.stage == 3 else 0
+        count = Count(self.wire.gathered, self.wire.gathered - backward, self.wire.reduced)
+        return copies + sum(move.sent(p.mesh.shape) for move in
+                            moves.of(p, leaf, place, count, self.per_device))
 
 
 def key(dims: Sequence[int]) -> tuple[int, ...]:

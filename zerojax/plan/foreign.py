@@ -1,15 +1,15 @@
 """Why an array that a collective moves is none of ZeRO's."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
 from zerojax.hlo.collectives import Collective
 from zerojax.hlo.program import Shape
-from zerojax.layout import placement
 from zerojax.layout.rules import Leaf
 from zerojax.plan import provenance
 from zerojax.plan.demand import Demand
+from zerojax.plan.moves import Move
 from zerojax.trees import itemsize
 
 _FLOATS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
@@ -17,11 +17,13 @@ _FLOATS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f
 
 def reason(demand: Demand, c: Collective, s: Shape) -> str:
     """Returns the reason why an array is none of ZeRO's; empty if it is one."""
-    owners = demand.owners(s)
     axes = set(c.axes(demand.policy.mesh.shape) or ())
     if c.kind == "all-reduce":
-        return _reduction(demand, c, s, owners, axes)
-    if c.kind not in ("all-gather", "reduce-scatter"):
+        return _reduction(demand, c, s, _leaves(demand.owners(s)), axes)
+    if moves := demand.owners(s, c.kind, axes):
+        return _wide(demand, c, s, moves)
+    owners = _leaves(demand.owners(s))
+    if c.kind not in {move.kind for move in demand.moves} | {"all-gather", "reduce-scatter"}:
         return ("ZeRO moves nothing this way: an array changes its layout between devices, for "
                 "example a batch that is reshaped into microbatches (train_step(accumulate=...) "
                 "splits it without), or a table read at indices that other devices hold")
@@ -29,23 +31,24 @@ def reason(demand: Demand, c: Collective, s: Shape) -> str:
         return ("no parameter has this shape: it is the batch, an activation or its gradient. "
                 "Either the parameters are not read through zerojax, so that XLA moves "
                 "activations in their place, or the model contracts over the batch")
-    if axes != set(demand.policy.axes):
-        return (f"a parameter is moved over {sorted(axes) or 'other groups'}, "
-                f"not over {sorted(demand.policy.axes)}")
     if c.kind == "reduce-scatter" and not any(leaf.trained for leaf in owners):
-        return f"{next(iter(owners)).path} is frozen, but a gradient of it is reduced"
-    return _wide(demand, c, s, owners)
+        return f"{owners[0].path} is frozen, but a gradient of it is reduced"
+    wanted = dict.fromkeys(tuple(sorted(move.axes)) for move in demand.owners(s, c.kind))
+    return (f"a parameter is moved over {sorted(axes) or 'other groups'}, not over "
+            f"{' or '.join(map(str, map(list, wanted))) or sorted(demand.policy.axes)}")
 
 
-def _wide(demand: Demand, c: Collective, s: Shape, owners: Mapping[Leaf, int]) -> str:
+def _leaves(moves: Sequence[Move]) -> list[Leaf]:
+    return list(dict.fromkeys(move.leaf for move in moves))
+
+
+def _wide(demand: Demand, c: Collective, s: Shape, moves: Sequence[Move]) -> str:
     """Returns the reason why a parameter moves in too wide a dtype, or an empty string."""
-    p, gathers = demand.policy, c.kind == "all-gather"
-    dtypes = [placement.computed(p, leaf) if gathers else p.precision.reduced(leaf.path, leaf.dtype)
-              for leaf in owners]
+    dtypes = [move.dtype for move in moves]
     wanted = min(dtypes, key=itemsize)
     if s.dtype in map(hlo_name, dtypes) or itemsize(wanted) * s.elements >= s.bytes:
         return ""
-    if gathers:
+    if c.kind == "all-gather":
         return (f"a parameter is gathered as {s.dtype}, not as {hlo_name(wanted)} (Precision "
                 f"compute={wanted!r}): it is cast after the gather; train_step and zero.gathered "
                 "cast before it")
@@ -53,7 +56,7 @@ def _wide(demand: Demand, c: Collective, s: Shape, owners: Mapping[Leaf, int]) -
             f"{wanted!r}): the product that it comes from is of that dtype")
 
 
-def _reduction(demand: Demand, c: Collective, s: Shape, owners: Mapping[Leaf, int],
+def _reduction(demand: Demand, c: Collective, s: Shape, owners: Sequence[Leaf],
                axes: set[str]) -> str:
     if axes == {demand.policy.replica_axis}:
         return "" if s.elements <= demand.summed + demand.scattered else (
@@ -69,7 +72,7 @@ def _reduction(demand: Demand, c: Collective, s: Shape, owners: Mapping[Leaf, in
     return _summed_whole(demand, c, s, owners)
 
 
-def _summed_whole(demand: Demand, c: Collective, s: Shape, owners: Mapping[Leaf, int]) -> str:
+def _summed_whole(demand: Demand, c: Collective, s: Shape, owners: Sequence[Leaf]) -> str:
     padded = [leaf for leaf, place in demand.sharded if place.kept and leaf.trained]
     if padded and not demand.per_device and c.backward:
         return (f"gradients are summed whole, for example that of {padded[0].path}, which is "

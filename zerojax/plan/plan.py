@@ -85,6 +85,11 @@ class Plan(tables.Printed):
         return sum(t.bytes for t in self.communication)
 
     @property
+    def between(self) -> float | None:
+        """Bytes that each device sends to other hosts per step; None if they are not known."""
+        return None if self.topology is None else sum(t.between or 0 for t in self.communication)
+
+    @property
     def fits(self) -> bool | None:
         """See `Memory.fits`."""
         return self.memory.fits
@@ -170,7 +175,8 @@ class Plan(tables.Printed):
         topology = self.topology and self.topology.text
         return plain | {"figures": dict(self.figures), "compile_seconds": self.compile_seconds,
                         "cached": self.cached, "topology": topology, "fits": self.fits,
-                        "sent": self.sent, "ok": not any(f.wrong for f in self.findings)}
+                        "sent": self.sent, "between": self.between,
+                        "ok": not any(f.wrong for f in self.findings)}
 
     def parts(self) -> list:
         sheets = [_memory_sheet(self.memory), _traffic_sheet(self)]
@@ -193,6 +199,7 @@ def _percent(x: float) -> str:
 def _summary(plan: Plan) -> dict[str, tuple[float, Callable[[float], str]]]:
     kinds: dict[str, tuple] = {f"memory: {k}": (v, size) for k, v in plan.memory.kinds.items()}
     kinds |= {"memory: peak": (plan.memory.peak, size), "sent per step": (plan.sent, size),
+              "sent off host": (plan.between or 0.0, size),
               "ZeRO's": (plan.zero_bytes, size)}
     if plan.compute:
         kinds |= {"step, estimated": (plan.compute.seconds, seconds),
@@ -220,15 +227,18 @@ def _verdict(m: Memory) -> str:
 
 
 def _traffic_sheet(plan: Plan) -> Sheet:
-    rows = [_traffic_row(t) for t in plan.communication]
+    several = plan.topology is not None and plan.topology.hosts > 1
+    rows = [_traffic_row(t, several) for t in plan.communication]
+    between = (size(plan.between or 0),) * several
     count = _share(plan.communication)
     times = ("", "")
     if plan.compute:
         times = (seconds(sum(t.seconds or 0 for t in plan.communication)),
                  seconds(sum(t.exposed or 0 for t in plan.communication)))
-    rows.append(("all", "", "", "", count, size(plan.sent), *times))
-    rows.append(("ZeRO's", "", "", "", "", size(plan.zero_bytes), "", ""))
-    columns = ("", "dtype", "over", "where", "async/all", "sent", "takes", "exposed")
+    rows.append(("all", "", "", "", count, size(plan.sent), *between, *times))
+    rows.append(("ZeRO's", "", "", "", "", size(plan.zero_bytes), *("",) * several, "", ""))
+    columns = ("", "dtype", "over", "where", "async/all", "sent", *("off host",) * several, "takes",
+               "exposed")
     return Sheet("sent by each device per step", columns, tuple(rows))
 
 
@@ -237,12 +247,13 @@ def _share(rows: Sequence[Traffic]) -> str:
     return f"{sum(t.asynchronous for t in rows)}/{sum(t.count for t in rows)}"
 
 
-def _traffic_row(t: Traffic) -> tuple[str, ...]:
+def _traffic_row(t: Traffic, several: bool) -> tuple[str, ...]:
     where = "backward, " if t.backward else ""
     where += f"in a loop, {t.trips} x" if t.trips > 1 else "once"
     over = ", ".join(t.axes) if t.axes else "other groups"
     return (t.kind, t.dtype, over, where, _share([t]), size(t.bytes),
-            _or_nothing(t.seconds, seconds), _or_nothing(t.exposed, seconds))
+            *(_or_nothing(t.between, size),) * several, _or_nothing(t.seconds, seconds),
+            _or_nothing(t.exposed, seconds))
 
 
 def _or_nothing(x: float | None, show: Callable[[float], str]) -> str:

@@ -21,6 +21,7 @@ class Traffic:
       backward: whether the place belongs to the backward pass.
       count: the number of instructions.
       bytes: the bytes that each device sends per step.
+      between: those of `bytes` that it sends to other hosts; None if the hosts are not known.
       asynchronous: how many of the instructions have a start and a done.
       seconds: the time per step at the topology's bandwidths; None if they are not known.
       exposed: the part of `seconds` in which nothing else runs, or None.
@@ -34,6 +35,7 @@ class Traffic:
     backward: bool
     count: int
     bytes: float
+    between: float | None
     asynchronous: int
     seconds: float | None
     exposed: float | None
@@ -63,9 +65,11 @@ def _row(reading: Reading, key: tuple, found: list[Collective]) -> Traffic:
         return sum(share * of(c) for share, c in zip(shares, found, strict=True))
 
     seconds, exposed = _times(reading, total)
+    topology = reading.topology
+    between = topology and total(lambda c: c.between(topology.per_host))
     beside = [name for c in found for name in _beside(reading, c)]
     return Traffic(kind, dtype, axes, trips, backward, len(found), total(lambda c: c.wire_bytes),
-                   sum(c.asynchronous for c in found), seconds, exposed,
+                   between, sum(c.asynchronous for c in found), seconds, exposed,
                    tuple(dict.fromkeys(beside)))
 
 

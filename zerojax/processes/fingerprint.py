@@ -1,5 +1,6 @@
 """Fingerprints of a process's programs and settings, as fields that processes can compare."""
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -40,7 +41,8 @@ def of_policy(policy: Policy) -> dict:
             "policy": {"stage": policy.stage, "precision": policy.precision.as_dict(),
                        "gradients": policy.gradients, "axis": policy.axes,
                        "replica_axis": policy.replica_axis, "min_shard": policy.min_shard,
-                       "uneven": policy.uneven, "rules": rules}}
+                       "uneven": policy.uneven, "rules": rules,
+                       "secondary": policy.secondary_axes, "wire": dataclasses.asdict(policy.wire)}}
 
 
 def shapes(tree: Any) -> dict[str, str]:

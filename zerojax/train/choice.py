@@ -22,7 +22,7 @@ from zerojax import trees
 from zerojax.errors import LossError, PolicyError, ZeroError
 from zerojax.gather.pair import SCOPE
 from zerojax.layout import rules
-from zerojax.policy import Policy, Precision
+from zerojax.policy import Policy
 from zerojax.train.study import Objective, TracedLoss
 
 Tree = Any
@@ -133,7 +133,7 @@ def choose(policy: Policy, is_sum: bool, obstacles: Sequence[str]) -> tuple[bool
     why = _why_global(policy, is_sum, obstacles)
     if not why:
         return True, "the loss is a sum over examples"
-    _check_reduce(policy.precision, why)
+    _check_reduce(policy, why)
     return False, f"the loss {why}"
 
 
@@ -152,19 +152,33 @@ def fall_back(policy: Policy, error: Exception) -> tuple[bool, str]:
     Raises:
       PolicyError: the policy demands the way that failed.
     """
-    compute, reduce = policy.precision.compute_dtype, policy.precision.reduce_dtype
     if isinstance(error, ZeroError) and not isinstance(error, LossError):
         raise error
     why = _why_not(error)
-    if policy.gradients == "per_device" or reduce != compute:
+    wish, instead = _wish(policy)
+    if policy.gradients == "per_device" or wish:
         if isinstance(error, ZeroError):
             raise error
         needed = 'gradients="per_device"'
         if policy.gradients is None:
-            needed = f"Precision(reduce={reduce!r}), which needs {needed}"
+            needed = f"{wish}, which needs {needed}"
+        instead = f" and {instead}" if wish else ""
         raise PolicyError(f'{needed}: the loss {why}; write '
-                          f'gradients="global" and reduce={compute!r}.') from error
+                          f'gradients="global"{instead}.') from error
     return False, f"the loss {why}"
+
+
+def _wish(policy: Policy) -> tuple[str, str]:
+    """Returns the setting that only per-device gradients can honour, and what to write instead.
+
+    Both are "" if there is no such setting.
+    """
+    compute, reduce = policy.precision.compute_dtype, policy.precision.reduce_dtype
+    if reduce != compute:
+        return f"Precision(compute={compute!r}, reduce={reduce!r})", f"reduce={compute!r}"
+    if policy.wire.reduce:
+        return f"Wire(reduce={policy.wire.reduce!r})", "Wire(reduce=None)"
+    return "", ""
 
 
 def _why_not(error: Exception) -> str:
@@ -183,12 +197,12 @@ def _check_per_device(obstacles: Sequence[str]):
                               'without that, or write gradients="global".')
 
 
-def _check_reduce(precision: Precision, why: str):
-    compute, reduce = precision.compute_dtype, precision.reduce_dtype
-    if reduce != compute:
+def _check_reduce(policy: Policy, why: str):
+    wish, otherwise = _wish(policy)
+    if wish:
+        compute = policy.precision.compute_dtype
         instead = _INSTEAD.get(why, "Write the loss without that")
-        raise PolicyError(f"Precision(compute={compute!r}, reduce={reduce!r}): the loss {why}, so "
-                          "that it is differentiated as one loss over the whole batch, where XLA "
-                          f"reduces gradients in the dtype of the product, {compute}. {instead}, "
-                          "so that each device differentiates its own part, or write "
-                          f"reduce={compute!r}.")
+        raise PolicyError(f"{wish}: the loss {why}, so that it is differentiated as one loss over "
+                          "the whole batch, where XLA reduces gradients in the dtype of the "
+                          f"product, {compute}. {instead}, so that each device differentiates its "
+                          f"own part, or write {otherwise}.")

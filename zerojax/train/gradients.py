@@ -61,9 +61,10 @@ class Differentiator:
         the parameter's spec and in its dtype.
         """
         gathered = parameters.gather_once(self.policy, self.pairs, params)
+        seeds = self._seeds(inputs)
         differentiate = self._accumulated if self.accumulate > 1 else self._microbatch
         grads, loss, aux = differentiate(params, gathered, model_state, inputs, scale)
-        return self._reduced(grads, loss.weight, scale), loss, aux
+        return self._reduced(grads, loss.weight, scale, seeds), loss, aux
 
     def uses(self, still: Sequence[bool] = ()) -> tuple[Use, ...]:
         """Returns how often a microbatch needs each leaf of the parameters and of the state.
@@ -113,16 +114,17 @@ class Differentiator:
 
     def _microbatch(self, params, gathered, model_state, inputs, scale):
         """Returns (gradients of the total, loss, aux) of one microbatch."""
+        seeds = self._seeds(inputs)  # the same for all parts, so that no device needs another's
         if not self.per_device:
-            return self._whole(params, gathered, model_state, inputs, scale)
+            return self._whole(params, gathered, seeds, model_state, inputs, scale)
 
         def differentiate(part, state, inputs):
-            return part._whole(params, gathered, state, inputs, scale)
+            return part._whole(params, gathered, seeds, state, inputs, scale)
 
         grads_out = [0 if pair.at_end else None for pair in self._of_trained(self.pairs)]
         return self._over_parts(differentiate, grads_out, model_state, inputs)
 
-    def _whole(self, params, gathered, model_state, inputs, scale):
+    def _whole(self, params, gathered, seeds, model_state, inputs, scale):
         """Returns (gradients of the total, loss, aux) of inputs that are not split any further."""
         objective = self.objective
         state, treedef = jax.tree.flatten(model_state)
@@ -132,7 +134,7 @@ class Differentiator:
         def total(trained, fp8):
             xs = trees.put(params, is_trained, trained)
             ys = trees.put(state, is_fp8, fp8)
-            xs = parameters.opened(objective.leaves, self.pairs, xs, gathered)
+            xs = parameters.opened(objective.leaves, self.pairs, xs, gathered, seeds)
             ys = parameters.opened(objective.state_leaves, self.state_pairs, ys)
             loss, aux = self.traced(xs, ys, inputs)
             return loss.total, (loss, aux)
@@ -143,6 +145,10 @@ class Differentiator:
         grads, fp8 = pull(scale.seed(weight))
         after = treedef.unflatten(trees.put(jax.tree.leaves(loss.model_state), is_fp8, fp8))
         return scale.unscale(grads, weight), loss.replace(model_state=after), aux
+
+    def _seeds(self, inputs: list) -> list:
+        """Returns the seeds of random rounding, which differ between microbatches."""
+        return parameters.seeds_of(self.pairs, self.traced.key_among(inputs))
 
     def _scaled_weight(self, loss: Loss, scale):
         """Returns the weight for the scale: per device their mean, so that all scale alike."""
@@ -215,19 +221,19 @@ class Differentiator:
         return [pair.constrain(x, spec) for pair, x, spec
                 in zip(self._of_trained(self.pairs), grads, specs, strict=True)]
 
-    def _reduced(self, grads: Sequence, weight, scale) -> list:
+    def _reduced(self, grads: Sequence, weight, scale, seeds: Sequence) -> list:
         """Returns gradients of the mean from those of the total, at their spec and dtype.
 
         Sums at the end are scaled like those at each read: float16 cannot hold a large total.
         """
 
-        def mean(pair, x):
+        def mean(pair, x, seed):
             if pair.at_end:
-                x = scale.unscale(pair.sum_parts(scale.rescale(x, weight)), weight)
+                x = scale.unscale(pair.sum_parts(scale.rescale(x, weight), seed), weight)
             wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             return pair.constrain((wide / weight).astype(pair.params), pair.spec)
 
-        return list(map(mean, self._of_trained(self.pairs), grads))
+        return list(map(mean, self._of_trained(self.pairs), grads, self._of_trained(seeds)))
 
 
 def _merged(x):

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from zerojax.gather import reads, uses
+import jax
+
+from zerojax.errors import PolicyError
+from zerojax.gather import formats, reads, uses
 from zerojax.gather.pair import Pair, Reduction
 from zerojax.gather.pending import Pending
 from zerojax.layout import placement
@@ -25,10 +28,13 @@ def make_pairs(policy: Policy, leaves: Sequence[Leaf], places: Sequence[Placemen
     def pair(leaf, place):
         compute = placement.computed(policy, leaf)
         reduce = policy.precision.reduced(leaf.path, leaf.dtype) if leaf.trained else compute
+        gather_as, reduce_as = placement.on_wire(policy, leaf)
         return Pair(policy.mesh, place.spec, place.whole, leaf.dtype, compute, reduce,
-                    policy.axes, policy.replica_axis, _reduction(policy, place, per_device),
+                    policy.axes, policy.replica_axis, policy.secondary_axes,
+                    _reduction(policy, place, per_device),
                     wide=wide.get(leaf.path, ""), least=policy.min_shard,
-                    extra=_extra(leaf, place))
+                    extra=_extra(leaf, place), gather_as=gather_as, reduce_as=reduce_as,
+                    block=policy.wire.block)
 
     return list(map(pair, leaves, places))
 
@@ -63,19 +69,39 @@ def gather_once(policy: Policy, pairs: Sequence[Pair], params: Sequence) -> list
 
 
 def opened(leaves: Sequence[Leaf], pairs: Sequence[Pair], xs: Sequence,
-           gathered: Sequence | None = None) -> list:
+           gathered: Sequence | None = None, seeds: Sequence | None = None) -> list:
     """Returns parameters or state for a program: pending if sharded, else in the compute dtype.
 
     Args:
       gathered: see `gather_once`; None means that nothing was gathered.
+      seeds: see `seeds_of`; None means that nothing is rounded at random.
     """
+    nothing = [None] * len(xs)
 
-    def one(leaf, pair, x, whole):
+    def one(leaf, pair, x, whole, seed):
         if pair.sharded or pair.extra:
-            return Pending.of(x, whole, pair, pair.compute, leaf.path)
+            return Pending.of(x, whole, pair, pair.compute, leaf.path, seed)
         return x if leaf.dtype == pair.compute else x.astype(pair.compute)
 
-    return list(map(one, leaves, pairs, xs, gathered or [None] * len(xs)))
+    return list(map(one, leaves, pairs, xs, gathered or nothing, seeds or nothing))
+
+
+def seeds_of(pairs: Sequence[Pair], key: Any) -> list:
+    """Returns the seed of each parameter's random rounding, or None, derived from a random key.
+
+    Raises:
+      PolicyError: a gradient is rounded at random, but there is no key.
+    """
+    reduced = next((pair.reduce_as for pair in pairs if pair.reduce_as), "")
+    if not reduced:
+        return [None] * len(pairs)
+    if key is None:
+        raise PolicyError(f"Wire(reduce={reduced!r}) rounds gradients at random, which needs a "
+                          "random key that differs from step to step: give the loss one, as in "
+                          "value_and_grad(loss)(params, batch, key) with loss(params, batch, key), "
+                          "or write Wire(reduce=None).")
+    seed = jax.random.bits(key, (), "uint32")
+    return [formats.mixed(seed, i) if pair.reduce_as else None for i, pair in enumerate(pairs)]
 
 
 def uses_in(jaxpr: Any, pairs: Sequence[Pair]) -> list[Use]:

@@ -47,8 +47,13 @@ def of_model(state: Any, uses: Sequence[Use | None]) -> tuple[Use | None, ...]:
     that the count is never below that of ZeRO's formula.
     """
     found = [uses[i] if i < len(uses) else None for i in state_layout.known(state).model]
-    return tuple(use and Use(max(2.0, use.gathers), max(1.0, use.scatters), use.calls)
-                 for use in found)
+    return tuple(use and _at_least_once(use) for use in found)
+
+
+def _at_least_once(use: Use) -> Use:
+    gathers = max(2.0, use.gathers)
+    forward = max(1.0, use.gathers - use.again)
+    return Use(gathers, max(1.0, use.scatters), use.calls, gathers - forward)
 
 
 def check_settings(made_by: str, **given: Any) -> None:

@@ -115,6 +115,11 @@ class TracedLoss:
         n = len(self.consts)
         return dataclasses.replace(self, consts=tuple(new[:n])), new[n:]
 
+    def key_among(self, inputs: list) -> Any:
+        """Returns the first random key among the inputs and the closed-over values, or None."""
+        flags = [self.keys[i - len(inputs)] for i in range(len(self.keys))]
+        return next(iter(trees.taken([*inputs, *self.consts], flags)), None)
+
     @property
     def aux(self) -> list:
         """The shapes of the leaves of aux."""

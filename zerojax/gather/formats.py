@@ -1,0 +1,101 @@
+"""Formats in which arrays travel between devices.
+
+    encode   x[..., d]  ->  codes[..., d / block, block], scales[..., d / block, 1]
+    decode   codes x scales  ->  x[..., d]
+
+A scale is the largest absolute value of its block divided by the largest code, in float32. A block
+with a value that is not finite has a scale that is not finite, so that all of it decodes to such
+values. Needs no mesh: blocks are along the last dimension, so that shards encode on their own.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+_LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # codes
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A dtype on the wire, in blocks with a scale each, or as it is.
+
+    Attributes:
+      dtype: the dtype of the codes.
+      block: the number of elements that share a scale; 0 for a cast without scales.
+
+    >>> codes, scales = Format("int8", 2).encode(jnp.array([[0.5, -1.0, 0.0, 2.0]]))
+    >>> codes.tolist(), scales.shape
+    ([[[64, -127], [0, 127]]], (1, 2, 1))
+    """
+
+    dtype: str
+    block: int = 0
+
+    def encode(self, x: jax.Array, dither: jax.Array | None = None) -> tuple[jax.Array, ...]:
+        """Returns the codes, and the scales if there are any.
+
+        Args:
+          x: floating, `[..., d]` with d a multiple of `block`.
+          dither: uint32 random bits of the shape of `x`, by which values are rounded up or down at
+            random, so that the mean is `x` itself; None rounds to the nearest code.
+        """
+        if not self.block:
+            return (x.astype(self.dtype) if dither is None else _rounded_bfloat16(x, dither),)
+        x = self._blocks(x.astype(jnp.float32))
+        largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+        scales = jnp.where(largest == 0, 1.0, largest / _LARGEST[self.dtype])
+        return self._codes(x / scales, dither), scales
+
+    def decode(self, payload: tuple[jax.Array, ...], dtype: str) -> jax.Array:
+        """Returns the encoded array in a floating dtype."""
+        codes, *scales = payload
+        if not scales:
+            return codes.astype(dtype)
+        x = codes.astype(jnp.float32) * scales[0]
+        return x.reshape(*x.shape[:-2], -1).astype(dtype)
+
+    def _codes(self, x, dither):
+        if not jnp.issubdtype(self.dtype, jnp.integer):
+            return x.astype(self.dtype)
+        if dither is None:
+            return jnp.round(x).astype(self.dtype)
+        most = _LARGEST[self.dtype]
+        up = self._blocks(dither >> 8).astype(jnp.float32) * 2.0**-24  # in [0, 1)
+        return jnp.clip(jnp.floor(x + up), -most, most).astype(self.dtype)
+
+    def _blocks(self, x):
+        return x.reshape(*x.shape[:-1], -1, self.block)
+
+
+def _rounded_bfloat16(x, dither):
+    """Returns bfloat16 numbers: the dither carries into the bits that stay."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) + (dither >> 16)
+    kept = (bits >> 16).astype(jnp.uint16)
+    rounded = jax.lax.bitcast_convert_type(kept, jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def mixed(seed: jax.Array, number: jax.Array | int) -> jax.Array:
+    """Returns a uint32 seed derived from a seed and a number, elementwise.
+
+    Source: the finalizer of a 32-bit hash with low bias (Wellons, "Prospecting for hash
+    functions", 2018).
+    """
+    x = seed + jnp.uint32(0x9E3779B9) * (jnp.asarray(number).astype(jnp.uint32) + jnp.uint32(1))
+    x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x735A2D97)
+    return x ^ (x >> 15)
+
+
+def dither(seeds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns random bits, uint32 `[*seeds.shape, *shape]`, that depend on the seed and the index.
+
+    Every device computes those of its own part of the array.
+    """
+    index = jnp.zeros(shape, jnp.uint32)
+    for dim in range(len(shape)):
+        stride = math.prod(shape[dim + 1:]) % 2**32
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * jnp.uint32(stride)
+    return mixed(seeds.reshape(*seeds.shape, *[1] * len(shape)), index)
