@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 from zerojax.errors import PolicyError, check_pattern
 
@@ -62,15 +63,21 @@ class Wire:
         return re.fullmatch(self.exclude, path) is not None
 
 
-def block_of(size: int, most: int) -> int:
-    """Returns the size of the largest possible blocks; 0 if those are too small.
+def blocks_of(dims: Sequence[int], most: int) -> tuple[int, int]:
+    """Returns the dimension that is divided into blocks, and their size; size 0 if too small.
+
+    The dimension with the largest blocks is chosen, and the last of several.
 
     Args:
-      size: the size of the last dimension on one device.
+      dims: those of the shard on one device.
       most: the largest block.
 
-    >>> block_of(768, 512), block_of(10, 512)
-    (384, 0)
+    >>> blocks_of((768, 28), 512), blocks_of((10, 10), 512)
+    ((0, 384), (1, 0))
     """
-    block = max((b for b in range(1, min(size, most) + 1) if size % b == 0), default=0)
-    return block if block >= LEAST_BLOCK else 0
+    block, dim = max(((_largest_divisor(d, most), i) for i, d in enumerate(dims)), default=(0, 0))
+    return dim, block if block >= LEAST_BLOCK else 0
+
+
+def _largest_divisor(d: int, most: int) -> int:
+    return next((b for b in range(min(d, most), 0, -1) if d % b == 0), 0)

@@ -1,11 +1,11 @@
 """Formats in which arrays travel between devices.
 
-    encode   x[..., d]  ->  codes[..., d / block, block], scales[..., d / block, 1]
-    decode   codes x scales  ->  x[..., d]
+    encode   x[..., d, ...]  ->  codes[..., d / block, block, ...], scales[..., d / block, 1, ...]
+    decode   codes x scales  ->  x[..., d, ...]
 
 A scale is the largest absolute value of its block divided by the largest code, in float32. A block
 with a value that is not finite has a scale that is not finite, so that all of it decodes to such
-values. Needs no mesh: blocks are along the last dimension, so that shards encode on their own.
+values. No block crosses shards, so that each device encodes its own.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 _LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # codes
 
@@ -24,6 +25,7 @@ class Format:
     Attributes:
       dtype: the dtype of the codes.
       block: the number of elements that share a scale; 0 for a cast without scales.
+      dim: the dimension that is divided into blocks, counted from the last: -1 is the last.
 
     >>> codes, scales = Format("int8", 2).encode(jnp.array([[0.5, -1.0, 0.0, 2.0]]))
     >>> codes.tolist(), scales.shape
@@ -32,19 +34,27 @@ class Format:
 
     dtype: str
     block: int = 0
+    dim: int = -1
+
+    def spec(self, spec: P) -> P:
+        """Returns the spec of codes and scales, from that of the array."""
+        if not self.block:
+            return spec
+        at = len(spec) + self.dim + 1
+        return P(*spec[:at], None, *spec[at:])
 
     def encode(self, x: jax.Array, dither: jax.Array | None = None) -> tuple[jax.Array, ...]:
         """Returns the codes, and the scales if there are any.
 
         Args:
-          x: floating, `[..., d]` with d a multiple of `block`.
+          x: floating; the size of `dim` is a multiple of `block`.
           dither: uint32 random bits of the shape of `x`, by which values are rounded up or down at
             random, so that the mean is `x` itself; None rounds to the nearest code.
         """
         if not self.block:
             return (x.astype(self.dtype) if dither is None else _rounded_bfloat16(x, dither),)
         x = self._blocks(x.astype(jnp.float32))
-        largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+        largest = jnp.max(jnp.abs(x), axis=self.dim, keepdims=True)
         scales = jnp.where(largest == 0, 1.0, largest / _LARGEST[self.dtype])
         return self._codes(x / scales, dither), scales
 
@@ -54,7 +64,8 @@ class Format:
         if not scales:
             return codes.astype(dtype)
         x = codes.astype(jnp.float32) * scales[0]
-        return x.reshape(*x.shape[:-2], -1).astype(dtype)
+        at = x.ndim + self.dim
+        return x.reshape(*x.shape[:at - 1], -1, *x.shape[at + 1:]).astype(dtype)
 
     def _codes(self, x, dither):
         if not jnp.issubdtype(self.dtype, jnp.integer):
@@ -66,7 +77,8 @@ class Format:
         return jnp.clip(jnp.floor(x + up), -most, most).astype(self.dtype)
 
     def _blocks(self, x):
-        return x.reshape(*x.shape[:-1], -1, self.block)
+        at = x.ndim + self.dim
+        return x.reshape(*x.shape[:at], -1, self.block, *x.shape[at + 1:])
 
 
 def _rounded_bfloat16(x, dither):
@@ -94,8 +106,9 @@ def dither(seeds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
     Every device computes those of its own part of the array.
     """
-    index = jnp.zeros(shape, jnp.uint32)
+    everything, first = (*seeds.shape, *shape), seeds.ndim
+    index = jnp.zeros(everything, jnp.uint32)
     for dim in range(len(shape)):
         stride = math.prod(shape[dim + 1:]) % 2**32
-        index += jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * jnp.uint32(stride)
-    return mixed(seeds.reshape(*seeds.shape, *[1] * len(shape)), index)
+        index += jax.lax.broadcasted_iota(jnp.uint32, everything, first + dim) * jnp.uint32(stride)
+    return mixed(jax.lax.broadcast_in_dim(seeds, everything, range(first)), index)

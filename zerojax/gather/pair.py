@@ -152,15 +152,16 @@ class Pair:
         if not self.sharded:
             return padded.cut(x.astype(self.compute), self.logical(x.shape))
         form = self._format(self.gather_as, x.shape) or Format(self.compute)
-        payload = tuple(map(self._made_whole, form.encode(x)))
+        payload = tuple(self._made_whole(part, form) for part in form.encode(x))
         return padded.cut(form.decode(payload, self.compute), self.logical(x.shape))
 
-    def _made_whole(self, x: jax.Array) -> jax.Array:
-        x = self.constrain(x, self.spec)
+    def _made_whole(self, x: jax.Array, form: Format) -> jax.Array:
+        x = self.constrain(x, form.spec(self.spec))
         if self.secondary:  # a value that is kept takes the sharding of its use unless both bind it
-            x = checkpoint_name(self.constrain(x, self._middle), SECOND_COPY)
-            x = self.constrain(x, self._middle)
-        return self.constrain(x, self.whole)
+            middle = form.spec(self._middle)
+            x = checkpoint_name(self.constrain(x, middle), SECOND_COPY)
+            x = self.constrain(x, middle)
+        return self.constrain(x, form.spec(self.whole))
 
     @property
     def _middle(self) -> P:
@@ -182,9 +183,10 @@ class Pair:
         """Returns the format with these codes for arrays of the shard's global shape, if any."""
         if dtype not in wire.IN_BLOCKS:
             return Format(dtype) if dtype else None
-        devices = self._devices(rules.axes_of(P(self.spec[-1])))
-        block = wire.block_of(shape[-1] // devices, self.block)
-        return Format(dtype, block) if block else None
+        dims = [d // self._devices(rules.axes_of(P(entry)))
+                for d, entry in zip(shape, self.spec, strict=True)]
+        dim, block = wire.blocks_of(dims, self.block)
+        return Format(dtype, block, dim - len(shape)) if block else None
 
     def _devices(self, axes: Sequence[str]) -> int:
         return math.prod(self.mesh.shape[axis] for axis in axes)
@@ -259,8 +261,9 @@ class Pair:
         seeds = _of_parts(formats.mixed(seed, len(hop.left)), sizes)
         ct = self.constrain(ct, P(*hop.left, hop.axes, *hop.before))
         payload = form.encode(ct, formats.dither(seeds, shape))
-        payload = tuple(self.constrain(x, P(*hop.left, hop.axes, *hop.before)) for x in payload)
-        payload = tuple(self.constrain(x, P(*hop.left, None, *hop.after)) for x in payload)
+        before, after = form.spec(hop.before), form.spec(hop.after)
+        payload = [self.constrain(x, P(*hop.left, hop.axes, *before)) for x in payload]
+        payload = tuple(self.constrain(x, P(*hop.left, None, *after)) for x in payload)
         parts = form.decode(payload, "float32")
         return self.constrain(_sum(parts, len(hop.left)), P(*hop.left, *hop.after))
 

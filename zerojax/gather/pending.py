@@ -1,6 +1,7 @@
 """Pending parameters: views of sharded parameters that no equation of a program has read yet."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ class Parameter:
         self.path = path
         self.seed = seed
         self._pieces = {}
+        self._cuts = itertools.count()
 
     @functools.cached_property
     def _whole(self):
@@ -58,6 +60,10 @@ class Parameter:
         # uses in the compute dtype are added before they are widened: XLA sees one reduction
         x = self._cast if dtype == self.pair.compute else self.x
         return pair.read(x, self._whole, dtype)
+
+    def next_seed(self) -> jax.Array | None:
+        """Returns a seed for pieces that are cut off, another one at each call."""
+        return None if self.seed is None else formats.mixed(self.seed, next(self._cuts))
 
     def pieces(self, key: Any, cut: Callable[[], list["Pending"]]) -> list["Pending"]:
         """Returns what `cut` returned for the first call with this key.
@@ -141,7 +147,7 @@ class Pending:
         """Returns the pieces that `pieces_of` cuts an array into, each with a read of its own."""
         xs = pieces_of(self.x)
         gathered = [None] * len(xs) if self.gathered is None else pieces_of(self.gathered)
-        return [Pending.of(x, whole, pair, self.dtype, self.path, self.parameter.seed)
+        return [Pending.of(x, whole, pair, self.dtype, self.path, self.parameter.next_seed())
                 for x, whole in zip(xs, gathered, strict=True)]
 
     def with_seeds(self) -> "Pending":

@@ -110,20 +110,24 @@ def _hops(policy: Policy, leaf: Leaf,
 def _encoded(policy: Policy, place: Placement, move: Move, code: str,
              kind: Kind | None = None) -> Iterator[Move]:
     """Yields a move as it is, or as codes with their scales, by another kind of collective."""
-    block = _block(policy, place, move) if code in wire.IN_BLOCKS else 0
+    dim, block = _blocks(policy, place, move) if code in wire.IN_BLOCKS else (0, 0)
     if not code or (code in wire.IN_BLOCKS and not block):
         yield move
         return
     kind = kind or move.kind
     yield dataclasses.replace(move, kind=kind, dtype=code)
     if block:
-        dims = (*move.dims[:-1], move.dims[-1] // block)
+        dims = tuple(d // block if i == dim else d for i, d in enumerate(move.dims))
         yield dataclasses.replace(move, kind=kind, dims=dims, dtype="float32", whole=False)
 
 
-def _block(policy: Policy, place: Placement, move: Move) -> int:
-    shape = place.kept or move.leaf.shape
-    return wire.block_of(_divided(policy, shape, place.spec)[-1], policy.wire.block)
+def _blocks(policy: Policy, place: Placement, move: Move) -> tuple[int, int]:
+    """Returns the dimension that is divided into blocks, and their size, of one layer of a stack.
+    """
+    dims = list(local(policy, move.leaf, place, place.spec))
+    if move.leaf.scanned is not None:
+        dims[move.leaf.scanned] = 0
+    return wire.blocks_of(dims, policy.wire.block)
 
 
 def local(policy: Policy, leaf: Leaf, place: Placement, spec: P) -> tuple[int, ...]:

@@ -4,6 +4,7 @@
     norm, clip, finite?    -> optax update on shards, or the state as it was
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +28,7 @@ from zerojax.train.preflight import Preflight
 from zerojax.train.skips import Skips
 from zerojax.train.state import TrainState
 from zerojax.train.transforms import LossCall
+from zerojax.wire import Wire
 
 _CALL = "state, metrics = step(state, batch)"
 _EVALUATION = 0xFFFFFFFF  # folded into the key of an evaluation, in place of a step's number
@@ -131,6 +133,38 @@ class TrainStep:
                                 accumulate=self.accumulate, per_device=per_device, why=why,
                                 uses=uses, compiler_options=self.compiler_options, cache=cache)
 
+    def wire_error(self, state: TrainState, batch: Any) -> dict[str, jax.Array]:
+        """Returns how much the formats of `Wire` change the gradient of each trained parameter.
+
+        It is computed with and without them, which takes two steps' time; the state is not changed.
+
+        Returns:
+          float32 scalars by path: the 2-norm of the difference, divided by that of the gradient
+          without the formats.
+        """
+        checks.check_state("train_step", state, batch, "step.wire_error(state, batch)")
+        batches.check(self.policy, batch, self.accumulate)
+        with message_last:
+            return self._wire_error(state, batch)
+
+    @functools.cached_property
+    def _wire_error(self):
+        plain = dataclasses.replace(self.policy, wire=Wire())
+
+        def errors(state, batch):
+            ours, exact = (self._gradients(policy, state, batch) for policy in (self.policy, plain))
+            paths = [leaf.path for leaf in state.model.leaves if leaf.trained]
+            return {path: norm([a - b]) / norm([b])
+                    for path, a, b in zip(paths, ours, exact, strict=True)}
+
+        return jax.jit(errors, compiler_options=self.compiler_options)
+
+    def _gradients(self, policy: Policy, state, batch) -> list:
+        call = self._loss_call(policy, state, batch)
+        grads, _, _ = call.differentiator(policy)(call.model.flat, state.model_state, call.inputs,
+                                                  state.scale)
+        return grads
+
     def _expected_dtypes(self, state) -> list:
         """Returns the dtypes of the leaves of a state with this optimizer.
 
@@ -172,16 +206,16 @@ class TrainStep:
         if all(update.still):
             errors.warn("the optimizer moves no parameter: all of its updates are 0, as those of a "
                         "learning rate of 0 are.")
-        call = self._loss_call(state, batch)
+        call = self._loss_call(self.policy, state, batch)
         return call, call.differentiator(self.policy), update
 
-    def _loss_call(self, state, batch) -> LossCall:
+    def _loss_call(self, policy: Policy, state, batch) -> LossCall:
         """Returns the loss of a state and a batch, to be called with the key of the step."""
         def judge(model, batch, rng):
             return loss.call(self.loss_fn, model, batch, rng)
 
         key = jax.random.fold_in(state.rng, state.step)
-        return LossCall.of(self.policy, judge, state, (batch, key), {}, accumulate=self.accumulate)
+        return LossCall.of(policy, judge, state, (batch, key), {}, accumulate=self.accumulate)
 
     def _check_optimizer(self, state):
         expected = jax.eval_shape(functools.partial(optimizer.init, self.tx), state.trained)

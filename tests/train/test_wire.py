@@ -1,0 +1,250 @@
+"""Formats on the wire: what the model reads and the optimizer receives, and how random it is."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+
+import zerojax as zj
+from zerojax.gather.formats import Format
+
+WIDTH, LAYERS, ROWS = 64, 3, 32
+TX = optax.sgd(1.0)
+BLOCK = 64
+
+
+def init():
+    keys = jax.random.split(jax.random.key(1), 3)
+    return {"layers": jax.random.normal(keys[0], (LAYERS, WIDTH, 256)) / 8,
+            "down": jax.random.normal(keys[1], (LAYERS, 256, WIDTH)) / 16,
+            "embed": jax.random.normal(keys[2], (WIDTH, WIDTH)) / 8, "bias": jnp.zeros(WIDTH)}
+
+
+def apply(params, x):
+    def layer(x, w):
+        up, down = w
+        return x + jnp.tanh(x @ up) @ down, None
+
+    x, _ = jax.lax.scan(layer, x @ params["embed"], (params["layers"], params["down"]))
+    return x + params["bias"][None]
+
+
+def loss(params, x):
+    return zj.Loss((apply(params, x) ** 2).sum(), x.shape[0])
+
+
+def batch(seed=0, rows=ROWS):
+    return np.random.default_rng(seed).normal(size=(rows, WIDTH)).astype(np.float32)
+
+
+def zero_of(wire, stage=3, hosts=1, **settings):
+    mesh = zj.make_mesh(devices=jax.devices()[:8], hosts=hosts)
+    return zj.Zero(mesh, stage, wire=wire, min_shard=1, **settings)
+
+
+@functools.cache
+def exact():
+    """Returns the gradient on one device."""
+    return jax.jit(jax.grad(lambda p, x: loss(p, x).total / ROWS))(init(), batch())
+
+
+def gradient(zero, seed=0, accumulate=1):
+    """Returns the gradient of one step with the key of `seed`."""
+    grads, state = gradients(zero, accumulate)
+    return jax.tree.map(np.asarray, grads(state, batch(), jax.random.key(seed)))
+
+
+@functools.cache
+def gradients(zero, accumulate=1):
+    """Returns a user's own step, whose loss takes a key, and a state."""
+
+    def grads(state, x, key):
+        call = zero.value_and_grad(lambda params, x, key: loss(params, x), accumulate=accumulate)
+        return call(state["params"], x, key)[1]
+
+    return zero.jit(grads, donate=False, compiler_options=oracle.QUICK), zero.create(
+        lambda: {"params": init()})
+
+
+@functools.cache
+def stepping(zero):
+    return zero.train_step(loss, TX, compiler_options=oracle.QUICK)
+
+
+def error(found, wanted):
+    return {name: float(np.linalg.norm(found[name] - wanted[name]) / np.linalg.norm(wanted[name]))
+            for name in wanted}
+
+
+def read(params, dtype):
+    """Returns what a model reads if all but "embed" and "bias" are encoded, by numpy."""
+    most = {"int8": 127, "float8_e4m3fn": 448}[dtype]
+
+    def one(name, x):
+        if name in ("embed", "bias"):
+            return x
+        dim = -1 if x.shape[-1] == WIDTH else -2  # the one that the mesh leaves whole
+        blocks = np.moveaxis(np.asarray(x), dim, -1)
+        scales = np.abs(blocks).max(-1, keepdims=True) / most
+        codes = blocks / scales
+        codes = np.round(codes) if dtype == "int8" else codes.astype(jnp.dtype(dtype))
+        return np.moveaxis(codes.astype(np.float32) * scales, -1, dim)
+
+    return {name: one(name, x) for name, x in params.items()}
+
+
+@pytest.mark.parametrize("dtype, stage, hosts", [
+    ("int8", 3, 2), pytest.param("int8", 2, 1, marks=pytest.mark.slow),
+    pytest.param("float8_e4m3fn", 3, 1, marks=pytest.mark.slow),
+    pytest.param("int8", 1, 1, marks=pytest.mark.slow)])
+def test_the_model_reads_the_nearest_codes_and_the_optimizer_moves_all_digits(dtype, stage, hosts):
+    """The gradient is that at the decoded parameters; it moves the parameters themselves."""
+    secondary = "data" if hosts > 1 else None
+    zero = zero_of(zj.Wire(gather=dtype, block=BLOCK), stage, hosts, secondary=secondary)
+    wanted = jax.grad(lambda p, x: loss(p, x).total / ROWS)(read(init(), dtype), batch())
+    found = gradient(zero)
+    assert max(error(found, wanted).values()) < 2e-5
+    far = error(found, exact())
+    assert min(far["layers"], far["down"]) > 1e-3  # so that the test would notice exact gathers
+
+
+@pytest.mark.parametrize("wire, size, hosts", [
+    (zj.Wire(reduce="bfloat16"), 4e-3, 1), (zj.Wire(reduce="int8", block=BLOCK), 2e-2, 2)],
+    ids=["bfloat16", "int8"])
+def test_reductions_are_right_on_average(wire, size, hosts):
+    secondary = "data" if hosts > 1 else None
+    zero, draws = zero_of(wire, hosts=hosts, secondary=secondary), 32
+    found = [gradient(zero, seed) for seed in range(draws)]
+    errors = [error(x, exact()) for x in found]
+    mean = {name: np.mean([x[name] for x in found], 0) for name in exact()}
+    of_mean = error(mean, exact())
+    for name in ("layers", "down"):
+        typical = np.mean([x[name] for x in errors])
+        assert size / 20 < typical < size
+        assert of_mean[name] < 1.4 * typical / np.sqrt(draws)
+    exactly = ("bias", "embed") if wire.reduce == "int8" else ()
+    assert all(x[name] < 1e-5 for x in errors for name in exactly)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_other_stages_reduce_the_same(stage):
+    zero = zero_of(zj.Wire(reduce="bfloat16"), stage)
+    found = [gradient(zero, seed, accumulate=2) for seed in range(16)]
+    mean = {name: np.mean([x[name] for x in found], 0) for name in exact()}
+    assert max(error(mean, exact()).values()) < 1.4 * max(error(found[0], exact()).values()) / 4
+
+
+def spread(params):
+    """A loss whose gradient is the same number in every element, part and layer."""
+
+    def layer(total, w):
+        return total + w.sum(), None
+
+    total, _ = jax.lax.scan(layer, 0.0, params["layers"])
+    return total + params["other"].sum()
+
+
+def test_no_two_roundings_are_alike():
+    """Parts, layers, leaves, microbatches and steps each draw their own bits."""
+    number = 1 + 2.0**-8  # halfway between two bfloat16 numbers
+    zero = zero_of(zj.Wire(reduce="bfloat16"))
+
+    def make():
+        return {"layers": jnp.zeros((8, 64, 64)), "other": jnp.zeros((64, 64))}
+
+    def total(params, x):
+        return zj.Loss((spread(params) * number * jnp.ones(x.shape[0])).sum(), x.shape[0] / 8)
+
+    state = zero.init(make, TX)
+    step = zero.train_step(total, TX, compiler_options=oracle.QUICK)
+    first, _ = step(state, batch())
+    one = jax.tree.map(np.array, first.params)
+    second, _ = step(first, batch())
+    two = jax.tree.map(lambda a, b: np.asarray(a) - b, second.params, one)
+    draws = np.stack([*one["layers"], one["other"], *two["layers"], two["other"]]).reshape(18, -1)
+    ups = (-draws - 8) / 2.0**-7  # how many of the 8 parts were rounded up
+    assert np.all((ups >= -1e-3) & (ups <= 8.001))
+    assert abs(ups.mean() - 4) < 0.1
+    assert abs(ups.var() - 2) < 0.2  # of 8 independent parts; 16 if all parts draw alike
+    assert np.abs(np.corrcoef(ups) - np.eye(18)).max() < 0.1
+
+
+def test_a_resumed_run_rounds_the_same(tmp_path):
+    zero = zero_of(zj.Wire("int8", "int8", block=BLOCK))
+    step = stepping(zero)
+    state = zero.init(init, TX)
+    for seed in range(2):
+        state, _ = step(state, batch(seed))
+    with zj.Checkpointer(tmp_path) as keeper:
+        keeper.save(state)
+    through, _ = step(state, batch(2))
+    with zj.Checkpointer(tmp_path) as keeper:
+        restored = keeper.restore_latest(zero.init(init, TX, rng=jax.random.key(9))).state
+    resumed, _ = step(restored, batch(2))
+    for a, b in zip(*map(jax.tree.leaves, (through.params, resumed.params)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_an_own_loop_gives_the_key():
+    zero = zero_of(zj.Wire(reduce="int8", block=BLOCK))
+
+    one, again, other = (gradient(zero, seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one["layers"], again["layers"])
+    assert np.any(one["layers"] != other["layers"])
+    _, state = gradients(zero)
+    with pytest.raises(zj.PolicyError, match=r"needs a random key that differs from step to step"):
+        zero.jit(lambda state, x: zero.value_and_grad(loss)(state["params"], x)[0],
+                 donate=False)(state, batch())
+
+
+def test_a_mean_cannot_be_exchanged():
+    zero = zero_of(zj.Wire(reduce="int8"))
+    step = zero.train_step(lambda params, x: (apply(params, x) ** 2).mean(), TX)
+    with pytest.raises(zj.PolicyError, match=r"Wire\(reduce='int8'\): the loss returns a bare mean"
+                                             r".*or write Wire\(reduce=None\)"):
+        step(zero.init(init, TX), batch())
+
+
+def test_the_error_of_each_parameter():
+    zero = zero_of(zj.Wire(reduce="int8", block=BLOCK))
+    state = zero.init(init, TX)
+    found = stepping(zero).wire_error(state, batch())
+    own = error(gradient(zero), exact())  # of another key
+    assert set(found) == {"layers", "down", "embed", "bias"}
+    for name, x in found.items():
+        assert float(x) == pytest.approx(own[name], rel=0.05, abs=1e-5)
+    plain = dataclasses.replace(zero, wire=zj.Wire())
+    assert max(map(float, stepping(plain).wire_error(state, batch()).values())) == 0
+
+
+def test_a_step_that_is_not_finite_is_skipped():
+    zero = zero_of(zj.Wire("int8", "int8", block=BLOCK))
+    state = zero.init(init, TX)
+    before = jax.tree.map(np.array, state.params)
+    bad = batch()
+    bad[5, 3] = np.inf
+    after, metrics = stepping(zero)(state, bad)
+    assert int(metrics["skipped"]) == 1
+    for a, b in zip(*map(jax.tree.leaves, (before, after.params)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("wrong, text", [
+    ({"gather": "int4"}, r"Wire\(gather='int4'\): not a format for it; write one of 'int8', "),
+    ({"gather": "bfloat16"}, r"Wire\(gather='bfloat16'\): not a format"),
+    ({"reduce": "float8_e4m3fn"}, r"write one of 'bfloat16', 'int8', or None"),
+    ({"block": 16}, r"Wire\(block=16\): write at least 32 elements"),
+    ({"exclude": "("}, r"Wire\(exclude=...\) '\(' is not a valid regular expression")])
+def test_wrong_formats(wrong, text):
+    with pytest.raises(zj.PolicyError, match=text):
+        zj.Wire(**wrong)
+
+
+def test_formats_name_their_blocks():
+    assert Format("int8", 64, -2).spec(jax.P("a", "b")) == jax.P("a", None, "b")
