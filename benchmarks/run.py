@@ -17,6 +17,7 @@ import machine
 import overhead
 import plans
 import programs
+import wire
 
 TABLES = {
     "overhead": ("The cost of `train_step` relative to a hand-written step", overhead.markdown),
@@ -31,6 +32,9 @@ TABLES = {
     "hosts": ("Several processes", hosts.markdown),
     "collectives": ("MiB sent per step and stored by each GPU: simulated H200s",
                     programs.collectives_table),
+    "wire": ("Fewer bytes between hosts", wire.wire_table),
+    "converge": ("Training with fewer digits on the wire: `examples/train_gpt.py`",
+                 wire.converge_table),
 }
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Each class is also a subclass of the builtin that a caller would expect.
 """
 
 import contextlib
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -119,12 +118,3 @@ def warn(text: str) -> None:
 
 def _is_internal(module: str) -> bool:
     return module.partition(".")[0] in _INTERNAL
-
-
-def check_pattern(what: str, pattern: str) -> None:
-    """Raises `PolicyError` for text that is not a regular expression; `what` names it."""
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise PolicyError(f"{what} {pattern!r} is not a valid regular expression: "
-                          f"{error}.") from None

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from zerojax.errors import PolicyError, check_pattern
-from zerojax.precision import Precision, settings_text
+from zerojax.errors import PolicyError
+from zerojax.precision import Precision
+from zerojax.settings import as_text, check_pattern
 from zerojax.wire import Wire
 
 Gradients = Literal["global", "per_device"]
@@ -167,7 +168,7 @@ class Policy:
         axes = ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items())
         shown = ["mesh", "stage"] + ["axis"] * (self.axes == _usual_axes(self.mesh.axis_names))
         return (f"{type(self).__name__}(mesh of {axes} ({_kind(self.mesh)}), stage={self.stage}"
-                f"{settings_text(self, *shown)})")
+                f"{as_text(self, *shown)})")
 
     def __hash__(self):
         return hash((self.mesh, self.stage, self.precision, self.axes, self.replica_axis,

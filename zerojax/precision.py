@@ -4,13 +4,13 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zerojax.errors import PolicyError, check_pattern
+from zerojax.errors import PolicyError
+from zerojax.settings import as_text, check_pattern
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -63,7 +63,7 @@ class Precision:
         object.__setattr__(self, "keep", tuple(keep.items()))
 
     def __repr__(self) -> str:
-        return f"Precision({settings_text(self).removeprefix(', ')})"
+        return f"Precision({as_text(self).removeprefix(', ')})"
 
     def _checked(self, field: str, dtype) -> str:
         """Returns the name of a dtype that is possible in that field."""
@@ -149,13 +149,3 @@ def _name(dtype) -> str:
     if isinstance(dtype, np.dtype):
         return dtype.name
     return getattr(dtype, "__name__", "")
-
-
-def settings_text(settings: Any, *shown: str) -> str:
-    """Returns the fields that differ from their defaults as text, except those already shown."""
-    fields = [f for f in dataclasses.fields(settings) if f.name not in shown]
-    values = {f.name: getattr(settings, f.name) for f in fields}
-    values |= {name: dict(x) for name, x in values.items() if isinstance(x, Mapping)}
-    defaults = {name: getattr(type(settings), name, {}) for name in values}  # {}: from a factory
-    return "".join(f", {name}={value!r}" for name, value in values.items()
-                   if value != defaults[name])

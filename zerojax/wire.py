@@ -4,13 +4,15 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from zerojax.errors import PolicyError, check_pattern
+from zerojax.errors import PolicyError
+from zerojax.settings import as_text, check_pattern
 
 GATHERS = ("int8", "float8_e4m3fn")
 REDUCTIONS = ("bfloat16", "int8")
 IN_BLOCKS = ("int8", "float8_e4m3fn")  # the others are a cast
 LEAST_BLOCK = 32  # elements; the scales of smaller blocks take more than an eighth of the codes
-EXCEPT = r"(?i).*(embed|wte|wpe|vocab|token|logits|head|classifier|router|gate/).*"
+EXCEPT = (r"(?i).*(embed|wte|wpe|vocab|logits|classifier|router).*"
+          r"|(.*/)?(\w+_)?head(_\d+)?(/.*)?")  # but not MultiHeadDotProductAttention_0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +60,15 @@ class Wire:
                               "the scales of smaller blocks take more than an eighth of the codes.")
         check_pattern("Wire(exclude=...)", self.exclude)
 
+    def __repr__(self) -> str:
+        return f"Wire({as_text(self).removeprefix(', ')})"
+
     def excludes(self, path: str) -> bool:
-        """Whether the formats do not apply to the parameter with this path."""
+        """Whether formats in blocks do not apply to the parameter with this path.
+
+        >>> Wire().excludes("lm_head/kernel"), Wire().excludes("attention/query/kernel")
+        (True, False)
+        """
         return re.fullmatch(self.exclude, path) is not None
 
 

@@ -246,5 +246,16 @@ def test_wrong_formats(wrong, text):
         zj.Wire(**wrong)
 
 
+@pytest.mark.parametrize("path, excluded", [
+    ("embed/embedding", True), ("Embed_0/embedding", True), ("transformer/wte/embedding", True),
+    ("lm_head/kernel", True), ("head/kernel", True), ("params/Head_1/kernel", True),
+    ("mlp_head/kernel", True), ("moe/router/kernel", True),
+    ("MultiHeadDotProductAttention_0/query/kernel", False), ("blocks/heads/kernel", False),
+    ("layers/mlp/gate/kernel", False), ("blocks/0/mlp/up", False)])
+def test_embeddings_heads_and_routers_are_excluded(path, excluded):
+    assert zj.Wire().excludes(path) == excluded
+    assert not zj.Wire(exclude="never").excludes(path)
+
+
 def test_formats_name_their_blocks():
     assert Format("int8", 64, -2).spec(jax.P("a", "b")) == jax.P("a", None, "b")
