@@ -35,9 +35,9 @@ class Zero(Policy):
       axis: the mesh axis or axes over which one copy of the state is sharded; None means "data",
         and "host" before it if the mesh has one.
       replica_axis: the axis of copies (hybrid sharding); "replica" if the mesh has one.
-      secondary: the last of the axes, such as "data" on a mesh of hosts and devices: stage 3 gathers
-        a parameter over the other axes first, keeps the result for the backward pass of a
-        rematerialized block, and gathers that over `secondary` (hpZ, ZeRO++, arXiv 2306.10209,
+      secondary: the last of the axes, such as "data" on a mesh of hosts and devices: stage 3
+        gathers a parameter over the other axes first, keeps the result for the backward pass of a
+        rematerialized block, and gathers that over `secondary` (hpZ of ZeRO++, arXiv 2306.10209,
         section 3.2). None: one gather over all axes, and again in the backward pass.
       wire: the formats in which parameters and gradients travel, see `Wire`.
       gradients: "global": one loss over the whole batch, for any model. "per_device": each device
