@@ -99,7 +99,8 @@ class Pending:
     @classmethod
     def tree_unflatten(cls, aux, children):
         x, gathered, seed = children
-        return cls.of(x, gathered, *aux, seed)
+        pair, dtype, path = aux
+        return cls.of(x, gathered, pair, dtype, path, seed)
 
     @property
     def x(self):

@@ -11,6 +11,7 @@ from zerojax.plan import provenance
 from zerojax.plan.demand import Demand
 from zerojax.plan.moves import Move
 from zerojax.trees import itemsize
+from zerojax.wire import GATHERS
 
 _FLOATS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
 
@@ -33,9 +34,12 @@ def reason(demand: Demand, c: Collective, s: Shape) -> str:
                 "activations in their place, or the model contracts over the batch")
     if c.kind == "reduce-scatter" and not any(leaf.trained for leaf in owners):
         return f"{owners[0].path} is frozen, but a gradient of it is reduced"
-    wanted = dict.fromkeys(tuple(sorted(move.axes)) for move in demand.owners(s, c.kind))
+    wanted = [sorted(move.axes) for move in demand.owners(s, c.kind)]
+    if not wanted:
+        return (f"a parameter is moved by {c.kind}, where ZeRO's kinds are "
+                f"{', '.join(dict.fromkeys(move.kind for move in demand.owners(s)))}")
     return (f"a parameter is moved over {sorted(axes) or 'other groups'}, not over "
-            f"{' or '.join(map(str, map(list, wanted))) or sorted(demand.policy.axes)}")
+            f"{' or '.join(dict.fromkeys(map(str, wanted)))}")
 
 
 def _leaves(moves: Sequence[Move]) -> list[Leaf]:
@@ -49,8 +53,9 @@ def _wide(demand: Demand, c: Collective, s: Shape, moves: Sequence[Move]) -> str
     if s.dtype in map(hlo_name, dtypes) or itemsize(wanted) * s.elements >= s.bytes:
         return ""
     if c.kind == "all-gather":
-        return (f"a parameter is gathered as {s.dtype}, not as {hlo_name(wanted)} (Precision "
-                f"compute={wanted!r}): it is cast after the gather; train_step and zero.gathered "
+        setting = "Wire gather" if wanted in GATHERS else "Precision compute"
+        return (f"a parameter is gathered as {s.dtype}, not as {hlo_name(wanted)} ({setting}="
+                f"{wanted!r}): it is cast after the gather; train_step and zero.gathered "
                 "cast before it")
     return (f"a parameter is reduced as {s.dtype}, not as {hlo_name(wanted)} (Precision reduce="
             f"{wanted!r}): the product that it comes from is of that dtype")
