@@ -119,8 +119,9 @@ def test_ends_in_the_numbers_of_plain_jax(page, stage, monkeypatch, tmp_path):
     real = zj.Zero
 
     def zero(mesh, **settings):
-        if stage < 3:
-            settings.pop("secondary", None)
+        for name, least in (("secondary", 3), ("wire", 1)):
+            if stage < least:
+                settings.pop(name, None)
         return real(mesh, **settings | {"stage": stage})
 
     monkeypatch.chdir(tmp_path)  # some programs write files

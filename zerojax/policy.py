@@ -98,6 +98,9 @@ class Policy:
         if not isinstance(self.wire, Wire):
             raise PolicyError(f"Zero(wire={self.wire!r}): not a Wire; write "
                               'zj.Wire(gather="int8"), or leave it out.')
+        if self.stage == 0 and (self.wire.gather or self.wire.reduce):
+            raise PolicyError(f"Zero(stage=0, wire={self.wire!r}): stage 0 keeps everything whole "
+                              "and sends no shards; write stage=1, 2 or 3, or leave out wire.")
         for name in ("axis", "replica_axis", "secondary"):
             value = getattr(self, name)
             named = value if isinstance(value, tuple | list) else (value,)

@@ -103,6 +103,7 @@ class Zero(Policy):
                 self, lambda: creation.maker(self, init_fn, tx, args, trainable, rng), *args)
         if not isinstance(self.mesh, AbstractMesh):  # a plan of the others shows it
             creation.warn_of_whole(self, state)
+            creation.warn_of_wire(self, state)
         return state
 
     def abstract(self, init_fn: Callable, tx, *args, trainable: Any = None,

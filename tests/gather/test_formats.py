@@ -51,6 +51,13 @@ def test_zeros_stay_zeros(form):
     assert not through(form, np.zeros((2, 128), np.float32)).any()
 
 
+@pytest.mark.parametrize("form", [INT8, FLOAT8], ids=lambda form: form.dtype)
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-36])
+def test_blocks_of_tiny_numbers_stay_finite(form, size):
+    found = through(form, np.full((1, 64), size, np.float32))
+    assert np.all(np.abs(found) <= 1e-35)
+
+
 @KINDS
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_stay_so(form, bad):

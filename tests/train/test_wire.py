@@ -257,5 +257,13 @@ def test_embeddings_heads_and_routers_are_excluded(path, excluded):
     assert not zj.Wire(exclude="never").excludes(path)
 
 
+def test_formats_that_apply_to_nothing():
+    zero = zero_of(zj.Wire("int8", exclude=".*"))
+    with pytest.warns(UserWarning, match=r"Wire\(gather='int8'\) applies to none of the 4 param"):
+        zero.init(init, TX)
+    with pytest.raises(zj.PolicyError, match=r"stage 0 keeps everything whole and sends no shards"):
+        zero_of(zj.Wire("int8"), stage=0)
+
+
 def test_formats_name_their_blocks():
     assert Format("int8", 64, -2).spec(jax.P("a", "b")) == jax.P("a", None, "b")

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+_SMALLEST = 1e-35  # of the largest values of blocks; a smaller one could have a scale of 0
 _LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # codes
 
 
@@ -55,7 +56,7 @@ class Format:
             return (x.astype(self.dtype) if dither is None else _rounded_bfloat16(x, dither),)
         x = self._blocks(x.astype(jnp.float32))
         largest = jnp.max(jnp.abs(x), axis=self.dim, keepdims=True)
-        scales = jnp.where(largest == 0, 1.0, largest / _LARGEST[self.dtype])
+        scales = jnp.where(largest < _SMALLEST, 1.0, largest / _LARGEST[self.dtype])
         return self._codes(x / scales, dither), scales
 
     def decode(self, payload: tuple[jax.Array, ...], dtype: str) -> jax.Array:

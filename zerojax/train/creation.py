@@ -277,6 +277,17 @@ def _first_key(args: tuple) -> jax.Array:
     return jax.random.fold_in(key, 0x5EED)
 
 
+def warn_of_wire(policy: Policy, state: TrainState) -> None:
+    """Warns if the formats of `Wire` apply to no parameter."""
+    formats = [placement.on_wire(policy, leaf) for leaf in state.model.leaves]
+    for field, found in zip(("gather", "reduce"), zip(*formats, strict=True), strict=True):
+        given = getattr(policy.wire, field)
+        if given and not any(found):
+            errors.warn(f"zero.init: Wire({field}={given!r}) applies to none of the "
+                        f"{len(formats)} parameters: they have fewer than two dimensions, are "
+                        f"frozen, or their paths match exclude={policy.wire.exclude!r}.")
+
+
 def warn_of_whole(policy: Policy, state: TrainState) -> None:
     """Warns if more than `WHOLE` of a state stays whole because its dimensions do not divide."""
     rows = state_layout.layout(policy, state).rows
