@@ -127,8 +127,8 @@ def test_reductions_are_right_on_average(wire, size, hosts):
         typical = np.mean([x[name] for x in errors])
         assert size / 20 < typical < size
         assert of_mean[name] < 1.4 * typical / np.sqrt(draws)
-    exactly = ("bias", "embed") if wire.reduce == "int8" else ()
-    assert all(x[name] < 1e-5 for x in errors for name in exactly)
+    for name in ("bias", "embed"):  # not in blocks
+        assert all((x[name] > 1e-4) == (wire.reduce == "bfloat16") for x in errors)
 
 
 @pytest.mark.slow
