@@ -189,13 +189,21 @@ class Policy:
         return _names(self.secondary)
 
     @property
+    def inner_axes(self) -> tuple[str, ...]:
+        """The last of `axes`, over which gather and scatter take a hop of their own; or ().
+
+        A second copy needs two hops. Gradients that are exchanged take them as well: in one hop,
+        each device would send most of its codes to other hosts.
+        """
+        return self.secondary_axes or (self.axes[1:] if self.wire.reduce else ())
+
+    @property
     def spec_axes(self) -> tuple[str, ...]:
-        """`axes` in the order in which a dimension is split over them: the second copy's first.
+        """`axes` in the order in which a dimension is split over them: the inner ones first.
 
         The axes that are gathered first must be the minor ones: XLA would otherwise permute shards.
         """
-        first = tuple(axis for axis in self.axes if axis not in self.secondary_axes)
-        return self.secondary_axes + first
+        return self.inner_axes + self.axes[:len(self.axes) - len(self.inner_axes)]
 
     @property
     def batch_axes(self) -> tuple[str, ...]:

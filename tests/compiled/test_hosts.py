@@ -16,10 +16,12 @@ MIB = 2**20
 CASE = models.language(models.Transformer(width=WIDTH, layers=LAYERS, vocab=VOCAB))
 TX = optax.adam(1e-4)
 INT8 = zj.Wire("int8", "int8", block=128)
-NAMES = ["flat", "second", "one loss", "int8", "second and int8", "bfloat16", "float8"]
+NAMES = ["flat", "second", "one loss", "int8", "int8 in two hops", "second and int8", "bfloat16",
+         "float8"]
 SETTINGS = {"second": {"hosts": HOSTS, "secondary": "data"},
             "one loss": {"hosts": HOSTS, "secondary": "data", "gradients": "global"},
             "int8": {"wire": INT8},
+            "int8 in two hops": {"hosts": HOSTS, "wire": INT8},
             "second and int8": {"hosts": HOSTS, "secondary": "data", "wire": INT8},
             "bfloat16": {"wire": zj.Wire(reduce="bfloat16"), "reduce": "float32"},
             "float8": {"wire": zj.Wire(gather="float8_e4m3fn")}}
@@ -63,6 +65,8 @@ def test_zero_explains_everything(name):
 
 def _kept(name):
     """Returns the MiB of the second gathers of the embedding and the head, which are kept."""
+    if name == "int8 in two hops":
+        return shared(TABLES, PER_HOST, 2) + shared(TABLES / PER_HOST, HOSTS, 2)
     if "second" in name or name == "one loss":
         return shared(TABLES, PER_HOST, 2)
     return shared(TABLES, HOSTS * PER_HOST, 2)
@@ -117,6 +121,15 @@ def test_codes_and_scales_take_half_the_bytes():
         assert found == pytest.approx(times * shared(codes, 8, 1), rel=0.02)
     found = sent("float8", "all-gather", ("data",), "f8e4m3fn")
     assert found == pytest.approx(2 * shared(BLOCKS, 8, 1), rel=0.02)
+
+
+@pytest.mark.slow
+def test_in_two_hops_only_sums_of_codes_cross_hosts():
+    assert plan("int8 in two hops").between < 0.6 * plan("int8").between
+    codes = BLOCKS * (1 + SCALES)
+    name = "int8 in two hops"
+    found = sent(name, "all-gather", ("host",), "s8") + sent(name, "all-gather", ("host",), "f32")
+    assert found == pytest.approx(2 * shared(codes / PER_HOST, HOSTS, 1), rel=0.04)
 
 
 @pytest.mark.slow

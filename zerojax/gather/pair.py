@@ -76,7 +76,8 @@ class Pair:
       params, compute, reduce: dtypes, as in `Precision`.
       axes: The mesh axes over which ZeRO shards, in the order of the batch's parts.
       replica: The mesh axis of the copies of a sharded state, or None.
-      secondary: The last of `axes`, over which the second copy is sharded; () for none.
+      inner: The last of `axes`, over which a second hop runs; () for one hop.
+      second_copy: Whether what is between the hops is kept for the backward pass.
       reduction: How scatter reduces the cotangent.
       wide: With one loss, a wider dtype in which the program also reads the parameter, or "".
       least: The fewest elements for which a slice is gathered on its own.
@@ -93,7 +94,8 @@ class Pair:
     reduce: str
     axes: tuple[str, ...]
     replica: str | None = None
-    secondary: tuple[str, ...] = ()
+    inner: tuple[str, ...] = ()
+    second_copy: bool = False
     reduction: Reduction = Reduction.VIA_WHOLE
     wide: str = ""
     least: int = 1
@@ -157,16 +159,16 @@ class Pair:
 
     def _made_whole(self, x: jax.Array, form: Format) -> jax.Array:
         x = self.constrain(x, form.spec(self.spec))
-        if self.secondary:  # a value that is kept takes the sharding of its use unless both bind it
-            middle = form.spec(self._middle)
-            x = checkpoint_name(self.constrain(x, middle), SECOND_COPY)
-            x = self.constrain(x, middle)
+        if self.inner:
+            x = self.constrain(x, form.spec(self._middle))
+        if self.second_copy:  # what is kept takes the sharding of its use unless both bind it
+            x = self.constrain(checkpoint_name(x, SECOND_COPY), form.spec(self._middle))
         return self.constrain(x, form.spec(self.whole))
 
     @property
     def _middle(self) -> P:
-        """The spec of the second copy."""
-        first = set(self.axes) - set(self.secondary)
+        """The spec between the hops."""
+        first = set(self.axes) - set(self.inner)
         return rules.keep(self.spec, lambda axis: axis not in first)
 
     @property
@@ -176,8 +178,8 @@ class Pair:
                    for entry in self.spec))
 
     def _reordered(self, ct):
-        """Returns a cotangent at `spec`: with a second copy, shards move to their devices."""
-        return self.constrain(ct, self.spec) if self.secondary else ct
+        """Returns a cotangent at `spec`: with two hops, shards move to their devices."""
+        return self.constrain(ct, self.spec) if self.inner else ct
 
     def _format(self, dtype: str, shape: tuple[int, ...]) -> Format | None:
         """Returns the format with these codes for arrays of the shard's global shape, if any."""
@@ -242,9 +244,9 @@ class Pair:
         Only shards cross hosts and replicas.
         """
         hops = [(self.axes, self.spec)]
-        if self.secondary and self.sharded:
-            first = tuple(axis for axis in self.axes if axis not in self.secondary)
-            hops = [(self.secondary, self._middle), (first, self.spec)]
+        if self.inner and self.sharded:
+            first = self.axes[:len(self.axes) - len(self.inner)]
+            hops = [(self.inner, self._middle), (first, self.spec)]
         return hops + ([((self.replica,), self.spec)] if self.replica else [])
 
     def _sum(self, ct, hop: "_Hop", _):

@@ -219,7 +219,7 @@ def _remat(eqn: _Equation, args: list) -> list[Any] | None:
         return [array(x) for x in evaluate(params["jaxpr"], args)]
 
     policy = params["policy"]
-    if any(isinstance(x, Pending) and x.pair.secondary for x in args):
+    if any(isinstance(x, Pending) and x.pair.second_copy for x in args):
         policy = _keeping_second_copies(policy)
     return jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=policy)(*args)
 

@@ -1,8 +1,8 @@
 """The arrays that ZeRO moves of one sharded parameter, with kind, mesh axes, dtype and count.
 
     one hop     all-gather over all axes, reduce-scatter over all axes
-    two hops    all-gather of the shards of the second copy between hosts, in the forward pass only,
-                then of the parameter within a host; reductions the other way round
+    two hops    all-gather between hosts, in the forward pass only if there is a second copy, then
+                of the parameter within a host; reductions the other way round
     encoded     codes and scales in place of each; an all-to-all in place of the reduce-scatter
 """
 
@@ -71,7 +71,8 @@ def of(policy: Policy, leaf: Leaf, place: Placement, count: Count,
     """Yields the moves of a sharded parameter."""
     gather_as, reduce_as = placement.on_wire(policy, leaf)
     for axes, dims, whole in _hops(policy, leaf, place):
-        times = count.gathers if whole else count.forward
+        kept = policy.secondary and not whole
+        times = count.forward if kept else count.gathers
         dtype = placement.computed(policy, leaf)
         move = Move(leaf, "all-gather", axes, dims, dtype, times, whole)
         yield from _encoded(policy, place, move, gather_as)
@@ -86,7 +87,7 @@ def _reductions(policy: Policy, leaf: Leaf, place: Placement, times: float, redu
     hops = _hops(policy, leaf, place)
     if not per_device:
         hops = [(frozenset(policy.axes), whole, True)]
-        if policy.secondary_axes:  # shards move to the order of the second copy
+        if policy.inner_axes:  # shards move from the order of the devices
             yield Move(leaf, "collective-permute", frozenset(policy.axes),
                        local(policy, leaf, place, place.spec), dtype, times, False)
     for axes, dims, is_whole in hops:
@@ -99,12 +100,12 @@ def _hops(policy: Policy, leaf: Leaf,
     """Returns the axes of each hop, the dimensions of its larger array, and whether it is the
     parameter."""
     whole = local(policy, leaf, place, place.whole)
-    if not policy.secondary_axes:
+    if not policy.inner_axes:
         return [(frozenset(policy.axes), whole, True)]
-    second = frozenset(policy.secondary_axes)
-    first = frozenset(policy.axes) - second
+    inner = frozenset(policy.inner_axes)
+    first = frozenset(policy.axes) - inner
     middle = rules.keep(place.spec, lambda axis: axis not in first)
-    return [(second, whole, True), (first, local(policy, leaf, place, middle), False)]
+    return [(inner, whole, True), (first, local(policy, leaf, place, middle), False)]
 
 
 def _encoded(policy: Policy, place: Placement, move: Move, code: str,

@@ -30,7 +30,7 @@ def make_pairs(policy: Policy, leaves: Sequence[Leaf], places: Sequence[Placemen
         reduce = policy.precision.reduced(leaf.path, leaf.dtype) if leaf.trained else compute
         gather_as, reduce_as = placement.on_wire(policy, leaf)
         return Pair(policy.mesh, place.spec, place.whole, leaf.dtype, compute, reduce,
-                    policy.axes, policy.replica_axis, policy.secondary_axes,
+                    policy.axes, policy.replica_axis, policy.inner_axes, bool(policy.secondary),
                     _reduction(policy, place, per_device),
                     wide=wide.get(leaf.path, ""), least=policy.min_shard,
                     extra=_extra(leaf, place), gather_as=gather_as, reduce_as=reduce_as,
