@@ -1,16 +1,19 @@
 """The search for compiler options: its sets, their ranking, and the line to paste."""
 
 import dataclasses
+import json
+import sys
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import models
 import optax
 import pytest
 from moves import DATA, moved
 
 import zerojax as zj
-from zerojax import tuning
+from zerojax import advice, cli, tuning
 from zerojax.hlo.schedule import Run, Span
 from zerojax.layout.rules import Leaf
 from zerojax.plan import cache, hints, profile
@@ -155,6 +158,56 @@ def test_a_changed_profile_is_another_program(tmp_path):
     assert places[0] == places[2] != places[1]
 
 
+@pytest.fixture
+def command(tmp_path, capsys, monkeypatch):
+    """Returns a function that runs `zerojax tune` over fake plans.
+
+    The function returns the status, the output and the arguments of each plan.
+    """
+    file = tmp_path / "training.py"
+    file.write_text("import jax, optax, zerojax as zj\n"
+                    "recipe = zj.Recipe(dict, {'none': print, 'block': print}, optax.sgd(0.1),\n"
+                    "                   jax.ShapeDtypeStruct((8,), 'float32'))")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(*options, **known):
+        asked = []
+
+        def plan_of(recipe, *given):
+            asked.append(given)
+            return fake(10 - len(given[-1]), **known)
+
+        monkeypatch.setattr(advice, "plan_of", plan_of)
+        status = cli.main(["tune", str(file), "--topology", TOPOLOGY, *options])
+        return status, capsys.readouterr().out, asked
+
+    return run
+
+
+def test_the_command_prints_the_table_and_the_line(command):
+    status, out, asked = command("--stage", "2", "--accumulate", "4", "--replica", "8", "--remat",
+                                 "block", "--no-cache", "--reduce", "float32")
+    assert status == 0 and "the fastest: reduce " in out
+    assert "zero.train_step(loss_fn, tx, compiler_options={" in out
+    topology, choice, precision, _, cached, options = asked[0]
+    assert (topology, cached, options) == (TOPOLOGY, False, {})
+    assert choice == advice.Choice(2, 4, "block", 8)
+    assert precision == zj.Precision(compute="bfloat16", reduce="float32")
+
+
+def test_the_command_writes_json_and_the_profile(command, tmp_path):
+    path = str(tmp_path / "times.pbtxt")
+    status, out, _ = command("--json", "--profile-to", path)
+    found = json.loads(out)
+    assert status == 0 and found["options"][profile.OPTION] == path
+    assert found["tried"][0]["name"] == "default" and found["unknown"] == []
+
+
+def test_the_command_fails_where_nothing_fits(command):
+    status, out, _ = command(fits=False)
+    assert status == 1 and "no options were accepted" in out and "train_step" not in out
+
+
 def _init():
     return {"a": jnp.ones((1024, 1024)), "b": jnp.ones((1024, 1024))}
 
@@ -215,17 +268,47 @@ def test_a_peak_where_the_compiler_rematerializes_is_noted(default, share, word)
     assert memory_set == (["memory"] if word else [])
 
 
+@pytest.fixture(scope="module")
+def tuned():
+    return zj.tune(RECIPE, TOPOLOGY)
+
+
 @pytest.mark.slow
-def test_the_pasted_line_makes_the_plan_of_the_row(tmp_path, monkeypatch):
+def test_the_table_fits_80_columns(tuned, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    found = zj.tune(RECIPE, TOPOLOGY, profile_to=tmp_path / "times.pbtxt")
-    assert found.best.name.endswith("profile") and len(found.tried) >= 8
-    assert max(map(len, str(found).split("\n\nzero.")[0].splitlines())) <= 80
+    assert len(tuned.tried) >= 7 and not tuned.unknown
+    table = str(tuned).split("\n\nzero.")[0]
+    assert max(map(len, table.splitlines())) <= 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", ["", "profile"])
+def test_the_pasted_line_makes_the_plan_of_the_row(tuned, chosen):
+    best = tuned.best
+    if chosen:
+        best = next(attempt for attempt in tuned.tried if chosen in attempt.name)
+    line = dataclasses.replace(tuned, best=best).line
     zero = zj.Zero(zj.make_mesh(topology=TOPOLOGY), precision=tuning.MIXED)
-    step = eval(found.line, {"zero": zero, "loss_fn": _loss, "tx": RECIPE.tx})
+    step = eval(line, {"zero": zero, "loss_fn": _loss, "tx": RECIPE.tx})
     plan = step.plan(zero.abstract(_init, RECIPE.tx), RECIPE.rows(64))
-    assert plan.cached and plan.hlo == found.plan.hlo
-    assert plan.compute == found.plan.compute and plan.hlo != found.tried[0].plan.hlo
+    assert plan.cached and plan.hlo == best.plan.hlo and plan.compute == best.plan.compute
+    assert step.compiler_options == best.options
+
+
+@pytest.mark.slow
+def test_a_profile_changes_the_schedule_and_hides_more():
+    case = models.CASES["scanned"]()
+    zero = zj.Zero(zj.make_mesh(topology=TOPOLOGY), precision=tuning.MIXED)
+    state = zero.abstract(case.init, RECIPE.tx, *case.example)
+
+    def plan(options):
+        step = zero.train_step(case.loss, RECIPE.tx, compiler_options=options)
+        return step.plan(state, case.batch(128))
+
+    apart = plan({REDUCE: 1})
+    with_times = plan({REDUCE: 1, profile.OPTION: str(profile.write(apart.runs))})
+    assert with_times.sent == apart.sent
+    assert with_times.compute.busy["network"] < apart.compute.busy["network"]
 
 
 @pytest.mark.parametrize("options, error, words", [
