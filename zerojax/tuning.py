@@ -83,6 +83,11 @@ class Tuning(Printed):
       best: the fastest attempt that fits and is ZeRO, or None.
       tried: every attempt, the compiler's default first.
       unknown: options that this version of the compiler does not know. They were left out.
+
+    >>> print(Tuning(Attempt("overlap 2", OVERLAP, None), ()).line)
+    zero.train_step(loss_fn, tx, compiler_options={
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
+    })
     """
 
     best: Attempt | None
