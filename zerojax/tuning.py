@@ -122,8 +122,9 @@ class Tuning(Printed):
                 "unknown": list(self.unknown), "tried": tried}
 
     def sheet(self) -> Sheet:
-        """Returns the attempts as a table, fastest first and refused ones last."""
-        order = sorted(self.tried, key=lambda attempt: (bool(attempt.refused), attempt.seconds))
+        """Returns the attempts as a table: the best first, refused ones and those without a plan
+        last."""
+        order = [*ranked(self.tried), *(attempt for attempt in self.tried if not attempt.plan)]
         notes = tuple(attempt.refused and f"refused: {attempt.refused}" for attempt in order)
         return Sheet(self._title(), _COLUMNS, tuple(map(_row, order)), notes)
 
@@ -207,10 +208,10 @@ def search(plan: Callable[[Options], Plan], path: pathlib.Path | None = None) ->
     with tqdm(desc="options", total=11, leave=False, disable=not tables.is_watched()) as bar:
         found = _Search(plan, Attempt("default", {}, default, advice.refusal(default)), bar)
         found.run(reductions(default))
-        base = found.ranked()[0]
+        base = ranked(found.tried)[0]
         found.run((_joined(base.name, name), {**base.options, **more})
                   for name, more in additions(default))
-        for fast in found.ranked()[:PROFILED]:
+        for fast in ranked(found.tried)[:PROFILED]:
             found.profile(fast)
     return found.result(path)
 
@@ -256,7 +257,8 @@ class _Search:
         try:
             plan = self.plan(options)
         except CompileError as error:
-            if found := _UNKNOWN.search(str(error)):
+            found = _UNKNOWN.search(str(error))
+            if found and found[1] in options:
                 return found[1]
             self.tried.append(Attempt(name, options, None, reason(error)))
         else:
@@ -270,22 +272,10 @@ class _Search:
             options = {**fast.options, profile.OPTION: str(path)}
             self.run([(f"{fast.name}, profile", options)] if path.is_file() else [])
 
-    def ranked(self) -> list[Attempt]:
-        """Returns the attempts that have a plan: accepted ones first, by time and then by peak."""
-        planned = [(attempt, attempt.plan) for attempt in self.tried if attempt.plan]
-        shortest = min(attempt.seconds for attempt, _ in planned)
-
-        def key(pair: tuple[Attempt, Plan]) -> tuple:
-            attempt, plan = pair
-            return (bool(attempt.refused), round(attempt.seconds / (SAME * shortest)),
-                    plan.memory.peak)
-
-        return [attempt for attempt, _ in sorted(planned, key=key)]
-
     def result(self, path: pathlib.Path | None) -> Tuning:
         """Returns everything that was tried; with a path, the profile of the best is copied there.
         """
-        best = self.ranked()[0]
+        best = ranked(self.tried)[0]
         if path and profile.OPTION in best.options:
             shutil.copyfile(best.options[profile.OPTION], path)
             moved = dataclasses.replace(best, options={**best.options, profile.OPTION: str(path)})
@@ -293,6 +283,19 @@ class _Search:
         left_out = [name for name in self.unknown
                     if name not in OLDER or OLDER[name][0] in self.unknown]
         return Tuning(None if best.refused else best, tuple(self.tried), tuple(left_out))
+
+
+def ranked(tried: Iterable[Attempt]) -> list[Attempt]:
+    """Returns the attempts that have a plan: accepted ones first, by time and then by peak."""
+    planned = [(attempt, attempt.plan) for attempt in tried if attempt.plan]
+    shortest = min((attempt.seconds for attempt, _ in planned), default=0.0)
+
+    def key(pair: tuple[Attempt, Plan]) -> tuple:
+        attempt, plan = pair
+        return (bool(attempt.refused), round(attempt.seconds / (SAME * shortest)),
+                plan.memory.peak)
+
+    return [attempt for attempt, _ in sorted(planned, key=key)]
 
 
 def reason(error: CompileError) -> str:
@@ -306,7 +309,7 @@ def reason(error: CompileError) -> str:
 
 def reductions(plan: Plan) -> list[tuple[str, Options]]:
     """Returns options by name that keep gradients apart that XLA reduces together."""
-    sent = collections.Counter()
+    sent = collections.defaultdict(float)
     for c in plan.reading.collectives:
         sent[c.kind] += c.wire_bytes
     kind = max((SCATTER, REDUCE), key=lambda kind: sent[kind])

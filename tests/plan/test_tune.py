@@ -61,8 +61,8 @@ def test_the_base_is_the_default_where_nothing_else_is_faster():
 
 
 def test_of_equal_times_the_smaller_peak_is_best():
-    found = tuning.search(lambda o: fake(10 - 0.001 * len(o), peak=100 + len(o)))
-    assert found.best.name == "default"
+    found = tuning.search(lambda o: fake(10 + 0.001 * len(o), peak=100 - len(o)))
+    assert len(found.options) == max(len(attempt.options) for attempt in found.tried) > 2
 
 
 @pytest.mark.parametrize("refused, words", [
@@ -90,6 +90,16 @@ def test_options_that_the_compiler_does_not_know_are_left_out():
     assert not tried & {OVERLAP, *tuning.OLDER}
     assert {older for older, _ in tuning.OLDER.values()} <= tried
     assert found.unknown == (OVERLAP,) and f"does not know: {OVERLAP}" in str(found)
+
+
+def test_an_unknown_option_of_somebody_else_is_a_failure():
+    def plan(options):
+        if OVERLAP in options:
+            raise zj.CompileError("...\n  INVALID_ARGUMENT: No such compile option: 'xla_other'")
+        return fake(10)
+
+    assert "refused: INVALID_ARGUMENT: No such compile option: 'xla_other'" in str(
+        tuning.search(plan))
 
 
 @pytest.mark.parametrize("ended, reason", [
