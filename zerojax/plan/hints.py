@@ -6,6 +6,7 @@ Only a state whose leaves are whole against the policy is a fault.
 
 import collections
 import math
+import re
 from collections.abc import Iterator
 
 from zerojax.hlo import schedule
@@ -27,7 +28,8 @@ AGAIN = 0.01  # of ZeRO's bytes
 CONSTANT = 2**20  # bytes
 WIDE = 0.1  # of the operations of products
 EXPOSED, WAITED = 1 / 3, 0.02  # of the network's time, of the step's: less is not reported
-NEAR = 0.95  # of the memory that XLA allows itself
+NEAR = 0.95  # of the peak that XLA allows itself
+_REPEATED = re.compile(r"\.remat\d*\b")  # the names that XLA's rematerialization gives
 SLOP = "xla_gpu_memory_limit_slop_factor"  # an option, in percent
 
 
@@ -175,17 +177,20 @@ def _exposed(reading: Reading) -> Iterator[Finding]:
 
 
 def _near_the_limit(reading: Reading, account: Memory) -> Iterator[Finding]:
-    """The peak is where XLA starts to rematerialize by itself."""
+    """XLA rematerializes by itself to save memory, or is about to."""
     limit = allowed(reading)
-    if limit is None or account.peak < NEAR * limit:
+    if limit is None:
         return
-    copies = sum(".remat" in i.name for body in reading.program.computations.values() for i in body)
-    yield Finding(
-        f"the peak of {size(account.peak)} is {'above' if account.peak > limit else 'close to'} "
-        f"the {size(limit)} up to which XLA does not rematerialize by itself, which takes time "
-        f"({quantity(copies, 'instruction')} of this program {'is' if copies == 1 else 'are'} "
-        "repeated for it). Save less for the backward pass (nn.remat), or use fewer examples per "
-        "microbatch.", account.peak)
+    names = (i.name for body in reading.program.computations.values() for i in body)
+    repeated = sum(bool(_REPEATED.search(name)) for name in names)
+    if repeated or account.peak > NEAR * limit:
+        what = (f"XLA rematerializes by itself ({quantity(repeated, 'instruction')}) to keep the "
+                f"peak at {size(account.peak)}" if repeated else
+                f"the peak of {size(account.peak)} is near the {size(limit)} at which XLA "
+                "rematerializes by itself")
+        yield Finding(
+            f"{what}, which takes time. Save less for the backward pass (nn.remat), or use fewer "
+            "examples per microbatch.", account.peak)
 
 
 def is_near_the_limit(reading: Reading, account: Memory) -> bool:
@@ -194,9 +199,10 @@ def is_near_the_limit(reading: Reading, account: Memory) -> bool:
 
 
 def allowed(reading: Reading) -> float | None:
-    """Returns the peak up to which XLA does not rematerialize by itself; None if it is not known.
+    """Returns the peak that XLA allows itself before it rematerializes; None if it is not known.
 
-    It is the limit of XLA's scheduler (`GetSchedulerMemoryLimit` in its gpu_hlo_schedule.cc): for
+    XLA's own estimate of the peak is higher than the compiled one, so that it may start below. The
+    peak is the limit of XLA's scheduler (`GetSchedulerMemoryLimit` in its gpu_hlo_schedule.cc): for
     temporaries, 95 % of what arguments and results leave of 80 % of the memory. With GPUs at hand,
     the memory that jax reserves takes the place of the 80 %.
     """
