@@ -17,6 +17,7 @@ import machine
 import overhead
 import plans
 import programs
+import tuning
 import wire
 
 TABLES = {
@@ -26,6 +27,8 @@ TABLES = {
     "compile": ("Compile time for 8 H200s with the GPU compiler", programs.compile_table),
     "plans": ("The cost of a plan: 7 B parameters in 24 scanned layers, stage 3, without a GPU",
               plans.plans_table),
+    "tuning": ("Compiler options that hide the network: 64 H100s in 8 hosts, stage 3, 2 sequences "
+               "of 2048 per GPU", tuning.tuning_table),
     "checkpoints": ("Checkpoints compared with Orbax alone", checkpoints.markdown),
     "lora": ("Fine-tuning 1 B parameters with LoRA: 8 H200s, one sequence of 1024 per GPU",
              lora.markdown),

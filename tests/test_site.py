@@ -23,7 +23,8 @@ BLOCK = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 RETURNED = ["advice.Advice", "advice.Choice", "advice.Trial", "data.feeding.Feed",
             "layout.report.Row", "plan.finding.Finding", "plan.memory.Memory", "plan.plan.Compute",
             "plan.traffic.Traffic", "processes.launchers.Job", "tables.Sheet",
-            "train.jitted.Jitted", "train.step.EvalStep", "train.step.TrainStep"]
+            "train.jitted.Jitted", "train.step.EvalStep", "train.step.TrainStep",
+            "tuning.Attempt", "tuning.Tuning"]
 
 
 def test_the_site_builds_without_a_warning_and_has_every_page_and_name(tmp_path):

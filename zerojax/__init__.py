@@ -31,6 +31,7 @@ _CONTENTS = {
     "train.loss": ["Loss"],
     "train.loss_scale": ["LossScale"],
     "train.state": ["TrainState"],
+    "tuning": ["tune"],
     "wire": ["Wire"],
     "zero": ["Zero"],
 }
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from zerojax.train.loss import Loss as Loss
     from zerojax.train.loss_scale import LossScale as LossScale
     from zerojax.train.state import TrainState as TrainState
+    from zerojax.tuning import tune as tune
     from zerojax.wire import Wire as Wire
     from zerojax.zero import Zero as Zero
 

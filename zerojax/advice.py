@@ -1,7 +1,7 @@
 """The search for a layout: stage, microbatches, remat and replicas, by compiling each candidate."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -93,6 +93,12 @@ class Advice(Printed):
 
     def parts(self) -> Sequence[Any]:
         return [*self.sheet().parts(), *([] if self.best else [self._remedy()])]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the layouts and their plans as JSON values."""
+        tried = [{"choice": vars(trial.choice), "refused": trial.refused,
+                  "plan": trial.plan and trial.plan.to_dict()} for trial in self.tried]
+        return {"best": self.best and vars(self.best.choice), "tried": tried}
 
     def _remedy(self) -> str:
         """Returns what to try if nothing fits."""
@@ -231,10 +237,10 @@ def attempt(recipe: Recipe, topology: Topology, choice: Choice, precision: Preci
         plan = plan_of(recipe, topology, choice, precision, min_shard, cache)
     except ZeroError as error:
         return Trial(choice, examples, None, str(error).splitlines()[0])
-    return Trial(choice, examples, plan, _refusal(plan))
+    return Trial(choice, examples, plan, refusal(plan))
 
 
-def _refusal(plan: Plan) -> str:
+def refusal(plan: Plan) -> str:
     """Returns why a plan is refused; "" if it is not."""
     if not plan.memory.fits:
         return f"needs {size(plan.memory.peak)} of {size(plan.memory.usable or 0)}"
@@ -246,10 +252,12 @@ def _refusal(plan: Plan) -> str:
 
 
 def plan_of(recipe: Recipe, topology: str | Topology, choice: Choice, precision: Precision,
-            min_shard: int = 2**16, cache: bool = True) -> Plan:
+            min_shard: int = 2**16, cache: bool = True,
+            compiler_options: Mapping[str, Any] | None = None) -> Plan:
     """Returns the plan of a recipe with the layout of a choice."""
     mesh = make_mesh(topology=topology, replica=choice.replica)
     zero = Zero(mesh, choice.stage, precision=precision, min_shard=min_shard)
     state = zero.abstract(recipe.init_fn, recipe.tx, trainable=recipe.trainable)
-    step = zero.train_step(recipe.loss(choice.remat), recipe.tx, accumulate=choice.accumulate)
+    step = zero.train_step(recipe.loss(choice.remat), recipe.tx, accumulate=choice.accumulate,
+                           compiler_options=dict(compiler_options or {}))
     return step.plan(state, recipe.rows(mesh.size * choice.accumulate), cache=cache)

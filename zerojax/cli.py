@@ -5,6 +5,7 @@ after an error.
 
     zerojax plan train.py --topology h200:8x8 --stage 3      # one layout in detail
     zerojax advise train.py --topology h200:8x8              # finds the fastest layout that fits
+    zerojax tune train.py --topology h200:8x8                # options that hide the network
     zerojax show train.py --topology h200:8x8                # the placement of each leaf
     zerojax gpus                                             # the GPUs that can be simulated
     zerojax theory --params 7.5B --devices 64                # the paper's table
@@ -22,10 +23,9 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import zerojax
-from zerojax import tables
+from zerojax import arguments, tables
 from zerojax.plan import theory
 
-_UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _DEFAULT = "(default: %(default)s)"
 
 
@@ -66,6 +66,8 @@ def parser() -> argparse.ArgumentParser:
                    "predicts memory, communication and time of one layout, with the GPU compiler"))
     _advise(_command(commands, "advise", run_advise,
                      "compiles many layouts and finds the fastest that fits, by the estimate"))
+    _tune(_command(commands, "tune", run_tune,
+                   "compiles one layout with several compiler options and finds the fastest"))
     _show(_command(commands, "show", run_show,
                    "prints the layout: leaf, shape, spec, bytes per device, why a leaf is whole"))
     _gpus(_command(commands, "gpus", run_gpus,
@@ -92,9 +94,7 @@ def _command(commands, name: str, run: Callable, text: str) -> argparse.Argument
 def _plan(command: argparse.ArgumentParser) -> None:
     _recipe(command)
     _layout(command)
-    _accumulate(command)
-    command.add_argument("--remat", metavar="LOSS",
-                         help="name of the loss, if the recipe has several (default: the first)")
+    _loss(command)
     command.add_argument("--hlo", metavar="FILE", type=argparse.FileType("w"),
                          help="write the compiled program to this file")
     command.add_argument("--allow", metavar="REGEX", help="findings to accept, by their text")
@@ -103,6 +103,15 @@ def _plan(command: argparse.ArgumentParser) -> None:
 
 def _advise(command: argparse.ArgumentParser) -> None:
     _recipe(command)
+    _json(command)
+
+
+def _tune(command: argparse.ArgumentParser) -> None:
+    _recipe(command)
+    _layout(command)
+    _loss(command)
+    command.add_argument("--profile-to", metavar="FILE.pbtxt",
+                         help="copy the profile of the fastest options to this file")
     _json(command)
 
 
@@ -118,7 +127,7 @@ def _gpus(command: argparse.ArgumentParser) -> None:
 
 
 def _theory(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--params", type=count, required=True,
+    command.add_argument("--params", type=arguments.count, required=True,
                          help="number of parameters, such as 7.5B, 350M or 7.5e9")
     command.add_argument("--devices", type=int, required=True, help="number of devices")
     _accumulate(command)
@@ -126,7 +135,8 @@ def _theory(command: argparse.ArgumentParser) -> None:
 
 
 def _launch(command: argparse.ArgumentParser) -> None:
-    command.add_argument("-n", dest="processes", type=numbers, required=True, metavar="N[,M...]",
+    command.add_argument("-n", dest="processes", type=arguments.numbers, required=True,
+                         metavar="N[,M...]",
                          help="number of processes; after a failure, the job restarts with M")
     command.add_argument("--devices", type=int,
                          help="CPU devices per process (default: one GPU, or one CPU device on a "
@@ -184,6 +194,12 @@ def _accumulate(command: argparse.ArgumentParser) -> None:
                          help=f"number of microbatches {_DEFAULT}")
 
 
+def _loss(command: argparse.ArgumentParser) -> None:
+    _accumulate(command)
+    command.add_argument("--remat", metavar="LOSS",
+                         help="name of the loss, if the recipe has several (default: the first)")
+
+
 def _checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument("checkpoint", metavar="DIRECTORY",
                          help="a directory of checkpoints, or the directory of one step")
@@ -195,31 +211,6 @@ def _json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON to standard output")
 
 
-def numbers(text: str) -> list[int]:
-    """Parses integers separated by commas.
-
-    >>> numbers("4,2")
-    [4, 2]
-    """
-    return [int(n) for n in text.split(",")]
-
-
-def count(text: str) -> float:
-    """Parses a positive number, which can end with K, M, B or T: 10^3, 10^6, 10^9 or 10^12.
-
-    >>> count("7.5B"), count("350m"), count("7.5e9")
-    (7500000000.0, 350000000.0, 7500000000.0)
-    """
-    try:
-        number = float(text[:-1]) * _UNITS[text[-1].upper()] if text[-1].isalpha() else float(text)
-    except (ValueError, KeyError, IndexError):
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: write a positive number, such as 7.5B, 350M "
-                                         "or 7.5e9")
-    return number
-
-
 def run_plan(args) -> int:
     """Prints the plan of one layout; the status is 1 if it does not fit or is not ZeRO."""
     from zerojax import advice
@@ -228,11 +219,10 @@ def run_plan(args) -> int:
     recipe = _load(args)
     remat = next(iter(recipe.losses)) if args.remat is None else args.remat
     choice = advice.Choice(args.stage, args.accumulate, remat, args.replica)
-    plan = advice.plan_of(recipe, args.topology, choice, _precision(args), args.min_shard,
-                          not args.no_cache)
+    plan = advice.plan_of(recipe, args.topology, choice, **_settings(args))
     if args.hlo:
         args.hlo.write(plan.hlo)
-    print(json.dumps(plan.to_dict(), indent=1) if args.json else plan)
+    _print(args, plan)
     try:
         plan.check(args.allow)
     except PlanError as error:
@@ -245,16 +235,28 @@ def run_advise(args) -> int:
     """Prints the plans of many layouts; the status is 1 if none fits."""
     from zerojax import advice
 
-    found = advice.advise(_load(args), args.topology, precision=_precision(args),
-                          min_shard=args.min_shard, cache=not args.no_cache)
-    print(json.dumps(_as_json(found), indent=1) if args.json else found)
+    found = advice.advise(_load(args), args.topology, **_settings(args))
+    _print(args, found)
     return 0 if found.best else 1
 
 
-def _as_json(found) -> dict:
-    tried = [{"choice": vars(trial.choice), "refused": trial.refused,
-              "plan": trial.plan and trial.plan.to_dict()} for trial in found.tried]
-    return {"best": found.best and vars(found.best.choice), "tried": tried}
+def run_tune(args) -> int:
+    """Prints the plans of several compiler options; the status is 1 if none is accepted."""
+    from zerojax import tuning
+
+    found = tuning.tune(_load(args), args.topology, stage=args.stage, accumulate=args.accumulate,
+                        replica=args.replica, remat=args.remat, profile_to=args.profile_to,
+                        **_settings(args))
+    _print(args, found)
+    return 0 if found.best else 1
+
+
+def _settings(args) -> dict:
+    return {"precision": _precision(args), "min_shard": args.min_shard, "cache": not args.no_cache}
+
+
+def _print(args, found) -> None:
+    print(json.dumps(found.to_dict(), indent=1) if args.json else found)
 
 
 def run_show(args) -> int:

@@ -39,10 +39,17 @@ def path_of(lowered: jax.stages.Lowered, request: Mapping[str, Any], target: str
       target: the description of the GPU that the compiler gets.
     """
     flags = os.environ.get("XLA_FLAGS")  # inherited by the compiling process
-    known = [FORMAT, jax.__version__, target, flags, str(provenance.PACKAGE)]
+    known = [FORMAT, jax.__version__, target, flags, str(provenance.PACKAGE),
+             *_named_files(request["options"])]
     program = fingerprint.of_text(lowered.as_text())
     what = [known, request, program, sources(lowered.as_text(debug_info=True))]
-    return _folder() / f"{_sha(json.dumps(what, sort_keys=True))}.json.gz"
+    return folder() / "programs" / f"{_sha(json.dumps(what, sort_keys=True))}.json.gz"
+
+
+def _named_files(options: Mapping[str, Any]) -> list[str]:
+    """Returns the digests of the files that options name, such as a profile."""
+    paths = [pathlib.Path(value) for value in options.values() if isinstance(value, str) and value]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]
 
 
 def load(path: pathlib.Path) -> dict[str, Any] | None:
@@ -72,11 +79,12 @@ def unpacked(data: bytes) -> dict[str, Any]:
     return json.loads(gzip.decompress(data))
 
 
-def _folder() -> pathlib.Path:
+def folder() -> pathlib.Path:
+    """Returns the folder of everything that plans keep on disk."""
     if given := os.environ.get(VARIABLE):
-        return pathlib.Path(given) / "programs"
+        return pathlib.Path(given)
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "zerojax" / "programs"
+    return pathlib.Path(base) / "zerojax"
 
 
 def sources(module: str) -> list[str]:

@@ -1,11 +1,12 @@
 """Other notes for the user on a compiled step: leaves left whole, weights kept, state not donated,
-reads repeated, products in float32.
+reads repeated, products in float32, network exposed, memory that XLA rematerializes to save.
 
 Only a state whose leaves are whole against the policy is a fault.
 """
 
 import collections
 import math
+import re
 from collections.abc import Iterator
 
 from zerojax.hlo import schedule
@@ -13,12 +14,12 @@ from zerojax.hlo.program import Program
 from zerojax.layout.placement import ELSEWHERE, computed
 from zerojax.layout.report import Layout
 from zerojax.layout.rules import Leaf, Placement
-from zerojax.plan import provenance
+from zerojax.plan import provenance, traffic
 from zerojax.plan.demand import Demand
 from zerojax.plan.finding import Finding
 from zerojax.plan.memory import Memory, kind_of
 from zerojax.plan.reading import Reading
-from zerojax.tables import quantity, size
+from zerojax.tables import quantity, seconds, size
 from zerojax.trees import itemsize
 
 SAVED, COMBINED = 0.3, 0.25  # of all parameters, of the peak: less is not reported
@@ -26,10 +27,15 @@ WHOLE = 0.1  # of the state
 AGAIN = 0.01  # of ZeRO's bytes
 CONSTANT = 2**20  # bytes
 WIDE = 0.1  # of the operations of products
+EXPOSED, WAITED = 1 / 3, 0.02  # of the network's time, of the step's: less is not reported
+NEAR = 0.95  # of the peak that XLA allows itself
+_REPEATED = re.compile(r"\.remat\d*\b")  # the names that XLA's rematerialization gives
+SLOP = "xla_gpu_memory_limit_slop_factor"  # an option, in percent
 
 
 def of(reading: Reading, account: Memory) -> Iterator[Finding]:
-    """Yields findings about memory, repeated reads, and loops whose count is not known."""
+    """Yields findings about memory, repeated reads, the network's time, and loops whose count is
+    not known."""
     yield from _whole_leaves(reading.layout)
     yield from _saved_weights(reading, account)
     yield from _lost_donation(reading)
@@ -37,6 +43,8 @@ def of(reading: Reading, account: Memory) -> Iterator[Finding]:
     yield from _repeated(reading.demand)
     yield from _constants(reading.program)
     yield from _wide_products(reading)
+    yield from _exposed(reading)
+    yield from _near_the_limit(reading, account)
     yield from _unknown_loops(reading.program)
 
 
@@ -153,6 +161,57 @@ def _wide_products(reading: Reading) -> Iterator[Finding]:
             f"receives its parameters in {compute}: a Flax layer without a dtype computes in the "
             f"widest dtype of its inputs and parameters. Give the layers dtype={compute!r}, or "
             "cast the inputs of the model.", 0.0)
+
+
+def _exposed(reading: Reading) -> Iterator[Finding]:
+    """The compiler's default schedule leaves much of the network's time exposed."""
+    if not reading.runs or reading.options or not any(c.backward for c in reading.collectives):
+        return
+    rows = traffic.rows(reading)
+    whole, waited = (sum(t.seconds or 0 for t in rows), sum(t.exposed or 0 for t in rows))
+    if waited > EXPOSED * whole and waited > WAITED * reading.runs[reading.program.entry].seconds:
+        yield Finding(
+            f"the step waits {seconds(waited)} for the network, {waited / whole:.0%} of the time "
+            "of its collectives. `zerojax tune` searches for compiler options that hide more of "
+            "it.", 0.0)
+
+
+def _near_the_limit(reading: Reading, account: Memory) -> Iterator[Finding]:
+    """XLA rematerializes by itself to save memory, or is about to."""
+    limit = allowed(reading)
+    if limit is None:
+        return
+    names = (i.name for body in reading.program.computations.values() for i in body)
+    repeated = sum(bool(_REPEATED.search(name)) for name in names)
+    if repeated or account.peak > NEAR * limit:
+        what = (f"XLA rematerializes by itself ({quantity(repeated, 'instruction')}) to keep the "
+                f"peak at {size(account.peak)}" if repeated else
+                f"the peak of {size(account.peak)} is near the {size(limit)} at which XLA "
+                "rematerializes by itself")
+        yield Finding(
+            f"{what}, which takes time. Save less for the backward pass (nn.remat), or use fewer "
+            "examples per microbatch.", account.peak)
+
+
+def is_near_the_limit(reading: Reading, account: Memory) -> bool:
+    """Whether the peak is where XLA starts to rematerialize by itself."""
+    return any(_near_the_limit(reading, account))
+
+
+def allowed(reading: Reading) -> float | None:
+    """Returns the peak that XLA allows itself before it rematerializes; None if it is not known.
+
+    XLA's own estimate of the peak is higher than the compiled one, so that it may start below. The
+    peak is the limit of XLA's scheduler (`GetSchedulerMemoryLimit` in its gpu_hlo_schedule.cc): for
+    temporaries, 95 % of what arguments and results leave of 80 % of the memory. With GPUs at hand,
+    the memory that jax reserves takes the place of the 80 %.
+    """
+    if reading.topology is None:
+        return None
+    figures = reading.figures
+    fixed = figures["argument"] + figures["output"] - figures["alias"]
+    left = 0.8 * reading.topology.gpu.memory - fixed
+    return fixed + left * reading.options.get(SLOP, 95) / 100
 
 
 def _unknown_loops(program: Program) -> Iterator[Finding]:

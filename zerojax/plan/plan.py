@@ -280,7 +280,7 @@ def make(demand: Demand, layout: Layout, batch_bytes: float, call: Call, *,
     """
     mesh = demand.policy.mesh
     compiled = compiler.compile(call, mesh, cached=cache)
-    return read(Reading(demand, layout, batch_bytes, compiled, Topology.of(mesh)))
+    return read(Reading(demand, layout, batch_bytes, compiled, Topology.of(mesh), call.options))
 
 
 def read(reading: Reading) -> Plan:

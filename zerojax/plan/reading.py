@@ -4,6 +4,7 @@ which it is judged."""
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 from zerojax.hlo import collectives, schedule
 from zerojax.hlo.collectives import Collective
@@ -25,6 +26,7 @@ class Reading:
       batch_bytes: the bytes of the batch on one device.
       compiled: the compiler's answer.
       topology: the GPUs that it was compiled for; None for other devices.
+      options: the compiler options of the user.
     """
 
     demand: Demand
@@ -32,6 +34,7 @@ class Reading:
     batch_bytes: float
     compiled: Compiled
     topology: Topology | None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def figures(self) -> Mapping[str, int]:
