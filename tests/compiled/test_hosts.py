@@ -126,6 +126,9 @@ def test_codes_and_scales_take_half_the_bytes():
 @pytest.mark.slow
 def test_in_two_hops_only_sums_of_codes_cross_hosts():
     assert plan("int8 in two hops").between < 0.6 * plan("int8").between
+    notes = {name: [f.what for f in plan(name).findings if "On zj.make_mesh(hosts=2)" in f.what]
+             for name in ("int8", "int8 in two hops")}
+    assert len(notes["int8"]) == 1 and not notes["int8 in two hops"]
     codes = BLOCKS * (1 + SCALES)
     name = "int8 in two hops"
     found = sent(name, "all-gather", ("host",), "s8") + sent(name, "all-gather", ("host",), "f32")

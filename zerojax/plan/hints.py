@@ -44,8 +44,23 @@ def of(reading: Reading, account: Memory) -> Iterator[Finding]:
     yield from _constants(reading.program)
     yield from _wide_products(reading)
     yield from _exposed(reading)
+    yield from _exchanged(reading)
     yield from _near_the_limit(reading, account)
     yield from _unknown_loops(reading.program)
+
+
+def _exchanged(reading: Reading) -> Iterator[Finding]:
+    """Gradients that are exchanged over one axis of several hosts: most codes leave the host."""
+    topology, policy = reading.topology, reading.demand.policy
+    if not topology or not policy.wire.reduce or policy.inner_axes:
+        return
+    sent = sum(c.between(topology.per_host) for c in reading.collectives if c.kind == "all-to-all")
+    if sent:
+        yield Finding(f"each device sends {size(sent)} of gradients to other hosts per step: "
+                      f"Wire(reduce={policy.wire.reduce!r}) exchanges them over one axis of all "
+                      f"devices. On zj.make_mesh(hosts={topology.hosts}) they are summed within "
+                      f"each host first, and about {size(sent / topology.per_host)} leave it.",
+                      sent)
 
 
 def _whole_leaves(layout: Layout) -> Iterator[Finding]:
