@@ -8,6 +8,7 @@ never waits for the state that the step before it returned.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -118,8 +119,8 @@ class IslandsStep(TrainStep):
     def __call__(self, state: IslandsState, batch: Any) -> tuple[IslandsState, dict]:
         with message_last:
             self._check(state, batch)
-            self._skips.check(state)
             number = self._number(state) + 1
+            self._skips.check(state)
             state = self._preflight(state, (batch,), batch=batch,
                                     fields=lambda state: self._fields(state, batch))
             state, metrics = self._jitted(state, batch)
@@ -157,12 +158,19 @@ class IslandsStep(TrainStep):
 
     def _demand(self, state: IslandsState, batch: Any) -> Demand:
         """Returns the collectives that ZeRO allows within an island."""
-        stack = self.rounds.stack
-        part = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((x.shape[0] // stack.n, *x.shape[1:]), x.dtype), batch)
-        per_device, why, uses = self._way(stack.shapes_of_one(state.islands), part)
-        return Demand(self.policy, *stack.model_leaves(state.islands), self.accumulate, per_device,
-                      why, uses)
+        per_device, why, uses = self._way(state, batch)
+        return Demand(self.policy, *self.rounds.stack.model_leaves(state.islands), self.accumulate,
+                      per_device, why, uses)
+
+    def _way(self, state: IslandsState, batch) -> tuple[bool, str, tuple[Use, ...]]:
+        found, way = [], super()._way
+
+        def studied(one: TrainState, part: Any, index: jax.Array):
+            found.append(way(one, part))
+            return one, ()
+
+        jax.eval_shape(functools.partial(self.rounds.stack.each, studied), state.islands, batch)
+        return found[0]
 
     def _step(self, state: IslandsState, batch):
         rounds = self.rounds

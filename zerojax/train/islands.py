@@ -191,13 +191,12 @@ class Islands(Policy):
         return Maker(build, self._shardings(jax.eval_shape(build, *args)))
 
     def _started(self, one: TrainState) -> IslandsState:
-        outer = None
-        if self.outer is not None:
-            optimizer.check_padding(self.outer, one.trained)
-            outer = Outer(one.trained, optimizer.init(self.outer, one.trained))
+        outer = self.outer and Outer(one.trained, optimizer.init(self.outer, one.trained))
         return stacked.unpacked(self._stack.of(stacked.pack(one, outer)))
 
     def _shardings(self, shapes: IslandsState) -> IslandsState:
+        if shapes.outer is not None:
+            optimizer.check_padding(self.outer, shapes.outer.params)
         return stacked.unpacked(self._stack.shardings(stacked.packed(shapes)))
 
     def _joined(self, where: str, state: Any) -> TrainState:
