@@ -105,9 +105,9 @@ class IslandsStep(TrainStep):
         `Islands.train_step`.
     """
 
-    def __init__(self, rounds: Rounds, loss_fn, tx, **options: Any):
+    def __init__(self, rounds, loss_fn, tx, **options: Any):
         super().__init__(rounds.stack.zero, loss_fn, tx, **options)
-        self.rounds = rounds
+        self.rounds: Rounds = rounds
         self._average = jax.jit(rounds.average, donate_argnums=0,
                                 compiler_options=options["compiler_options"])
         self._skips = _MostSkips(options["max_skipped"])
@@ -158,9 +158,9 @@ class IslandsStep(TrainStep):
 
     def _demand(self, state: IslandsState, batch: Any) -> Demand:
         """Returns the collectives that ZeRO allows within an island."""
+        leaves, places = self.rounds.stack.model_leaves(state.islands)
         per_device, why, uses = self._way(state, batch)
-        return Demand(self.policy, *self.rounds.stack.model_leaves(state.islands), self.accumulate,
-                      per_device, why, uses)
+        return Demand(self.policy, leaves, places, self.accumulate, per_device, why, uses)
 
     def _way(self, state: IslandsState, batch) -> tuple[bool, str, tuple[Use, ...]]:
         found, way = [], super()._way
