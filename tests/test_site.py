@@ -22,7 +22,7 @@ BLOCK = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 # classes of which public functions return instances
 RETURNED = ["advice.Advice", "advice.Choice", "advice.Trial", "data.feeding.Feed",
             "layout.report.Row", "plan.finding.Finding", "plan.memory.Memory", "plan.plan.Compute",
-            "plan.rounds.IslandsPlan", "plan.traffic.Traffic", "processes.launchers.Job",
+            "plan.island_plan.IslandsPlan", "plan.traffic.Traffic", "processes.launchers.Job",
             "tables.Sheet", "train.island_step.IslandsStep", "train.islands.Islands",
             "train.jitted.Jitted", "train.stacked.IslandsState", "train.stacked.Outer",
             "train.step.EvalStep", "train.step.TrainStep"]

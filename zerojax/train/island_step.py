@@ -13,84 +13,25 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 
 from zerojax import trees
 from zerojax.data import batch as batches
 from zerojax.errors import BatchError, ModelError, PolicyError, message_last
-from zerojax.layout import padded, report
-from zerojax.layout.report import Layout
-from zerojax.plan import audit, plan, rounds
+from zerojax.plan import plan
 from zerojax.plan.compiler import Call
 from zerojax.plan.demand import Demand, Use
-from zerojax.plan.rounds import IslandsPlan
-from zerojax.policy import Policy
+from zerojax.plan.island_plan import IslandsPlan
 from zerojax.processes import fingerprint
 from zerojax.train import stacked
+from zerojax.train.rounds import Rounds
 from zerojax.train.skips import Skips
-from zerojax.train.stacked import IslandsState, Outer, Stack
+from zerojax.train.stacked import IslandsState, Outer
 from zerojax.train.state import TrainState
 from zerojax.train.step import TrainStep
 
 _CALL = "state, metrics = step(state, batch)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Rounds:
-    """How often islands average, and with which optimizer.
-
-    Attributes:
-      stack: the islands.
-      policy: the policy of their batches.
-      every: the number of steps in a round.
-      outer: the outer optax transform, or None.
-    """
-
-    stack: Stack
-    policy: Policy
-    every: int
-    outer: Any
-
-    def average(self, state: IslandsState) -> IslandsState:
-        """Returns the state after the average at the end of a round.
-
-        The parameters of all islands become their mean or, with an outer optimizer, those that it
-        makes of the mean move. The model's floating state becomes its mean. The optimizer's state
-        and everything else stay as they are in each island.
-        """
-        one = self.stack.mean(stacked.packed(state))
-        new, outer = self._next(one)
-        one = one.replace(params=one.put(jax.tree.leaves(new)), opt_state=(None, outer))
-        every = self.stack.of(one).replace(opt_state=(state.islands.opt_state, outer))
-        model_state = jax.tree.map(lambda mean, own: mean if _is_floating(own) else own,
-                                   every.model_state, state.islands.model_state)
-        islands = state.islands.replace(params=every.params, model_state=model_state)
-        return stacked.unpacked(self.stack.at_rest(stacked.pack(islands, outer)))
-
-    def _next(self, one: TrainState) -> tuple[Any, Outer | None]:
-        """Returns the trained parameters with which the next round starts, and the outer state."""
-        _, outer = one.opt_state
-        if outer is None:
-            return one.trained, None
-        with jax.named_scope(audit.OPTIMIZER):
-            move = jax.tree.map(jnp.subtract, outer.params, one.trained)
-            updates, opt_state = self.outer.update(move, outer.opt_state, outer.params)
-            new = optax.apply_updates(outer.params, updates)
-        return new, Outer(new, opt_state)
-
-    def layout(self, state: IslandsState) -> Layout:
-        """Returns the placement of each leaf of a state."""
-        joined = stacked.packed(state)
-        places = padded.structure(joined).unflatten(self.stack.placements(joined))
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-        return report.of(self.stack.zero, shapes, padded.leaves(stacked.unpacked(places)))
-
-
-def _is_floating(x: jax.Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 class IslandsStep(TrainStep):
@@ -146,15 +87,15 @@ class IslandsStep(TrainStep):
         batch = batches.placed(self.rounds.policy, batch)
         with message_last:
             step = self._demand(state, batch)
-        idle = dataclasses.replace(step, uses=(Use(0, 0),) * len(step.leaves))
         layout, options = self.rounds.layout(state), self.compiler_options
-        made = [plan.make(step, layout, batches.local_bytes(batch),
-                          Call(self._jitted, (state, batch), {}, options), cache=cache),
-                plan.make(idle, layout, 0, Call(self._average, (state,), {}, options),
-                          cache=cache)]
+        alone = plan.make(step, layout, batches.local_bytes(batch),
+                          Call(self._jitted, (state, batch), {}, options), cache=cache)
+        idle = dataclasses.replace(step, uses=(Use(0, 0),) * len(step.leaves))
+        average = plan.make(idle, layout, 0, Call(self._average, (state,), {}, options),
+                            cache=cache)
         stack = self.rounds.stack
-        expected = stacked.bytes_per_round(stack, state.islands)
-        return rounds.of(*made, stack.axis, stack.n, self.rounds.every, expected)
+        return IslandsPlan.of(alone, average, stack.axis, stack.n, self.rounds.every,
+                              stacked.bytes_per_round(stack, state.islands))
 
     def _demand(self, state: IslandsState, batch: Any) -> Demand:
         """Returns the collectives that ZeRO allows within an island."""

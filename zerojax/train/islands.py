@@ -19,7 +19,8 @@ from zerojax.policy import Policy
 from zerojax.train import creation, donation, optimizer, stacked, state_layout
 from zerojax.train.checks import is_optimizer
 from zerojax.train.creation import Maker
-from zerojax.train.island_step import IslandsStep, Rounds
+from zerojax.train.island_step import IslandsStep
+from zerojax.train.rounds import Rounds
 from zerojax.train.stacked import IslandsState, Outer, Stack
 from zerojax.train.state import TrainState
 
@@ -124,8 +125,7 @@ class Islands(Policy):
           BatchError: the number of examples is not divisible by n x devices x accumulate.
           LossError, PolicyError, NonFiniteError: as for `Zero.train_step`.
         """
-        rounds = Rounds(self._stack, self, self.every, self.outer)
-        return IslandsStep(rounds, loss_fn, tx, accumulate=accumulate, clip_norm=clip_norm,
+        return IslandsStep(self._rounds, loss_fn, tx, accumulate=accumulate, clip_norm=clip_norm,
                            max_skipped=max_skipped, compiler_options=compiler_options)
 
     def average(self, state: IslandsState) -> TrainState:
@@ -168,7 +168,7 @@ class Islands(Policy):
 
     def layout(self, state: IslandsState) -> Layout:
         """Returns the placement of each leaf, as `Zero.layout` does."""
-        return Rounds(self._stack, self, self.every, self.outer).layout(state)
+        return self._rounds.layout(state)
 
     def share(self) -> tuple[int, int]:
         """Returns which share of every batch this process brings to `feed`, as `Zero.share`."""
@@ -181,6 +181,10 @@ class Islands(Policy):
     @functools.cached_property
     def _stack(self) -> Stack:
         return Stack(self.zero, self.n, self.island_axis)
+
+    @property
+    def _rounds(self) -> Rounds:
+        return Rounds(self._stack, self, self.every, self.outer)
 
     def _maker(self, init_fn: Callable, tx, args: tuple, trainable: Any, rng: Any) -> Maker:
         one = creation.maker(self.zero, init_fn, tx, args, trainable, rng)

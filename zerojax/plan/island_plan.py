@@ -41,6 +41,16 @@ class IslandsPlan(tables.Printed):
     every: int
     round_bytes: float
 
+    @classmethod
+    def of(cls, step: Plan, average: Plan, axis: str, islands: int, every: int,
+           round_bytes: float) -> "IslandsPlan":
+        """Returns the plan of islands, with findings about what crosses them."""
+        crossing, others = _crossing(step, axis), _others(average, axis, round_bytes)
+        step = dataclasses.replace(step, findings=(*crossing, *step.findings))
+        average = dataclasses.replace(average, findings=(*others, *average.findings),
+                                      zero_bytes=round_bytes)
+        return cls(step, average, axis, islands, every, round_bytes)
+
     @property
     def sent(self) -> float:
         """Bytes that each device sends per step, with its share of an average."""
@@ -77,17 +87,6 @@ class IslandsPlan(tables.Printed):
                      size(self.average.sent / self.every), ""))
         return Sheet(f"sent by each device at the average of {self.islands} islands, every "
                      f"{self.every} steps", ("", "dtype", "over", "sent", "takes"), tuple(rows))
-
-
-def of(step: Plan, average: Plan, axis: str, islands: int, every: int,
-       round_bytes: float) -> IslandsPlan:
-    """Returns the plan of islands, given those of their two programs."""
-    crossing = tuple(_crossing(step, axis))
-    others = tuple(_others(average, axis, round_bytes))
-    step = dataclasses.replace(step, findings=(*crossing, *step.findings))
-    average = dataclasses.replace(average, findings=(*others, *average.findings),
-                                  zero_bytes=round_bytes)
-    return IslandsPlan(step, average, axis, islands, every, round_bytes)
 
 
 def _crossing(step: Plan, axis: str) -> Iterator[Finding]:
