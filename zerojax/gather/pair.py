@@ -183,7 +183,7 @@ class Pair:
 
 def _sum(x, axis):
     # jnp.sum would widen bfloat16, on the wire too
-    return jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (axis,))
+    return jax.lax.reduce_sum(x, axes=(axis,))
 
 
 @functools.lru_cache(maxsize=4096)
