@@ -257,8 +257,8 @@ class Zero(Policy):
         state of `tx` stays each island's own.
 
         Args:
-          n: the number of islands: the size of `axis`, or a multiple of it, of which each group of
-            devices then trains several one after the other.
+          n: the number of islands: the size of `axis`, or a multiple of it. Each group of devices
+            then trains several, one after the other, and moves their examples between its devices.
           every: the number of steps from one average to the next.
           outer: None for the plain average, or an optax transform, which takes the mean move of a
             round (old parameters minus the mean of the new ones) as a gradient. DiLoCo uses

@@ -93,4 +93,5 @@ def test_a_loss_that_crosses_islands_is_a_finding():
 @pytest.mark.slow
 def test_several_islands_on_a_group_of_devices_average_before_they_send():
     plan, _ = planned("mlp", 3, islands=4)
-    assert plan.check().average.sent == planned("mlp", 3)[0].average.sent
+    plan.check(allow=r"all-gather of bf16\[2,64,512\]")  # of examples, within a group
+    assert plan.average.sent == planned("mlp", 3)[0].average.sent
