@@ -42,10 +42,10 @@ class Rounds:
         one = self.stack.mean(stacked.packed(state))
         new, outer = self._next(one)
         one = one.replace(params=one.put(jax.tree.leaves(new)), opt_state=(None, outer))
-        every = self.stack.of(one).replace(opt_state=(state.islands.opt_state, outer))
+        alike = self.stack.of(one)
         model_state = jax.tree.map(lambda mean, own: mean if _is_floating(own) else own,
-                                   every.model_state, state.islands.model_state)
-        islands = state.islands.replace(params=every.params, model_state=model_state)
+                                   alike.model_state, state.islands.model_state)
+        islands = state.islands.replace(params=alike.params, model_state=model_state)
         return stacked.unpacked(self.stack.at_rest(stacked.pack(islands, outer)))
 
     def _next(self, one: TrainState) -> tuple[Any, Outer | None]:
