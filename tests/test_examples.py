@@ -48,6 +48,7 @@ FIELDS = [  # the command, the most that the metric may be before training, the 
     ("speech_commands", 25, 90),
     ("segmentation", 25, 80),
     ("text_image", 10, 75),
+    ("local_sgd --steps 200", 20, 90),
 ]
 
 
@@ -109,6 +110,15 @@ def test_textbook_mlp_pads_for_ten_devices_and_prints_progress_by_epochs():
         "Train Epoch: 1 [800/1600 (50%)]", "Train Epoch: 1 [1600/1600 (100%)]",
         "Train Epoch: 2 [800/1600 (50%)]"]
     assert float(re.search(r"(\S+)% after \d+ steps", out)[1]) > 85
+
+
+@pytest.mark.slow
+def test_local_sgd_sends_less_than_synchronous_training_and_learns_as_much():
+    out = run("local_sgd", "--stage", "3", "--steps", "200", "--every", "20", "--diloco")
+    sent = [float(x) for x in re.findall(r"([\d.]+) MiB sent by each node", out)]
+    assert sent[1] == pytest.approx(20 * sent[0], rel=0.01)
+    local, together = (float(x) for x in re.findall(r"([\d.]+)% after 200 steps", out))
+    assert local > together - 2
 
 
 def test_text_classification_does_not_see_padding():

@@ -22,9 +22,10 @@ BLOCK = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 # classes of which public functions return instances
 RETURNED = ["advice.Advice", "advice.Choice", "advice.Trial", "data.feeding.Feed",
             "layout.report.Row", "plan.finding.Finding", "plan.memory.Memory", "plan.plan.Compute",
-            "plan.traffic.Traffic", "processes.launchers.Job", "tables.Sheet",
-            "train.jitted.Jitted", "train.step.EvalStep", "train.step.TrainStep",
-            "tuning.Attempt", "tuning.Tuning"]
+            "plan.island_plan.IslandsPlan", "plan.traffic.Traffic", "processes.launchers.Job",
+            "tables.Sheet", "train.island_step.IslandsStep", "train.islands.Islands",
+            "train.jitted.Jitted", "train.stacked.IslandsState", "train.stacked.Outer",
+            "train.step.EvalStep", "train.step.TrainStep", "tuning.Attempt", "tuning.Tuning"]
 
 
 def test_the_site_builds_without_a_warning_and_has_every_page_and_name(tmp_path):

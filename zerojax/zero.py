@@ -14,7 +14,8 @@ from zerojax.layout.report import Layout
 from zerojax.plan.plan import Plan
 from zerojax.policy import Policy
 from zerojax.processes import joining
-from zerojax.train import creation, planning, state_layout, transforms
+from zerojax.train import creation, islands, planning, state_layout, transforms
+from zerojax.train.islands import Islands
 from zerojax.train.jitted import Jitted
 from zerojax.train.loss_scale import LossScale
 from zerojax.train.state import TrainState
@@ -253,6 +254,39 @@ class Zero(Policy):
         result is dropped.
         """
         return EvalStep(self, loss_fn, compiler_options)
+
+    def islands(self, n: int, *, every: int, outer: Any = None, axis: str = "island") -> Islands:
+        """Returns `n` islands: groups of devices that train alone and average once in a round.
+
+        Local SGD (Lin et al. 2018, arXiv 1808.07217) and DiLoCo (Douillard et al. 2023, arXiv
+        2311.08105). Each island is a ZeRO group of its own over this policy's axes and takes its
+        part of every batch. After every `every` steps, the islands' parameters are averaged; the
+        state of `tx` stays each island's own.
+
+        Args:
+          n: the number of islands: the size of `axis`, or a multiple of it. Each group of devices
+            then trains several, one after the other, and moves their examples between its devices.
+          every: the number of steps from one average to the next.
+          outer: None for the plain average, or an optax transform, which takes the mean move of a
+            round (old parameters minus the mean of the new ones) as a gradient. DiLoCo uses
+            `optax.sgd(0.7, momentum=0.9, nesterov=True)`.
+          axis: the mesh axis over which the islands are split, none of ZeRO's own;
+            `zj.make_mesh(islands=n)` has it.
+
+        Raises:
+          PolicyError: an invalid argument, or a mesh without the axis.
+
+        >>> import jax.numpy as jnp, optax, zerojax as zj
+        >>> mesh, tx = zj.make_mesh(islands=2, devices=jax.devices()[:2]), optax.sgd(0.1)
+        >>> islands = zj.Zero(mesh).islands(2, every=3)
+        >>> state = islands.init(lambda: {"w": jnp.float32(0)}, tx)
+        >>> step = islands.train_step(lambda params, x: ((x - params["w"]) ** 2).mean(), tx)
+        >>> for _ in range(4):  # three steps, an average and a step, with one example for each
+        ...     state, metrics = step(state, jnp.array([1.0, 3.0]))
+        >>> [f"{loss:.2f}" for loss in metrics["loss"]], f"{islands.average(state).params['w']:.2f}"
+        (['0.00', '4.10'], '1.18')
+        """
+        return islands.of(self, n, every, outer, axis)
 
     def move(self, state: Any, other: "Zero") -> Any:
         """Returns a state with the layout of another policy: another stage, mesh or device count.

@@ -299,7 +299,7 @@ def _of_parts(seed: jax.Array, sizes: Sequence[int]) -> jax.Array:
 
 def _sum(x, axis):
     # jnp.sum would widen bfloat16, on the wire too
-    return jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (axis,))
+    return jax.lax.reduce_sum(x, axes=(axis,))
 
 
 @functools.lru_cache(maxsize=4096)

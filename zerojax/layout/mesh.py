@@ -1,5 +1,7 @@
 """Meshes over the available devices, and over simulated GPUs for planning."""
 
+from collections.abc import Mapping
+
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -8,41 +10,49 @@ from zerojax.errors import PolicyError
 from zerojax.layout.topology import Topology, check_installed
 
 
-def make_mesh(*, replica: int = 1, hosts: int = 1, devices=None,
+def make_mesh(*, replica: int = 1, hosts: int = 1, islands: int | None = None, devices=None,
               topology: str | Topology | None = None) -> Mesh | AbstractMesh:
-    """Returns a mesh for `Zero`, with the axis "data", preceded by "replica" and "host" if given.
+    """Returns a mesh for `Zero`, with the axis "data"; "island", "replica" and "host" precede it.
 
     Args:
       replica: number of copies of the state (hybrid sharding, HSDP); each copy is sharded over
         devices / replica. With several hosts, devices of one host are neighbours on "data".
       hosts: number of groups of neighbours, such as hosts, that share one copy, as an axis "host"
         of its own. `Zero` shards a state over both axes; its arguments may name one of them.
+      islands: number of groups of devices for `Zero.islands`, neighbours in each: the mesh has
+        one more axis, "island", the first. None: no such axis.
       devices: the devices to use, in order; None means all.
       topology: simulated GPUs to plan for, such as "h200:8x8" (hosts x GPUs per host) or a
         `Topology`. The mesh is then an `AbstractMesh`, which `Zero.abstract` and `plan` accept;
         nothing runs on it. Requires the extra `plan`.
 
     Raises:
-      PolicyError: the number of devices is not divisible by `replica` x `hosts`; `devices` holds
-        no devices; both devices and a topology were given; or the topology is unknown.
+      PolicyError: the number of devices is not divisible by `replica` x `hosts` x `islands`;
+        `devices` holds no devices; both devices and a topology were given; or the topology is
+        unknown.
       MissingExtraError: a topology was given, but the extra is not installed.
 
     >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
     {'data': 1}
     """
-    axes = ("replica",) * (replica != 1) + ("host",) * (hosts != 1) + ("data",)
-    types = (AxisType.Auto,) * len(axes)
+    outer = {"island": islands, "replica": _unless_one(replica), "host": _unless_one(hosts)}
+    outer = {axis: n for axis, n in outer.items() if n is not None}
+    axes, types = (*outer, "data"), (AxisType.Auto,) * (len(outer) + 1)
     if topology is None:
         array = np.array(jax.devices() if devices is None else devices)
         _check_devices(devices, array)
-        return Mesh(array.reshape(_shape(replica, hosts, array.size)), axes, axis_types=types)
+        return Mesh(array.reshape(_shape(outer, array.size)), axes, axis_types=types)
     if devices is not None:
         raise PolicyError(f"make_mesh(devices=..., topology={topology!r}): devices and a topology "
                           "exclude each other; give one of the two.")
     topology = _topology(topology)
     check_installed()
-    return AbstractMesh(_shape(replica, hosts, topology.devices), axes, types,
+    return AbstractMesh(_shape(outer, topology.devices), axes, types,
                         abstract_device=topology.device())
+
+
+def _unless_one(n: int) -> int | None:
+    return None if n == 1 else n
 
 
 def _check_devices(given, array: np.ndarray) -> None:
@@ -60,14 +70,18 @@ def _topology(given: str | Topology) -> Topology:
     return topology
 
 
-def _shape(replica: int, hosts: int, devices: int) -> tuple[int, ...]:
-    for name, n in (("replica", replica), ("hosts", hosts)):
-        if not isinstance(n, int) or n < 1:
-            raise PolicyError(f"make_mesh({name}={n!r}): write a positive integer that divides the "
-                              f"{devices} devices.")
-    if devices % (replica * hosts):
-        groups = " x ".join([f"{replica} copies"] + [f"{hosts} hosts"] * (hosts != 1))
-        raise PolicyError(f"make_mesh(replica={replica}, hosts={hosts}): {devices} devices do not "
-                          f"divide evenly into {groups}; write divisors of {devices}.")
-    sizes = [n for n in (replica, hosts) if n != 1]
-    return (*sizes, devices // (replica * hosts))
+_GROUPS = {"island": ("islands", "islands"), "replica": ("replica", "copies"),
+           "host": ("hosts", "hosts")}  # the argument, and the noun
+
+
+def _shape(outer: Mapping[str, int], devices: int) -> tuple[int, ...]:
+    """Returns the sizes of the axes, given those of all but the last."""
+    rest = devices
+    for axis, n in outer.items():
+        argument, noun = _GROUPS[axis]
+        if not isinstance(n, int) or n < 1 or rest % n:
+            of = "" if rest == devices else f" of the {devices}"
+            raise PolicyError(f"make_mesh({argument}={n!r}): {rest} devices{of} do not divide evenly "
+                              f"into {n} {noun}; write a divisor of {rest}.")
+        rest //= n
+    return (*outer.values(), rest)

@@ -80,8 +80,8 @@ class TrainStep:
     def __repr__(self) -> str:
         options = "".join(f", {name}={value!r}" for name, value in self._settings().items()
                           if value not in (None, {}))
-        return (f"TrainStep({checks.name_of(self.loss_fn)}{options}): (state, batch) -> (state, "
-                f"metrics)\n  {self.policy!r}")
+        return (f"{type(self).__name__}({checks.name_of(self.loss_fn)}{options}): (state, batch) "
+                f"-> (state, metrics)\n  {self.policy!r}")
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name)
