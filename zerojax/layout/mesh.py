@@ -9,6 +9,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from zerojax.errors import PolicyError
 from zerojax.layout.topology import Topology, check_installed
 
+# the arguments for the axes before "data", and what the axes count
+_ARGUMENTS = {"island": ("islands", "islands"), "replica": ("replica", "copies"),
+              "host": ("hosts", "hosts")}
+
 
 def make_mesh(*, replica: int = 1, hosts: int = 1, islands: int | None = None, devices=None,
               topology: str | Topology | None = None) -> Mesh | AbstractMesh:
@@ -70,18 +74,14 @@ def _topology(given: str | Topology) -> Topology:
     return topology
 
 
-_GROUPS = {"island": ("islands", "islands"), "replica": ("replica", "copies"),
-           "host": ("hosts", "hosts")}  # the argument, and the noun
-
-
 def _shape(outer: Mapping[str, int], devices: int) -> tuple[int, ...]:
     """Returns the sizes of the axes, given those of all but the last."""
     rest = devices
     for axis, n in outer.items():
-        argument, noun = _GROUPS[axis]
+        argument, noun = _ARGUMENTS[axis]
         if not isinstance(n, int) or n < 1 or rest % n:
             of = "" if rest == devices else f" of the {devices}"
-            raise PolicyError(f"make_mesh({argument}={n!r}): {rest} devices{of} do not divide evenly "
-                              f"into {n} {noun}; write a divisor of {rest}.")
+            raise PolicyError(f"make_mesh({argument}={n!r}): {rest} devices{of} do not divide "
+                              f"evenly into {n} {noun}; write a divisor of {rest}.")
         rest //= n
     return (*outer.values(), rest)
