@@ -179,8 +179,8 @@ class Program:
         return found
 
     @functools.cached_property
-    def flops(self) -> dict:
-        """The operations that `cost` has counted so far, by computation."""
+    def products(self) -> dict:
+        """The products that `cost` has counted so far, by computation."""
         return {}
 
     def frames(self, inst: Instruction) -> Iterator[Frame]:
