@@ -1,6 +1,6 @@
 """Prints every table as Markdown; `make bench` writes them to benchmarks/results.md.
 
-    python benchmarks/run.py             # about twenty-five minutes on two cores
+    python benchmarks/run.py             # about forty minutes on two cores
     python benchmarks/run.py overhead    # one table: a name from TABLES
 """
 
@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the GPU compiler without a GPU
 
 import checkpoints
+import estimates
 import hosts
 import lora
 import machine
@@ -25,6 +26,8 @@ TABLES = {
     "compile": ("Compile time for 8 H200s with the GPU compiler", programs.compile_table),
     "plans": ("The cost of a plan: 7 B parameters in 24 scanned layers, stage 3, without a GPU",
               plans.plans_table),
+    "estimates": ("Estimates beside measurements: published training runs on H100s",
+                  estimates.markdown),
     "checkpoints": ("Checkpoints compared with Orbax alone", checkpoints.markdown),
     "lora": ("Fine-tuning 1 B parameters with LoRA: 8 H200s, one sequence of 1024 per GPU",
              lora.markdown),
