@@ -154,6 +154,13 @@ def _attention(program: Program, inst: Instruction, computation: str) -> int:
 
 def touched(program: Program, inst: Instruction, computation: str) -> int:
     """Returns the bytes of device memory that an instruction reads and writes."""
+    known = program.touched.setdefault(computation, {})
+    if inst.name not in known:
+        known[inst.name] = _touched(program, inst, computation)
+    return known[inst.name]
+
+
+def _touched(program: Program, inst: Instruction, computation: str) -> int:
     if inst.op in FREE or inst.op.endswith("-done"):
         return 0
     names = program.names[computation]
@@ -177,7 +184,7 @@ def _read(body: tuple[Instruction, ...], index: int, size: int) -> int:
     if not consumers or any(i.operands[0] not in mine for i in consumers):
         return size
     if all(i.op in _SLICES for i in consumers):
-        whole = next(i.shapes[0].elements for i in body if i.name in mine)
+        whole = max(1, next(i.shapes[0].elements for i in body if i.name in mine))
         return min(size, sum(i.shapes[0].elements for i in consumers) * size // whole)
     return 0 if all(i.op == "dynamic-update-slice" for i in consumers) else size
 

@@ -183,6 +183,11 @@ class Program:
         """The products that `cost` has counted so far, by computation."""
         return {}
 
+    @functools.cached_property
+    def touched(self) -> dict:
+        """The bytes that `cost` has counted so far, by computation and instruction."""
+        return {}
+
     def frames(self, inst: Instruction) -> Iterator[Frame]:
         """Yields the lines of Python of an instruction, innermost first, if any were kept."""
         frames = self.tables.get("StackFrames", {})

@@ -1,8 +1,8 @@
 """An estimate of when each instruction of a compiled program runs.
 
-Instructions run in the order of the text. Each takes the time of its operations plus that of its
-bytes. Collectives run beside them from their start to their done. Those that are open at the same
-time share the bandwidth, but each has its latency beside the others.
+Instructions run in the order of the text, each as long as its operations or its bytes take,
+whichever is longer. Collectives run beside them from their start to their done. Those that are open
+at the same time share the bandwidth, but each has its latency beside the others.
 Needs no devices and no jax.
 """
 
@@ -16,10 +16,9 @@ from zerojax.hlo.program import Instruction, Program
 from zerojax.hlo.speed import ATTENTION, BESIDE, LAUNCH, LINKS, MEMORY, PRODUCTS, Speed
 
 ASSUMPTIONS = (
-    f"products at {PRODUCTS:.0%} and attention kernels at {ATTENTION:.0%} of the GPU's dense peak, "
-    f"plus the time of their bytes; memory at {MEMORY:.0%} and links at {LINKS:.0%} of their "
-    f"bandwidth; {LAUNCH * 1e6:.0f} us per kernel; NCCL's latencies; kernels at {BESIDE:.0%} of "
-    "their speed while a collective runs")
+    f"products at {PRODUCTS:.0%} and cuDNN's attention at {ATTENTION:.0%} of the GPU's dense peak, "
+    f"memory at {MEMORY:.0%} and links at {LINKS:.0%} of their bandwidth, {LAUNCH * 1e6:.0f} us "
+    f"per kernel, NCCL's latencies, kernels at {BESIDE:.0%} of their speed while a collective runs")
 _ENTERED = ("while", "call", "conditional")
 
 
@@ -165,8 +164,8 @@ class _Clock:
         products = sum(p.flops / (self.speed.flops(p.dtype) * reached[p.kind]) for p in found)
         memory = (cost.touched(self.program, inst, self.name)
                   / (self.speed.bandwidth * self.speed.memory))
-        self._advance(inst.name, {"compute": products, "memory": memory,
-                                  "launch": self.speed.launch})
+        of = "compute" if products > memory else "memory"
+        self._advance(inst.name, {of: max(products, memory), "launch": self.speed.launch})
 
 
 def total_flops(program: Program) -> collections.Counter:

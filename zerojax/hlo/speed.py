@@ -6,7 +6,7 @@ Needs no devices and no jax.
 import dataclasses
 from collections.abc import Callable
 
-PRODUCTS = 0.7  # of the dense peak
+PRODUCTS = 0.6  # of the dense peak
 ATTENTION = 0.5  # of the dense peak
 MEMORY = 0.85  # of the memory's bandwidth
 LINKS = 0.8  # of the bandwidth of links
