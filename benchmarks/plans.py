@@ -12,7 +12,7 @@ from machine import table
 import zerojax as zj
 from zerojax.hlo import collectives, liveness, schedule
 from zerojax.hlo.program import parse
-from zerojax.plan.plan import speed_of
+from zerojax.plan.reading import speed_of
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests" / "compiled"))
 import models
