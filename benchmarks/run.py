@@ -1,6 +1,6 @@
 """Prints every table as Markdown; `make bench` writes them to benchmarks/results.md.
 
-    python benchmarks/run.py             # about twenty-five minutes on two cores
+    python benchmarks/run.py             # about forty minutes on two cores
     python benchmarks/run.py overhead    # one table: a name from TABLES
 """
 
@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the GPU compiler without a GPU
 
 import checkpoints
+import estimates
 import hosts
 import lora
 import machine
@@ -29,6 +30,8 @@ TABLES = {
               plans.plans_table),
     "tuning": ("Compiler options that hide the network: 64 H100s in 8 hosts, stage 3, 2 sequences "
                "of 2048 per GPU", tuning.tuning_table),
+    "estimates": ("Estimates beside measurements: published training runs on H100s",
+                  estimates.markdown),
     "checkpoints": ("Checkpoints compared with Orbax alone", checkpoints.markdown),
     "lora": ("Fine-tuning 1 B parameters with LoRA: 8 H200s, one sequence of 1024 per GPU",
              lora.markdown),

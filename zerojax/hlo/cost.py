@@ -4,7 +4,9 @@ A fusion costs what it touches: a slice of an operand if it reads only a slice, 
 writes a result in place. Needs no devices and no jax.
 """
 
+import dataclasses
 import math
+import re
 from collections import Counter
 
 from zerojax.hlo.program import Instruction, Program, Shape
@@ -12,35 +14,88 @@ from zerojax.hlo.program import Instruction, Program, Shape
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
         "call", "after-all", "iota", "partition-id", "replica-id", "opt-barrier"}
 _SLICES = {"dynamic-slice", "gather", "slice"}
+_VIEWS = {"bitcast", "convert", "copy", "reshape", "transpose"}  # a fusion computes what it slices
+_MATMUL = ("__cublas$gemm", "__cublas$lt$matmul")
+_CONVOLUTION = ("__cudnn$convForward", "__cudnn$convBackward", "__cudnn$convBias")
+_ATTENTION = "__cudnn$fmha"
+_COUNTED = (*_MATMUL, *_CONVOLUTION, _ATTENTION)
+_PLAIN = {  # limited by their bytes
+    "", "AllocateBuffer", "MoveToDevice", "MoveToHost", "annotate_device_placement", "Sharding",
+    "cu_threefry2x32", "cu_threefry2x32_ffi", "__gpu$TopK", "__cub$DeviceRadixSort",
+    "__cudnn$norm", "__cudnn$convReorderFilterAndBias"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """The operations of matrix products in one instruction; a multiply-add is two operations.
+
+    Attributes:
+      kind: "product" (also a convolution) or "attention" (a kernel that fuses two products).
+      dtype: of the operands.
+      again: whether rematerialization repeats it.
+      flops: the operations.
+    """
+
+    kind: str
+    dtype: str
+    again: bool
+    flops: int
 
 
 def flops(program: Program, inst: Instruction, computation: str) -> Counter:
     """Returns the operations of an instruction's products.
 
-    The keys are (dtype of the operands, whether rematerialization repeats the product). A
-    multiply-add is two operations. The bodies of loops and conditionals are not counted here: they
-    are computations of their own.
+    The keys are (dtype of the operands, whether rematerialization repeats the product).
     """
-    if inst.op in FREE:
-        return Counter()
     found = Counter()
-    again = "rematted_computation" in inst.attribute("op_name")
-    if inst.op == "dot" or "__cublas$" in inst.attributes:
-        contracted = _contracted(program, inst, computation)
-        found[_dtype(program, inst, computation), again] = 2 * inst.shapes[0].elements * contracted
-    elif inst.op == "convolution" or "__cudnn$conv" in inst.attributes:
-        found[_dtype(program, inst, computation), again] = _convolution(program, inst, computation)
-    for called in inst.called:
-        found += _all_flops(program, called)
+    for product in products(program, inst, computation):
+        found[product.dtype, product.again] += product.flops
     return found
 
 
-def _all_flops(program: Program, computation: str) -> Counter:
-    if computation not in program.flops:
+def products(program: Program, inst: Instruction, computation: str) -> tuple[Product, ...]:
+    """Returns the products of an instruction and of those that it fuses.
+
+    The bodies of loops and conditionals are not counted here: they are computations of their own.
+    """
+    if inst.op in FREE:
+        return ()
+    fused = tuple(p for called in inst.called for p in _all_products(program, called))
+    count = _counted(program, inst, computation)
+    if not count:
+        return fused
+    kind = "attention" if target(inst).startswith(_ATTENTION) else "product"
+    again = "rematted_computation" in inst.attribute("op_name")
+    return (Product(kind, _dtype(program, inst, computation), again, count), *fused)
+
+
+def _all_products(program: Program, computation: str) -> tuple[Product, ...]:
+    if computation not in program.products:
         body = program.computations.get(computation, ())
-        counts = (flops(program, inst, computation) for inst in body)
-        program.flops[computation] = sum(counts, Counter())
-    return program.flops[computation]
+        program.products[computation] = tuple(p for inst in body
+                                              for p in products(program, inst, computation))
+    return program.products[computation]
+
+
+def target(inst: Instruction) -> str:
+    """Returns the name of the function that a custom call calls; empty for other instructions."""
+    return inst.attribute("custom_call_target") if inst.op == "custom-call" else ""
+
+
+def uncounted(inst: Instruction) -> str:
+    """Returns the target of a custom call whose operations are not known, or an empty text."""
+    name = target(inst)
+    return "" if name in _PLAIN or name.startswith(_COUNTED) else name
+
+
+def _counted(program: Program, inst: Instruction, computation: str) -> int:
+    """Returns the operations of an instruction's own product, without those that it fuses."""
+    name = target(inst)
+    if inst.op == "dot" or name.startswith(_MATMUL):
+        return 2 * inst.shapes[0].elements * _contracted(program, inst, computation)
+    if inst.op == "convolution" or name.startswith(_CONVOLUTION):
+        return _convolution(program, inst, computation)
+    return _attention(program, inst, computation) if name.startswith(_ATTENTION) else 0
 
 
 def _operand(program: Program, inst: Instruction, computation: str, index: int) -> Shape:
@@ -54,14 +109,15 @@ def _dtype(program: Program, inst: Instruction, computation: str) -> str:
 def _contracted(program: Program, inst: Instruction, computation: str) -> int:
     """Returns the number of elements that each element of the product sums over."""
     text = (inst.attribute("lhs_contracting_dims")
-            or _config(inst, "lhs_contracting_dimensions"))
+            or ",".join(_config(inst, "lhs_contracting_dimensions")))
     dims = _operand(program, inst, computation, 0).dims
     return math.prod(dims[int(i)] for i in text.split(",") if i)
 
 
-def _config(inst: Instruction, name: str) -> str:
-    _, _, rest = inst.attributes.partition(f'"{name}":[')
-    return rest.partition("]")[0].replace('"', "")
+def _config(inst: Instruction, name: str) -> list[str]:
+    """Returns the first list of texts or numbers with a name in the backend's configuration."""
+    found = re.search(rf'"{name}":\s*\[([^\]]*)\]', inst.attributes)
+    return re.findall(r"\w+", found[1]) if found else []
 
 
 def _convolution(program: Program, inst: Instruction, computation: str) -> int:
@@ -81,8 +137,30 @@ def _convolution(program: Program, inst: Instruction, computation: str) -> int:
     return 2 * forward.elements * kernel.elements // features
 
 
+def _attention(program: Program, inst: Instruction, computation: str) -> int:
+    """Returns the operations of cuDNN's attention, which skips what a mask hides.
+
+    The forward kernel has two products over queries and keys. The backward kernel has five: it
+    repeats the first to avoid storing the weights.
+    """
+    query, value = (_operand(program, inst, computation, i).dims[-1] for i in (0, 2))
+    *batch, queries, keys = (int(n) for n in _config(inst, "dimensions"))
+    window = re.search(r'"sliding_window_length":\s*(\d+)', inst.attributes)
+    seen = min(int(window[1]) if window else 0, keys) or keys
+    operations = 1 if "CAUSAL" in inst.attributes and seen == keys else 2  # half of it is hidden
+    width = 3 * query + 2 * value if "Backward" in target(inst) else query + value
+    return operations * math.prod(batch) * queries * seen * width
+
+
 def touched(program: Program, inst: Instruction, computation: str) -> int:
     """Returns the bytes of device memory that an instruction reads and writes."""
+    known = program.touched.setdefault(computation, {})
+    if inst.name not in known:
+        known[inst.name] = _touched(program, inst, computation)
+    return known[inst.name]
+
+
+def _touched(program: Program, inst: Instruction, computation: str) -> int:
     if inst.op in FREE or inst.op.endswith("-done"):
         return 0
     names = program.names[computation]
@@ -98,13 +176,16 @@ def touched(program: Program, inst: Instruction, computation: str) -> int:
 
 def _read(body: tuple[Instruction, ...], index: int, size: int) -> int:
     """Returns the bytes that a fusion reads of an operand: the slices, if it reads only those."""
-    mine = next((i.name for i in body
-                 if i.op == "parameter" and i.arguments.strip() == str(index)), None)
-    consumers = [i for i in body if mine in i.operands]
-    if not consumers or any(i.operands[0] != mine for i in consumers):
+    mine = {i.name for i in body if i.op == "parameter" and i.arguments.strip() == str(index)}
+    for inst in body:  # in the order of their operands
+        if inst.op in _VIEWS and inst.operands[0] in mine and not inst.root:
+            mine.add(inst.name)
+    consumers = [i for i in body if mine & set(i.operands) and i.name not in mine]
+    if not consumers or any(i.operands[0] not in mine for i in consumers):
         return size
     if all(i.op in _SLICES for i in consumers):
-        return min(size, sum(i.bytes for i in consumers))
+        whole = max(1, next(i.shapes[0].elements for i in body if i.name in mine))
+        return min(size, sum(i.shapes[0].elements for i in consumers) * size // whole)
     return 0 if all(i.op == "dynamic-update-slice" for i in consumers) else size
 
 

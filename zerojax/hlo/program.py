@@ -179,8 +179,13 @@ class Program:
         return found
 
     @functools.cached_property
-    def flops(self) -> dict:
-        """The operations that `cost` has counted so far, by computation."""
+    def products(self) -> dict:
+        """The products that `cost` has counted so far, by computation."""
+        return {}
+
+    @functools.cached_property
+    def touched(self) -> dict:
+        """The bytes that `cost` has counted so far, by computation and instruction."""
         return {}
 
     def frames(self, inst: Instruction) -> Iterator[Frame]:

@@ -1,7 +1,8 @@
 """An estimate of when each instruction of a compiled program runs.
 
 Instructions run in the order of the text, each as long as its operations or its bytes take,
-whichever is longer. Collectives run beside them from their start to their done, one at a time.
+whichever is longer. Collectives run beside them from their start to their done. Those that are open
+at the same time share the bandwidth, but each has its latency beside the others.
 Needs no devices and no jax.
 """
 
@@ -9,37 +10,16 @@ import collections
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from zerojax.hlo import cost
+from zerojax.hlo import cost, network
 from zerojax.hlo.collectives import Collective
 from zerojax.hlo.program import Instruction, Program
+from zerojax.hlo.speed import ATTENTION, BESIDE, LAUNCH, LINKS, MEMORY, PRODUCTS, Speed
 
-PRODUCTS = 0.7  # of the dense peak
-MEMORY = 0.85  # of the memory's bandwidth
-LINKS = 0.8  # of the bandwidth of links
-LAUNCH = 2e-6  # s per kernel
-LATENCY = 10e-6  # s per collective
-ASSUMPTIONS = (f"products at {PRODUCTS:.0%} of the GPU's dense peak, memory at {MEMORY:.0%} and "
-               f"links at {LINKS:.0%} of their bandwidth, {LAUNCH * 1e6:.0f} us per kernel, "
-               f"{LATENCY * 1e6:.0f} us per collective, collectives one at a time")
+ASSUMPTIONS = (
+    f"products at {PRODUCTS:.0%} and cuDNN's attention at {ATTENTION:.0%} of the GPU's dense peak, "
+    f"memory at {MEMORY:.0%} and links at {LINKS:.0%} of their bandwidth, {LAUNCH * 1e6:.0f} us "
+    f"per kernel, NCCL's latencies, kernels at {BESIDE:.0%} of their speed while a collective runs")
 _ENTERED = ("while", "call", "conditional")
-
-
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """The speed of one GPU.
-
-    Attributes:
-      flops: the operations/s of a dtype.
-      bandwidth: bytes/s of its memory.
-      link, network: bytes/s that it sends within a host, and between hosts.
-      per_host: the number of GPUs in a host.
-    """
-
-    flops: Callable[[str], float]
-    bandwidth: float
-    link: float
-    network: float
-    per_host: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +57,8 @@ class Run:
 
 
 def transfer(speed: Speed, c: Collective) -> float:
-    """Returns the seconds of one trip of a collective: a ring over its group, all links in use.
-
-    Between hosts, a group has the network bandwidth of all its members in one host, but at most
-    that of a link.
-    """
-    group = c.groups[0] if c.groups else (0,)
-    here = max(collections.Counter(d // speed.per_host for d in group).values())
-    rate = speed.link if here == len(group) else min(speed.link, speed.network * here)
-    return c.wire_bytes / c.trips / (rate * LINKS) + LATENCY
+    """Returns the seconds of one trip of a collective."""
+    return network.transfer(speed, c).seconds
 
 
 def simulate(program: Program, speed: Speed, found: tuple[Collective, ...]) -> dict[str, Run]:
@@ -110,7 +83,7 @@ class _Clock:
 
     Attributes:
       now: seconds of the device.
-      network: seconds at which the last collective ends.
+      free: seconds at which the links are free again, within and between hosts.
       open: the end of each collective that has started and not been waited for.
     """
 
@@ -122,7 +95,7 @@ class _Clock:
         self.known = known
         self.run = run
         self.now = 0.0
-        self.network = 0.0
+        self.free = {"link": 0.0, "network": 0.0}
         self.open: dict[str, float] = {}
         self.busy: dict[str, float] = {"compute": 0.0, "memory": 0.0, "launch": 0.0, "network": 0.0}
         self.spans: list[Span] = []
@@ -147,11 +120,12 @@ class _Clock:
             self._compute(inst)
 
     def _start(self, c: Collective) -> None:
-        begin = max(self.now, self.network)
-        self.network = begin + transfer(self.speed, c)
-        self.open[c.name] = self.network
+        takes = network.transfer(self.speed, c)
+        begin = max(self.now, self.free[takes.link])
+        self.free[takes.link] = begin + takes.occupied
+        self.open[c.name] = begin + takes.seconds
         self.beside[c.name] = []
-        self.spans.append(Span(c.name, "network", begin, self.network))
+        self.spans.append(Span(c.name, "network", begin, self.open[c.name]))
         if not c.asynchronous:
             self._wait(c.name)
 
@@ -161,30 +135,37 @@ class _Clock:
         self.busy["network"] += self.exposed[name]
         self.now = max(self.now, end)
 
-    def _advance(self, name: str, of: str, seconds: float) -> None:
-        self.spans.append(Span(name, of, self.now, self.now + seconds))
-        self.now += seconds
+    def _advance(self, name: str, parts: Mapping[str, float]) -> None:
+        """Lets the seconds of an instruction pass, given by what limits them."""
+        seconds = sum(parts.values())
+        takes = self._slowed(seconds)
+        for of, part in parts.items():
+            self.busy[of] += part * takes / seconds if seconds else 0.0
+        most = max((of for of in parts if of != "launch"), key=parts.__getitem__)
+        self.spans.append(Span(name, most, self.now, self.now + takes))
+        self.now += takes
         for running in self.open:
             self.beside[running].append(name)
+
+    def _slowed(self, seconds: float) -> float:
+        """Returns the seconds that something takes of which a part is beside a collective."""
+        left = max(0.0, max(self.open.values(), default=0.0) - self.now)
+        beside = min(seconds, left * self.speed.beside)
+        return seconds + beside * (1 / self.speed.beside - 1)
 
     def _inner(self, inst: Instruction) -> None:
         runs = [self.run(name) for name in inst.called if name in self.program.computations]
         longest = max(runs, key=lambda run: run.seconds)
-        for of, seconds in longest.busy.items():
-            self.busy[of] += inst.trips * seconds
-        most = max(longest.busy, key=longest.busy.__getitem__)
-        self._advance(inst.name, most, inst.trips * longest.seconds)
+        self._advance(inst.name, {of: inst.trips * part for of, part in longest.busy.items()})
 
     def _compute(self, inst: Instruction) -> None:
-        counts = cost.flops(self.program, inst, self.name)
-        products = sum(n / (self.speed.flops(dtype) * PRODUCTS)
-                       for (dtype, _), n in counts.items())
-        touched = cost.touched(self.program, inst, self.name)
-        memory = touched / (self.speed.bandwidth * MEMORY)
+        reached = {"product": self.speed.products, "attention": self.speed.attention}
+        found = cost.products(self.program, inst, self.name)
+        products = sum(p.flops / (self.speed.flops(p.dtype) * reached[p.kind]) for p in found)
+        memory = (cost.touched(self.program, inst, self.name)
+                  / (self.speed.bandwidth * self.speed.memory))
         of = "compute" if products > memory else "memory"
-        self.busy[of] += max(products, memory)
-        self.busy["launch"] += LAUNCH
-        self._advance(inst.name, of, max(products, memory) + LAUNCH)
+        self._advance(inst.name, {of: max(products, memory), "launch": self.speed.launch})
 
 
 def total_flops(program: Program) -> collections.Counter:

@@ -18,7 +18,7 @@ from zerojax.hlo import schedule
 from zerojax.hlo.program import Program
 from zerojax.layout.report import Layout
 from zerojax.layout.topology import Topology
-from zerojax.plan import audit, compiler, hints, memory, traffic
+from zerojax.plan import audit, compiler, hints, memory, traffic, uncounted
 from zerojax.plan.compiler import Call
 from zerojax.plan.demand import Demand
 from zerojax.plan.finding import Finding
@@ -286,7 +286,7 @@ def make(demand: Demand, layout: Layout, batch_bytes: float, call: Call, *,
 def read(reading: Reading) -> Plan:
     """Returns the `Plan` of a compiled step."""
     account = memory.account(reading)
-    findings = (*_judged(reading), *hints.of(reading, account))
+    findings = (*_judged(reading), *hints.of(reading, account), *uncounted.of(reading))
     return Plan(title(reading.demand, reading.topology), account, traffic.rows(reading),
                 reading.demand.total, _compute(reading), findings, reading)
 
