@@ -48,3 +48,12 @@ def test_between_hosts_a_group_has_the_networks_of_its_members_in_a_host():
 def test_a_permute_is_one_step():
     assert takes("collective-permute", GIB, (0, 1)).latency == pytest.approx((8.4 + 3.4) * 1e-6)
     assert takes("collective-permute", GIB, (0, 8)).latency == pytest.approx((8.4 + 9.6) * 1e-6)
+
+
+def test_an_all_to_all_leaves_the_host_on_the_network_card_of_each_device():
+    """The devices of a ring share all cards of a host."""
+    exchange, ring = takes("all-to-all", GIB // 4, range(64)), takes("reduce-scatter", GIB // 4,
+                                                                     range(64))
+    assert exchange.link == ring.link == "network"
+    assert exchange.occupied == pytest.approx(56 / 64 * GIB / 50e9)
+    assert ring.occupied == pytest.approx(63 / 64 * GIB / 400e9)

@@ -55,19 +55,19 @@ class Transfer:
 def transfer(speed: Speed, c: Collective) -> Transfer:
     """Returns the time of one trip.
 
-    Between hosts, a group has the network bandwidth of all its members in one host, but at most
-    that of a link.
+    It is bound by the bytes that a device sends over its links, or by those that leave the host
+    through its share of the network.
     """
     group = c.groups[0] if c.groups else (0,)
     hosts = collections.Counter(d // speed.per_host for d in group)
     here = max(hosts.values())
-    rate = speed.link if len(hosts) == 1 else min(speed.link, speed.network * here)
-    ideal = c.wire_bytes / c.trips / (rate * speed.links)
+    between = c.between(speed.per_host)
+    ideal = max(c.wire_bytes / speed.link, between / speed.network) / c.trips / speed.links
     ways = [(ideal / way.share, _ring_latency(way, c, len(hosts))) for way in _RINGS]
     if c.kind == "all-reduce":
         ways += [(ideal / way.share, _tree_latency(way, here, len(hosts))) for way in _TREES]
     occupied, latency = min(ways, key=sum)
-    return Transfer("link" if len(hosts) == 1 else "network", occupied, latency)
+    return Transfer("network" if between else "link", occupied, latency)
 
 
 def _ring_latency(way: _Way, c: Collective, hosts: int) -> float:
