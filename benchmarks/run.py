@@ -15,6 +15,7 @@ import estimates
 import hosts
 import lora
 import machine
+import matrices
 import overhead
 import plans
 import programs
@@ -35,6 +36,8 @@ TABLES = {
     "checkpoints": ("Checkpoints compared with Orbax alone", checkpoints.markdown),
     "lora": ("Fine-tuning 1 B parameters with LoRA: 8 H200s, one sequence of 1024 per GPU",
              lora.markdown),
+    "matrices": ("Muon on whole matrices: 24 scanned layers, one sequence of 2048 per H200",
+                 matrices.matrices_table),
     "hosts": ("Several processes", hosts.markdown),
     "collectives": ("MiB sent per step and stored by each GPU: simulated H200s",
                     programs.collectives_table),

@@ -30,6 +30,7 @@ _CONTENTS = {
     "recipe": ["Recipe"],
     "train.loss": ["Loss"],
     "train.loss_scale": ["LossScale"],
+    "train.muon": ["muon_dimensions"],
     "train.state": ["TrainState"],
     "tuning": ["tune"],
     "wire": ["Wire"],
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from zerojax.recipe import Recipe as Recipe
     from zerojax.train.loss import Loss as Loss
     from zerojax.train.loss_scale import LossScale as LossScale
+    from zerojax.train.muon import muon_dimensions as muon_dimensions
     from zerojax.train.state import TrainState as TrainState
     from zerojax.tuning import tune as tune
     from zerojax.wire import Wire as Wire

@@ -14,7 +14,7 @@ from zerojax.layout.report import Layout
 from zerojax.plan.plan import Plan
 from zerojax.policy import Policy
 from zerojax.processes import joining
-from zerojax.train import creation, islands, planning, state_layout, transforms
+from zerojax.train import creation, islands, matrices, planning, state_layout, transforms
 from zerojax.train.islands import Islands
 from zerojax.train.jitted import Jitted
 from zerojax.train.loss_scale import LossScale
@@ -287,6 +287,35 @@ class Zero(Policy):
         (['0.00', '4.10'], '1.18')
         """
         return islands.of(self, n, every, outer, axis)
+
+    def whole_matrices(self, tx: Any) -> Any:
+        """Returns an optax transform that updates as `tx` does, but multiplies whole matrices.
+
+        For `optax.contrib.muon`, Shampoo, SOAP and other transforms with products of matrices,
+        which XLA would otherwise compute on shards, with a reduction after each product. Momenta
+        stay on shards. Before its products, one all-to-all moves the mesh axis from a matrix's rows
+        or columns to the stack of matrices, and one after them moves it back. Each device then
+        computes whole matrices that no other device computes. A stack is the first dimension of
+        layers that a scan has stacked, or is made of the matrices that `tx` treats alike. A matrix
+        without others like it is gathered, and every device computes the same.
+
+        Args:
+          tx: an optax transform. Where it has no products (Adam, LAMB), nothing is moved.
+
+        Returns:
+          the transform, whose state has the tree and the layout of the state of `tx`. At stage 0 or
+          with one device, `tx` itself.
+
+        >>> import jax.numpy as jnp, optax, zerojax as zj
+        >>> zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:2]), min_shard=1)
+        >>> tx = zero.whole_matrices(optax.contrib.muon(0.1))
+        >>> state = zero.init(lambda: {"a": jnp.ones((16, 4)), "b": jnp.ones((16, 4))}, tx)
+        >>> step = zero.train_step(lambda params, x: (x @ params["a"] @ params["b"].T).mean(), tx)
+        >>> state, metrics = step(state, jnp.ones((8, 16)))
+        >>> float(metrics["loss"])
+        64.0
+        """
+        return matrices.whole_matrices(self, tx)
 
     def move(self, state: Any, other: "Zero") -> Any:
         """Returns a state with the layout of another policy: another stage, mesh or device count.

@@ -9,6 +9,7 @@ Needs no devices and no jax.
 import collections
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from zerojax.hlo import cost, network
 from zerojax.hlo.collectives import Collective
@@ -168,14 +169,15 @@ class _Clock:
         self._advance(inst.name, {of: max(products, memory), "launch": self.speed.launch})
 
 
-def total_flops(program: Program) -> collections.Counter:
-    """Returns the operations of one execution on one device.
+def total_flops(program: Program,
+                wanted: Callable[[Instruction], Any] = bool) -> collections.Counter:
+    """Returns the operations of the `wanted` instructions in one execution on one device.
 
     The keys are (dtype, whether rematerialization repeats them).
     """
     total = collections.Counter()
     for name in _executed(program):
-        for inst in program.computations[name]:
+        for inst in filter(wanted, program.computations[name]):
             for key, n in cost.flops(program, inst, name).items():
                 total[key] += n * program.times[name]
     return total

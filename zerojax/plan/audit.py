@@ -24,7 +24,7 @@ from zerojax.plan import budget, finding, foreign, provenance
 from zerojax.plan.budget import Pair
 from zerojax.plan.demand import Demand, key
 from zerojax.plan.finding import Finding
-from zerojax.tables import size
+from zerojax.tables import quantity, size
 from zerojax.trees import itemsize
 
 SMALL = 2**16  # bytes of one array: norms, losses, batch statistics
@@ -32,6 +32,7 @@ STATISTICS = 0.01  # of ZeRO's bytes: all arrays of that kind together
 TINY = 2**12  # bytes sent by all of them that are never worth a finding
 NEGLIGIBLE = 0.001  # of ZeRO's bytes: what is not explained, all together
 OPTIMIZER = "zerojax_optimizer"  # the scope in which a step calls the optimizer
+MATRICES = "whole_matrices"  # the scope in which `Zero.whole_matrices` moves them
 
 
 def of(demand: Demand, program: Program, found: Sequence[Collective]) -> list[Finding]:
@@ -159,7 +160,7 @@ def _by_optimizer(pair: Pair, reduced: bool) -> bool:
     sum in it may be that of a whole gradient."""
     c, s = pair
     if c.kind != "all-reduce":
-        return _in_optimizer(c) and s.bytes > SMALL
+        return _is_move(c) or (_in_optimizer(c) and s.bytes > SMALL)
     # the compiler joins its sums to scalars in one array, under the names of all: a/(b:c)
     return reduced and OPTIMIZER in re.split(r"[/(:)]", c.op_name) and s.bytes > SMALL
 
@@ -181,11 +182,24 @@ def _communicating_optimizer(pairs: Sequence[Pair]) -> Iterator[Finding]:
     if pairs:
         sent = sum(c.wire(s) for c, s in pairs)
         first, shape = max(pairs, key=lambda p: p[0].wire(p[1]))
-        yield Finding(
-            f"the optimizer communicates: {size(sent)} sent per step beside ZeRO's, the most by "
-            f"{first.name} ({first.kind} of {shape}). An update that is not element by element "
-            "(Muon, Shampoo, Adafactor's factors) reads rows or matrices that other devices hold.",
-            sent, first.name, provenance.source(first.frames))
+        moved = [pair for pair in pairs if _is_move(pair[0])]
+        why = _moves(moved) if moved else (
+            f"the most by {first.name} ({first.kind} of {shape}). An update that is not element by "
+            "element (Muon, Shampoo, Adafactor's factors) reads rows or matrices that other "
+            "devices hold; zero.whole_matrices(tx) moves each matrix once")
+        yield Finding(f"the optimizer communicates: {size(sent)} sent per step beside ZeRO's, "
+                      f"{why}.", sent, first.name, provenance.source(first.frames))
+
+
+def _is_move(c: Collective) -> bool:
+    """Whether `Zero.whole_matrices` moves an array between shards and whole matrices."""
+    return MATRICES in c.op_name.split("/")
+
+
+def _moves(pairs: Sequence[Pair]) -> str:
+    sent = sum(c.wire(s) for c, s in pairs)
+    return (f"{size(sent)} of them in {quantity(len(pairs), 'move')} between shards and whole "
+            "matrices (whole_matrices): an all-to-all before their products, and one back after")
 
 
 def _by_instruction(findings: list[Finding]) -> list[Finding]:

@@ -78,31 +78,25 @@ def trace(tx: Any, grads: Tree, opt_state: Tree, params: Tree, value: Any) -> Up
     Raises:
       PolicyError: the transform needs other arguments, such as those of a line search.
     """
-    tx = optax.with_extra_args_support(tx)
-    try:
-        jaxpr, out = _traced_update(tx, grads, opt_state, params, value)
-    except (TypeError, ValueError, AttributeError) as error:
-        given = "update receives only gradients, its state, the parameters and the loss"
-        raise _refused(error, given, params) from error
+    update = functools.partial(_updated, tx)
+    jaxpr, out = jax.make_jaxpr(update, return_shape=True)(grads, opt_state, params, value)
     updates, _ = out
     return Update(jaxpr, out, _are_zero(jaxpr.jaxpr)[:len(jax.tree.leaves(updates))])
 
 
-def _traced_update(tx: Any, *args: Tree) -> tuple[Any, Tree]:
-    """Returns the jaxpr and the shapes of its results, with `value` or, if refused, without it."""
-
-    def with_value(grads, opt_state, params, value):
-        return tx.update(grads, opt_state, params, value=value)
-
-    def without_value(grads, opt_state, params, value):
-        return tx.update(grads, opt_state, params)
-
+def _updated(tx: Any, grads: Tree, opt_state: Tree, params: Tree, value: Any) -> tuple[Tree, Tree]:
+    """Returns what the transform's update returns, with `value` or, if refused, without it."""
+    tx = optax.with_extra_args_support(tx)
     try:
-        return jax.make_jaxpr(with_value, return_shape=True)(*args)
-    except TypeError as error:
-        if "unexpected keyword" not in str(error):
-            raise
-    return jax.make_jaxpr(without_value, return_shape=True)(*args)
+        try:
+            return tx.update(grads, opt_state, params, value=value)
+        except TypeError as error:
+            if "unexpected keyword" not in str(error):
+                raise
+        return tx.update(grads, opt_state, params)
+    except (TypeError, ValueError, AttributeError) as error:
+        given = "update receives only gradients, its state, the parameters and the loss"
+        raise _refused(error, given, params) from error
 
 
 def check_padding(tx: Any, params: Tree) -> None:
@@ -139,8 +133,8 @@ def _effect_on_tiny(tx: Any, params: Tree) -> str:
     rng = np.random.default_rng(0)
     draw = functools.partial(_tiny, rng)
     values, *grads = [jax.tree.map(draw, params, is_leaf=padded.is_padded) for _ in range(3)]
-    plain = _updated(tx, values, grads)
-    other = _updated(tx, _pad_like(params, values), [_pad_like(params, grad) for grad in grads])
+    plain = _after(tx, values, grads)
+    other = _after(tx, _pad_like(params, values), [_pad_like(params, grad) for grad in grads])
     for (path, x), y in zip(jax.tree.leaves_with_path(plain), padded.leaves(other), strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if _differs(x, y, is_param=name.startswith("params")):
@@ -175,12 +169,11 @@ def _differs(plain: Any, other: Any, is_param: bool) -> bool:
     return not trees.is_key(other) and not np.allclose(plain, other, rtol=1e-4, atol=1e-6)
 
 
-def _updated(tx: Any, params: Tree, grads: Sequence[Tree]) -> Tree:
-    """Returns the parameters and the optimizer state after these gradients."""
+def _after(tx: Any, params: Tree, grads: Sequence[Tree]) -> Tree:
+    """Returns the parameters and the optimizer state after these gradients, without jit."""
     opt_state, value = init(tx, params), jnp.float32(1)
     for grad in grads:
-        update = trace(tx, grad, opt_state, params, value)
-        updates, opt_state = update(grad, opt_state, params, value)
+        updates, opt_state = _updated(tx, jax.tree.map(jnp.asarray, grad), opt_state, params, value)
         params = optax.apply_updates(params, updates)
     return {"params": params, "opt_state": opt_state}
 
