@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 
 from zerojax.hlo import collectives
 from zerojax.hlo.collectives import Collective
-from zerojax.hlo.program import BITS, Program, Shape
+from zerojax.hlo.program import BITS, Instruction, Program, Shape
 from zerojax.layout.rules import Leaf
 from zerojax.plan import budget, finding, foreign, provenance
 from zerojax.plan.budget import Pair
@@ -214,3 +214,8 @@ def _joined(group: list[Finding]) -> Finding:
     first = max(group, key=lambda f: f.bytes)
     more = f" With {len(group) - 1} more arrays." if len(group) > 1 else ""
     return dataclasses.replace(first, what=first.what + more, bytes=sum(f.bytes for f in group))
+
+
+def is_models(inst: Instruction) -> bool:
+    """Whether an instruction belongs to the model, not to the optimizer."""
+    return OPTIMIZER not in inst.attribute("op_name").split("/")

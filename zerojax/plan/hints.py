@@ -10,12 +10,11 @@ import re
 from collections.abc import Iterator
 
 from zerojax.hlo import schedule
-from zerojax.hlo.program import Instruction, Program
+from zerojax.hlo.program import Program
 from zerojax.layout.placement import ELSEWHERE, computed
 from zerojax.layout.report import Layout
 from zerojax.layout.rules import Leaf, Placement
-from zerojax.plan import provenance, traffic
-from zerojax.plan.audit import OPTIMIZER
+from zerojax.plan import audit, provenance, traffic
 from zerojax.plan.demand import Demand
 from zerojax.plan.finding import Finding
 from zerojax.plan.memory import Memory, kind_of
@@ -169,7 +168,7 @@ def _constants(program: Program) -> Iterator[Finding]:
 def _wide_products(reading: Reading) -> Iterator[Finding]:
     """Products in float32 in a step that gathers 16-bit parameters."""
     compute = reading.demand.policy.precision.compute_dtype
-    done = schedule.total_flops(reading.program, _is_models)
+    done = schedule.total_flops(reading.program, audit.is_models)
     wide, total = sum(n for (dtype, _), n in done.items() if dtype == "f32"), sum(done.values())
     if itemsize(compute) == 2 and wide > WIDE * total:
         yield Finding(
@@ -229,10 +228,6 @@ def allowed(reading: Reading) -> float | None:
     left = 0.8 * reading.topology.gpu.memory - fixed
     return fixed + left * reading.options.get(SLOP, 95) / 100
 
-
-def _is_models(inst: Instruction) -> bool:
-    """Whether an instruction is not the optimizer's, which computes in float32."""
-    return OPTIMIZER not in inst.attribute("op_name").split("/")
 
 
 def _unknown_loops(program: Program) -> Iterator[Finding]:

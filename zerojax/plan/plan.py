@@ -36,7 +36,7 @@ class Compute:
 
     Attributes:
       flops: operations of products per step, including those that rematerialization repeats.
-      model_flops: `flops` without the repeated operations.
+      model_flops: `flops` without the repeated operations and without those of the optimizer.
       seconds: seconds per step.
       busy: seconds bound by "compute", by "memory", by the "launch" of kernels, and waiting for the
         "network".
@@ -323,7 +323,8 @@ def _compute(reading: Reading) -> Compute | None:
     gpu = reading.topology.gpu
     done = schedule.total_flops(reading.program)
     run = reading.runs[reading.program.entry]
-    model = {dtype: n for (dtype, redone), n in done.items() if not redone}
+    of_model = schedule.total_flops(reading.program, audit.is_models)
+    model = {dtype: n for (dtype, redone), n in of_model.items() if not redone}
     at_peak = sum(n / gpu.flops(dtype) for (dtype, _), n in done.items())
     model_at_peak = sum(n / gpu.flops(dtype) for dtype, n in model.items())
     mfu = model_at_peak / run.seconds if run.seconds else 0.0
