@@ -30,15 +30,17 @@ COLUMNS = ("64 H100s, 8 hosts, 6.7 B", "sent, GiB", "off host, GiB", "exposed, m
 PLANS = {  # name: (hosts, reduce dtype, settings)
     "flat, bf16": (1, "bfloat16", {}),
     "flat, fp32 reduction": (1, "float32", {}),
-    "flat, bf16 rounded at random": (1, "float32", {"wire": zj.Wire(reduce="bfloat16")}),
-    "hosts x GPUs, bf16": (8, "bfloat16", {"secondary": "data"}),
+    "flat, bf16 exchanged, fp32 sums": (1, "float32", {"wire": zj.Wire(reduce="bfloat16")}),
+    "hosts x GPUs, bf16 exchanged": (8, "float32", {"wire": zj.Wire(reduce="bfloat16")}),
+    "hosts x GPUs, bf16, second copy": (8, "bfloat16", {"secondary": "data"}),
     "flat, int8 gathers": (1, "bfloat16", {"wire": zj.Wire("int8")}),
     "flat, int8 both": (1, "bfloat16", {"wire": INT8}),
-    "hosts x GPUs, int8 both": (8, "bfloat16", {"secondary": "data", "wire": INT8}),
+    "hosts x GPUs, int8 both, second copy": (8, "bfloat16", {"secondary": "data", "wire": INT8}),
 }
 RUNS = {
     "bf16": (1, {}),
-    "bf16 rounded at random": (1, {"wire": zj.Wire(reduce="bfloat16")}),
+    "bf16 exchanged, fp32 sums": (1, {"wire": zj.Wire(reduce="bfloat16")}),
+    "bf16 exchanged, two hosts": (2, {"wire": zj.Wire(reduce="bfloat16")}),
     "int8 gathers": (1, {"wire": zj.Wire("int8")}),
     "float8 gathers": (1, {"wire": zj.Wire("float8_e4m3fn")}),
     "int8 both": (1, {"wire": INT8}),

@@ -11,8 +11,8 @@ GATHERS = ("int8", "float8_e4m3fn")
 REDUCTIONS = ("bfloat16", "int8")
 IN_BLOCKS = ("int8", "float8_e4m3fn")  # the others are a cast
 LEAST_BLOCK = 32  # elements; the scales of smaller blocks take more than an eighth of the codes
-EXCEPT = (r"(?i).*(embed|wte|wpe|vocab|logits|classifier|router).*"
-          r"|(.*/)?(\w+_)?head(_\d+)?(/.*)?")  # but not MultiHeadDotProductAttention_0
+EXCEPT = (r"(?i).*(emb|wte|wpe|vocab|logits|classifier|router|norm).*"
+          r"|(.*/)?((\w+_)?head(_\d+)?|bias|scale)(/.*)?")  # not MultiHeadDotProductAttention_0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +26,16 @@ class Wire:
         all their digits.
       reduce: "bfloat16" or "int8": each device rounds its part of a gradient up or down at random,
         so that the mean is right (stochastic rounding), sends it to the device that keeps the
-        shard (an all-to-all), and sums what it received in float32. "int8" is in blocks. None:
-        gradients are reduced in the reduce dtype. It requires that each device differentiates its
-        own part of the batch (return `zj.Loss`).
+        shard (an all-to-all), and sums what it received in float32. "int8" is in blocks. On a mesh
+        of hosts, the sums within a host are then rounded and exchanged between hosts. Copies of
+        the state (replicas) are summed in the reduce dtype. None: gradients are reduced in the
+        reduce dtype. It requires that each device differentiates its own part of the batch (return
+        `zj.Loss`).
       block: the largest number of elements that share a scale.
       exclude: a regex for the paths of parameters to which formats in blocks do not apply: by
-        default embeddings, heads and routers, by their usual names. They do not apply to
-        parameters of fewer than two dimensions either, not counting the one that a scan slices.
+        default embeddings, heads, routers, norms and biases, by their usual names. They do not
+        apply to parameters of fewer than two dimensions either, not counting the one that a scan
+        slices, nor to those of `Precision(keep=...)`.
 
     Raises:
       PolicyError: an unknown format, a block of fewer than 32 elements, or an invalid regex.

@@ -61,12 +61,20 @@ def test_blocks_of_tiny_numbers_stay_finite(form, size):
 @KINDS
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_stay_so(form, bad):
-    x = values(1, 128)
-    x[0, 70] = bad
+    """In a compiled program, where XLA's maximum may drop NaN, and in every block of an array."""
+    x = values(8, 64, 128)
+    x[:, :, 70] = bad
+    compiled = jax.jit(lambda x, dither: form.decode(form.encode(x, dither), "float32"))
     for dither in (None, formats.dither(jnp.uint32(1), x.shape)):
         if dither is None or form is not FLOAT8:
-            assert not np.isfinite(through(form, x, dither)[0, 70])
-            assert np.isfinite(through(form, x, dither)[0, :64]).all()
+            for found in (compiled(x, dither), through(form, x, dither)):
+                assert not np.isfinite(found[:, :, 70]).any()
+                assert np.isfinite(found[:, :, :64]).all()
+
+
+def test_a_tiny_negative_number_is_not_rounded_to_a_whole_one():
+    found = through(INT8, np.full((1, 64), -1e-36, np.float32), jnp.zeros((1, 64), jnp.uint32))
+    assert np.all(np.abs(found) < 1e-34)
 
 
 @REDUCED

@@ -1,6 +1,7 @@
 """A second copy within each host (ZeRO++'s hpZ) trains exactly like one device."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -93,6 +94,31 @@ def test_wrong_settings(wrong, text):
     settings = {"stage": 3} | wrong
     with pytest.raises(zj.PolicyError, match=text):
         zj.Zero(zj.make_mesh(devices=jax.devices()[:8], hosts=2), **settings)
+
+
+def test_a_rule_names_all_axes_of_the_state():
+    mesh = zj.make_mesh(devices=jax.devices()[:8], hosts=2)
+    zero = zj.Zero(mesh, 3, rules={"w": jax.P(None, "data")}, min_shard=1)
+    with pytest.raises(zj.LayoutError, match=r"names \['data'\], but a state is sharded over all of "
+                                             r"\('host', 'data'\); write P\(None, \('host', 'data'"):
+        zero.init(lambda: {"w": np.ones((8, 8), np.float32)}, zoo.OPTIMIZERS["momentum"]())
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_policies_of_blocks_may_offload(offload):
+    policies = jax.checkpoint_policies
+    policy = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["h"] if offload else [],
+        offload_src="device", offload_dst="pinned_host")
+
+    def loss(params, x):
+        block = jax.checkpoint(lambda w, x: (jnp.tanh(x @ w) ** 2).sum(), policy=policy)
+        return zj.Loss(block(params["w"], x), x.shape[0])
+
+    zero, tx = zero_on(), zoo.OPTIMIZERS["momentum"]()
+    params, x = {"w": jnp.ones((64, 64)) / 64}, np.ones((16, 64), np.float32)
+    state, metrics = zero.train_step(loss, tx)(zero.init(lambda: params, tx), x)
+    assert float(metrics["loss"]) == pytest.approx(float(loss(params, x).total) / 16, rel=1e-5)
 
 
 @pytest.mark.parametrize("hosts", [3, 0, "2"])

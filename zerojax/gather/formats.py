@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-_SMALLEST = 1e-35  # of the largest values of blocks; a smaller one could have a scale of 0
+_SMALLEST = 1e-35  # largest value for which a scale is made; that of a smaller one could be 0
 _LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # codes
 
 
@@ -55,8 +55,10 @@ class Format:
         if not self.block:
             return (x.astype(self.dtype) if dither is None else _rounded_bfloat16(x, dither),)
         x = self._blocks(x.astype(jnp.float32))
-        largest = jnp.max(jnp.abs(x), axis=self.dim, keepdims=True)
-        scales = jnp.where(largest < _SMALLEST, 1.0, largest / _LARGEST[self.dtype])
+        # XLA's maximum may drop NaN
+        finite = jnp.all(jnp.isfinite(x), axis=self.dim, keepdims=True)
+        largest = jnp.maximum(jnp.max(jnp.abs(x), axis=self.dim, keepdims=True), _SMALLEST)
+        scales = jnp.where(finite, largest / _LARGEST[self.dtype], jnp.nan)
         return self._codes(x / scales, dither), scales
 
     def decode(self, payload: tuple[jax.Array, ...], dtype: str) -> jax.Array:

@@ -187,7 +187,7 @@ class Pair:
             return Format(dtype) if dtype else None
         dims = [d // self._devices(rules.axes_of(P(entry)))
                 for d, entry in zip(shape, self.spec, strict=True)]
-        dim, block = wire.blocks_of(dims, self.block)
+        dim, block = wire.blocks_of(dims, self.block) if len(dims) > 1 else (0, 0)
         return Format(dtype, block, dim - len(shape)) if block else None
 
     def _devices(self, axes: Sequence[str]) -> int:
@@ -244,7 +244,7 @@ class Pair:
         Only shards cross hosts and replicas.
         """
         hops = [(self.axes, self.spec)]
-        if self.inner and self.sharded:
+        if self.sharded and 1 < self._devices(self.inner) < self._devices(self.axes):
             first = self.axes[:len(self.axes) - len(self.inner)]
             hops = [(self.inner, self._middle), (first, self.spec)]
         return hops + ([((self.replica,), self.spec)] if self.replica else [])

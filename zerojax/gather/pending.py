@@ -35,7 +35,7 @@ class Parameter:
         self.path = path
         self.seed = seed
         self._pieces = {}
-        self._cuts = itertools.count()
+        self._seeds = itertools.count()
 
     @functools.cached_property
     def _whole(self):
@@ -62,8 +62,8 @@ class Parameter:
         return pair.read(x, self._whole, dtype)
 
     def next_seed(self) -> jax.Array | None:
-        """Returns a seed for pieces that are cut off, another one at each call."""
-        return None if self.seed is None else formats.mixed(self.seed, next(self._cuts))
+        """Returns a seed for another scope or for a piece, another one at each call."""
+        return None if self.seed is None else formats.mixed(self.seed, next(self._seeds))
 
     def pieces(self, key: Any, cut: Callable[[], list["Pending"]]) -> list["Pending"]:
         """Returns what `cut` returned for the first call with this key.
@@ -151,13 +151,15 @@ class Pending:
         return [Pending.of(x, whole, pair, self.dtype, self.path, self.parameter.next_seed())
                 for x, whole in zip(xs, gathered, strict=True)]
 
-    def with_seeds(self) -> "Pending":
-        """Returns the view with one seed for each of the slices that a scan cuts it into."""
-        seed = self.parameter.seed
-        if seed is None:
-            return self
-        seeds = formats.mixed(seed, jnp.arange(self.shape[0]))
-        return Pending.of(self.x, self.gathered, self.pair, self.dtype, self.path, seeds)
+    def entering(self, slices: int | None = None) -> "Pending":
+        """Returns the view with a seed of its own for another scope.
+
+        For a scan, that is one seed for each of the slices into which it cuts the view.
+        """
+        seed = self.parameter.next_seed()
+        if seed is not None and slices is not None:
+            seed = formats.mixed(seed, jnp.arange(slices))
+        return Pending.of(self.x, self.gathered, self.pair, self.dtype, self.path, seed)
 
     def sliced(self) -> "Pending":
         """Returns the view without its first dimension, after a scan has sliced its arrays."""

@@ -173,7 +173,7 @@ def _scan(eqn: _Equation, args: list) -> list[Any]:
         return results[:len(carry)], results[len(carry):]
 
     settings = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    xs = [x.with_seeds() if isinstance(x, Pending) else x for x in xs]
+    xs = [x.entering(x.shape[0]) if isinstance(x, Pending) else x for x in xs]
     carry, ys = jax.lax.scan(body, carry, xs, **settings)
     return [*carry, *ys]
 
@@ -221,13 +221,19 @@ def _remat(eqn: _Equation, args: list) -> list[Any] | None:
     policy = params["policy"]
     if any(isinstance(x, Pending) and x.pair.second_copy for x in args):
         policy = _keeping_second_copies(policy)
+    args = [x.entering() if isinstance(x, Pending) else x for x in args]
     return jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=policy)(*args)
 
 
 def _keeping_second_copies(policy: Callable | None) -> Callable:
-    policies = jax.checkpoint_policies
-    return policies.save_from_both_policies(policies.save_only_these_names(SECOND_COPY),
-                                            policy or policies.nothing_saveable)
+    """Returns a policy that saves second copies, and what `policy` saves or offloads."""
+
+    def keep(prim, *args, **params):
+        if prim.name == "name" and params["name"] == SECOND_COPY:
+            return True
+        return policy(prim, *args, **params) if policy else False
+
+    return keep
 
 
 def _call(eqn: _Equation, args: list) -> list[Any] | None:

@@ -14,15 +14,15 @@ _ARGUMENTS = {"island": ("islands", "islands"), "replica": ("replica", "copies")
               "host": ("hosts", "hosts")}
 
 
-def make_mesh(*, replica: int = 1, hosts: int = 1, islands: int | None = None, devices=None,
-              topology: str | Topology | None = None) -> Mesh | AbstractMesh:
+def make_mesh(*, replica: int = 1, hosts: int | None = None, islands: int | None = None,
+              devices=None, topology: str | Topology | None = None) -> Mesh | AbstractMesh:
     """Returns a mesh for `Zero`, with the axis "data"; "island", "replica" and "host" precede it.
 
     Args:
       replica: number of copies of the state (hybrid sharding, HSDP); each copy is sharded over
         devices / replica. With several hosts, devices of one host are neighbours on "data".
       hosts: number of groups of neighbours, such as hosts, that share one copy, as an axis "host"
-        of its own. `Zero` shards a state over both axes; its arguments may name one of them.
+        of its own. `Zero` shards a state over both axes. None: no such axis.
       islands: number of groups of devices for `Zero.islands`, neighbours in each: the mesh has
         one more axis, "island", the first. None: no such axis.
       devices: the devices to use, in order; None means all.
@@ -39,7 +39,7 @@ def make_mesh(*, replica: int = 1, hosts: int = 1, islands: int | None = None, d
     >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
     {'data': 1}
     """
-    outer = {"island": islands, "replica": _unless_one(replica), "host": _unless_one(hosts)}
+    outer = {"island": islands, "replica": None if replica == 1 else replica, "host": hosts}
     outer = {axis: n for axis, n in outer.items() if n is not None}
     axes, types = (*outer, "data"), (AxisType.Auto,) * (len(outer) + 1)
     if topology is None:
@@ -53,10 +53,6 @@ def make_mesh(*, replica: int = 1, hosts: int = 1, islands: int | None = None, d
     check_installed()
     return AbstractMesh(_shape(outer, topology.devices), axes, types,
                         abstract_device=topology.device())
-
-
-def _unless_one(n: int) -> int | None:
-    return None if n == 1 else n
 
 
 def _check_devices(given, array: np.ndarray) -> None:

@@ -81,7 +81,7 @@ def on_wire(policy: Policy, leaf: Leaf) -> tuple[str, str]:
 
     "" stands for the compute dtype and the reduce dtype.
     """
-    if (leaf.group == "state" or leaf.overwritten
+    if (leaf.group == "state" or leaf.overwritten or policy.precision.kept(leaf.path)
             or not jnp.issubdtype(leaf.dtype, jnp.floating)):
         return "", ""
     wire, reduce = policy.wire, policy.wire.reduce if leaf.trained else None

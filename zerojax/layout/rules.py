@@ -167,7 +167,7 @@ def by_rule(leaf: Leaf, pattern: str, spec: P, axes: tuple[str, ...], sizes: Map
     """
     where = f"rule {pattern!r}: {spec} for {leaf.path} of shape {leaf.shape}"
     _check_names(where, leaf, spec, axes, sizes, replica)
-    wanted = full(spec, len(leaf.shape))
+    wanted = _ordered(full(spec, len(leaf.shape)), axes)
     counts = [math.prod(sizes[axis] for axis in axes_of(P(entry))) for entry in wanted]
     if not pad:
         _check_divisible(where, leaf, wanted, counts)
@@ -179,6 +179,11 @@ def by_rule(leaf: Leaf, pattern: str, spec: P, axes: tuple[str, ...], sizes: Map
                      None if kept == leaf.shape else kept)
 
 
+def _ordered(spec: P, axes: tuple[str, ...]) -> P:
+    """Returns a spec with ZeRO's axes in their own order where one entry names all of them."""
+    return P(*(axes if set(axes_of(P(entry))) == set(axes) else entry for entry in spec))
+
+
 def _check_names(where: str, leaf: Leaf, spec: P, axes: tuple[str, ...], sizes: Mapping[str, int],
                  replica: str | None):
     if len(spec) > len(leaf.shape):
@@ -188,6 +193,11 @@ def _check_names(where: str, leaf: Leaf, spec: P, axes: tuple[str, ...], sizes: 
     if unknown:
         raise LayoutError(f"{where} names axes {unknown}, but the mesh has {tuple(sizes)}; "
                           f"name one of these, such as jax.P({axes[0]!r}).")
+    given = set(axes_of(spec)) & set(axes)
+    if given and given != set(axes):
+        entries = tuple(axes if set(axes_of(P(entry))) & set(axes) else entry for entry in spec)
+        raise LayoutError(f"{where} names {sorted(given)}, but a state is sharded over all of "
+                          f"{axes}; write {P(*entries)}, or P() to keep the leaf whole.")
     if replica in axes_of(spec):
         raise LayoutError(f"{where} names {replica!r}, the axis of copies, but a state is sharded "
                           f"only over {axes}; name one of these.")

@@ -86,9 +86,9 @@ def _reductions(policy: Policy, leaf: Leaf, place: Placement, times: float, redu
     whole = local(policy, leaf, place, place.whole)
     hops = _hops(policy, leaf, place)
     if not per_device:
-        hops = [(frozenset(policy.axes), whole, True)]
+        hops = [(_of_several(policy, policy.axes), whole, True)]
         if policy.inner_axes:  # shards move from the order of the devices
-            yield Move(leaf, "collective-permute", frozenset(policy.axes),
+            yield Move(leaf, "collective-permute", _of_several(policy, policy.axes),
                        local(policy, leaf, place, place.spec), dtype, times, False)
     for axes, dims, is_whole in hops:
         move = Move(leaf, "reduce-scatter", axes, dims, dtype, times, is_whole)
@@ -100,12 +100,18 @@ def _hops(policy: Policy, leaf: Leaf,
     """Returns the axes of each hop, the dimensions of its larger array, and whether it is the
     parameter."""
     whole = local(policy, leaf, place, place.whole)
-    if not policy.inner_axes:
-        return [(frozenset(policy.axes), whole, True)]
-    inner = frozenset(policy.inner_axes)
-    first = frozenset(policy.axes) - inner
+    everything = _of_several(policy, policy.axes)
+    inner = _of_several(policy, policy.inner_axes)
+    if not inner or inner == everything:
+        return [(everything, whole, True)]
+    first = set(policy.axes) - set(policy.inner_axes)
     middle = rules.keep(place.spec, lambda axis: axis not in first)
-    return [(inner, whole, True), (first, local(policy, leaf, place, middle), False)]
+    return [(inner, whole, True), (everything - inner, local(policy, leaf, place, middle), False)]
+
+
+def _of_several(policy: Policy, axes: Sequence[str]) -> frozenset[str]:
+    """Returns the axes with more than one device: others show in no group of a collective."""
+    return frozenset(axis for axis in axes if policy.mesh.shape[axis] > 1)
 
 
 def _encoded(policy: Policy, place: Placement, move: Move, code: str,

@@ -22,6 +22,7 @@ from zerojax.errors import ModelError
 from zerojax.gather import models
 from zerojax.layout import padded, placement, rules, scanned
 from zerojax.layout.rules import Leaf
+from zerojax.plan import moves
 from zerojax.policy import Policy
 from zerojax.processes import agreement, fingerprint
 from zerojax.train import checks, loss_scale, optimizer, state_layout, trained
@@ -279,13 +280,17 @@ def _first_key(args: tuple) -> jax.Array:
 
 def warn_of_wire(policy: Policy, state: TrainState) -> None:
     """Warns if the formats of `Wire` apply to no parameter."""
-    formats = [placement.on_wire(policy, leaf) for leaf in state.model.leaves]
-    for field, found in zip(("gather", "reduce"), zip(*formats, strict=True), strict=True):
+    leaves = state.model.leaves
+    places = [(leaf, placement.place(policy, leaf)) for leaf in leaves]
+    found = {move.dtype for leaf, place in places if place.sharded
+             for move in moves.of(policy, leaf, place, moves.Count(1, 1, 1), per_device=True)}
+    for field in ("gather", "reduce"):
         given = getattr(policy.wire, field)
-        if given and not any(found):
-            errors.warn(f"zero.init: Wire({field}={given!r}) applies to none of the "
-                        f"{len(formats)} parameters: they have fewer than two dimensions, are "
-                        f"frozen, or their paths match exclude={policy.wire.exclude!r}.")
+        if given and policy.shards > 1 and given not in found:
+            errors.warn(f"zero.init: Wire({field}={given!r}) applies to none of the {len(leaves)} "
+                        f"parameters: they stay whole (min_shard={policy.min_shard}), have fewer "
+                        "than two dimensions or none with blocks of 32 elements on a device, or "
+                        f"their paths match exclude={policy.wire.exclude!r}.")
 
 
 def warn_of_whole(policy: Policy, state: TrainState) -> None:

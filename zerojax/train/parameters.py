@@ -97,9 +97,9 @@ def seeds_of(pairs: Sequence[Pair], key: Any) -> list:
         return [None] * len(pairs)
     if key is None:
         raise PolicyError(f"Wire(reduce={reduced!r}) rounds gradients at random, which needs a "
-                          "random key that differs from step to step: give the loss one, as in "
-                          "value_and_grad(loss)(params, batch, key) with loss(params, batch, key), "
-                          "or write Wire(reduce=None).")
+                          "random key that differs from step to step: give the loss one of "
+                          "jax.random.key as an argument, as in value_and_grad(loss)(params, "
+                          "batch, key) with loss(params, batch, key), or write Wire(reduce=None).")
     seed = jax.random.bits(key, (), "uint32")
     return [formats.mixed(seed, i) if pair.reduce_as else None for i, pair in enumerate(pairs)]
 

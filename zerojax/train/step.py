@@ -140,7 +140,7 @@ class TrainStep:
 
         Returns:
           float32 scalars by path: the 2-norm of the difference, divided by that of the gradient
-          without the formats.
+          without the formats; 0 if both are 0.
         """
         checks.check_state("train_step", state, batch, "step.wire_error(state, batch)")
         batches.check(self.policy, batch, self.accumulate)
@@ -154,7 +154,7 @@ class TrainStep:
         def errors(state, batch):
             ours, exact = (self._gradients(policy, state, batch) for policy in (self.policy, plain))
             paths = [leaf.path for leaf in state.model.leaves if leaf.trained]
-            return {path: norm([a - b]) / norm([b])
+            return {path: norm([a - b]) / jnp.maximum(norm([b]), jnp.finfo("float32").tiny)
                     for path, a, b in zip(paths, ours, exact, strict=True)}
 
         return jax.jit(errors, compiler_options=self.compiler_options)

@@ -116,9 +116,16 @@ class TracedLoss:
         return dataclasses.replace(self, consts=tuple(new[:n])), new[n:]
 
     def key_among(self, inputs: list) -> Any:
-        """Returns the first random key among the inputs and the closed-over values, or None."""
-        flags = [self.keys[i - len(inputs)] for i in range(len(self.keys))]
-        return next(iter(trees.taken([*inputs, *self.consts], flags)), None)
+        """Returns a random key among the inputs and the closed-over values, or None.
+
+        A closed-over value that is a constant of the program would be the same in every step.
+        """
+        n = len(self.consts)
+        traced = [isinstance(x, Tracer) for x in self.consts]
+        candidates = [*trees.taken(self.consts, traced), *inputs]
+        flags = [*trees.taken(self.keys[:n], traced), *self.keys[n:]]
+        found = trees.taken(candidates, flags)
+        return found[-1] if found else None
 
     @property
     def aux(self) -> list:
