@@ -4,7 +4,6 @@ import itertools
 
 import jax
 import pytest
-import quick
 from harness import BY_PARTS, LARGE, Program, Spec, expected, program
 from jax.sharding import PartitionSpec as P
 
@@ -103,7 +102,8 @@ def test_arguments_are_a_shard_of_the_state(compiled):
     assert donated >= 0.98 * 12 * sharded / compiled.mesh["data"]
 
 
-@pytest.mark.parametrize("way", quick.some(BOTH, "global".__eq__))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", BOTH)
 def test_stage_0_reduces_whole_gradients(way):
     """Per device, once per step; with one loss, XLA chooses, at most once per microbatch."""
     compiled = program(Spec("scanned", 0, way, 4))

@@ -66,6 +66,7 @@ def training(tmp_path, hosts):
                host=ADDRESSES[0])
 
 
+@pytest.mark.slow
 def test_a_cut_cable_ends_all(tmp_path, hosts):
     """No process continues alone, with half of the gradients, and there is no partial step."""
     with training(tmp_path, hosts) as job:

@@ -99,8 +99,8 @@ def test_wrong_settings(wrong, text):
 def test_a_rule_names_all_axes_of_the_state():
     mesh = zj.make_mesh(devices=jax.devices()[:8], hosts=2)
     zero = zj.Zero(mesh, 3, rules={"w": jax.P(None, "data")}, min_shard=1)
-    with pytest.raises(zj.LayoutError, match=r"names \['data'\], but a state is sharded over all of "
-                                             r"\('host', 'data'\); write P\(None, \('host', 'data'"):
+    text = r"names \['data'\], .* sharded over all of \('host', 'data'\); write P\(None, \('ho"
+    with pytest.raises(zj.LayoutError, match=text):
         zero.init(lambda: {"w": np.ones((8, 8), np.float32)}, zoo.OPTIMIZERS["momentum"]())
 
 
@@ -117,7 +117,7 @@ def test_policies_of_blocks_may_offload(offload):
 
     zero, tx = zero_on(), zoo.OPTIMIZERS["momentum"]()
     params, x = {"w": jnp.ones((64, 64)) / 64}, np.ones((16, 64), np.float32)
-    state, metrics = zero.train_step(loss, tx)(zero.init(lambda: params, tx), x)
+    _, metrics = zero.train_step(loss, tx)(zero.init(lambda: params, tx), x)
     assert float(metrics["loss"]) == pytest.approx(float(loss(params, x).total) / 16, rel=1e-5)
 
 
