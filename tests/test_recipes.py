@@ -23,7 +23,7 @@ TOLERANCES = {"between_hosts": 2e-2,  # rounds to bfloat16
               "float16": 3e-3,
               "ppo": 2e-4}  # 72 updates, each from the one before
 QUICK = {"export_and_serve", "graphs", "learning_rate", "logging", "moving_average",
-         "own_loop_accumulation", "uneven_evaluation"}  # at most 3 s each
+         "uneven_evaluation"}  # at most 3 s each
 PAGES = sorted({path.stem for path in FOLDER.glob("*.md")} - {"index"})
 
 

@@ -1,7 +1,7 @@
 """The search for compiler options that hide the network: a set of them, each compiled and planned.
 
-    default -> reductions apart, or half a layer at a time          the faster one is the base
-    base    -> gathers joined, two at once, pipelined, doubled      one option or two more each
+    default -> reductions apart, or half a layer at a time, and two at once    the base: the fastest
+    base    -> gathers joined, pipelined, doubled                              one or two more each
     the fastest three -> the same with the plan's times as a profile (`plan.profile`)
 """
 
@@ -308,24 +308,27 @@ def reason(error: CompileError) -> str:
 
 
 def reductions(plan: Plan) -> list[tuple[str, Options]]:
-    """Returns options by name that keep gradients apart that XLA reduces together."""
+    """Returns options by name that keep gradients apart that XLA reduces together, and that let two
+    collectives run at once."""
     sent = collections.defaultdict(float)
     for c in plan.reading.collectives:
         sent[c.kind] += c.wire_bytes
     kind = max((SCATTER, REDUCE), key=lambda kind: sent[kind])
     part = layer(plan, kind)
+    if not part:
+        return [("overlap 2", OVERLAP)]
     # XLA's threshold counts results: of a reduce-scatter, one device's shard
-    return [("reduce apart", {threshold(kind): 1}),
-            ("reduce halves", {threshold(kind): round(part.results / 2)})] if part else []
+    apart, halves = {threshold(kind): 1}, {threshold(kind): round(part.results / 2)}
+    return [("reduce apart", apart), ("reduce halves", halves),
+            ("reduce apart, overlap 2", {**apart, **OVERLAP}),
+            ("reduce halves, overlap 2", {**halves, **OVERLAP})]
 
 
 def additions(plan: Plan) -> list[tuple[str, Options]]:
-    """Returns options by name to add to those for reductions."""
+    """Returns options by name to add to those of the base."""
     part = layer(plan, GATHER)
     halves = {threshold(GATHER): round(part.results / 2)} if part else {}
-    found = [("overlap 2", OVERLAP)]
-    found += [("gather halves", halves), ("gather halves, overlap 2", {**halves, **OVERLAP})
-              ] if part else []
+    found = [("gather halves", halves)] if part else []
     found += [("pipelined", PIPELINED), ("pipelined, doubled", DOUBLED)
               ] if part and part.trips > 1 else []
     found += [("memory", MEMORY)] if hints.is_near_the_limit(plan.reading, plan.memory) else []

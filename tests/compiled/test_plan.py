@@ -144,7 +144,8 @@ INDEPENDENT = [Spec("scanned", 3, "per_device"), Spec("resnet", 3, "global"),
                Spec("nnx", 3, "per_device")]
 
 
-@pytest.mark.parametrize("spec", quick.some(INDEPENDENT, INDEPENDENT[2].__eq__), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", INDEPENDENT, ids=str)
 def test_bytes_agree_with_an_independent_count(spec):
     """The count is by lines, of the program that this process compiles, and by shardings."""
     theirs, case = program(spec), models.CASES[spec.case]()
@@ -237,7 +238,7 @@ def test_it_prints_in_a_terminal_and_a_notebook_and_as_json(plan, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     text = str(plan)
     for word in ("gathered parameters", "fits 126.9 GiB", "in a loop, 4 x", "ZeRO's", "MFU about",
-                 "An estimate: products at 70%"):
+                 "An estimate: products at 60%"):
         assert word in " ".join(text.split()) or word in text
     assert "<pre " in plan._repr_html_()
     plain = json.loads(json.dumps(plan.to_dict()))

@@ -24,9 +24,9 @@ DEFAULT = [
     Spec("rnn", 3, "global"),
     Spec("resnet", 3, "global", 4),
     Spec("nnx", 2, "per_device", 4),
-    Spec("scanned", 3, "own"),
 ]
 MORE = [
+    Spec("scanned", 3, "own"),
     Spec("rnn", 2, "own"),
     Spec("scanned", 1, "own_sum", 4, reduce="float32"),
     Spec("scanned", 3, "global", replicas=2, topology="h200:2x8", rows=8),

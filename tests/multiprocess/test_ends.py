@@ -146,7 +146,7 @@ def test_another_number_of_processes_restores(tmp_path, undisturbed, processes):
 
 
 @pytest.mark.parametrize("number, status", [
-    (signal.SIGTERM, 75), pytest.param(signal.SIGINT, 75, marks=SLOW),
+    pytest.param(signal.SIGTERM, 75, marks=SLOW), pytest.param(signal.SIGINT, 75, marks=SLOW),
     pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=SLOW)])
 def test_the_processes_of_a_launcher_that_ends_end_too(tmp_path, number, status):
     """They save on SIGTERM and Ctrl-C; the launcher cannot pass SIGKILL on."""

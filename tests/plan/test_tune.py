@@ -43,6 +43,11 @@ def searched(time, path=None, **known):
     return tuning.search(lambda options: fake(time(options), **known), path)
 
 
+def words_of(found):
+    """Returns the printed table in one line: its width depends on the terminal."""
+    return " ".join(str(found).split())
+
+
 def test_the_fastest_is_first_and_reductions_apart_are_its_base():
     found = searched(lambda o: 10 - 3 * (REDUCE in o) - (OVERLAP in o) - 0.5 * (GATHER in o))
     names = [attempt.name for attempt in found.tried]
@@ -57,7 +62,16 @@ def test_the_base_is_the_default_where_nothing_else_is_faster():
     found = searched(lambda o: 10 + len(o))
     assert found.best.name == "default" and found.options == {}
     assert found.line == "zero.train_step(loss_fn, tx)"
-    assert "overlap 2" in [attempt.name for attempt in found.tried]
+    assert "reduce halves, overlap 2" in [attempt.name for attempt in found.tried]
+
+
+def test_the_base_is_chosen_with_two_collectives_at_once():
+    """Reductions in halves may be slower than apart, and faster with two at once."""
+    def seconds(options):
+        halves = options.get(REDUCE, 0) > 1
+        return 10 - (REDUCE in options) + 0.1 * halves - (OVERLAP in options) * (1 + halves)
+
+    assert searched(seconds).best.options[REDUCE] > 1
 
 
 def test_of_equal_times_the_smaller_peak_is_best():
@@ -74,7 +88,7 @@ def test_a_plan_that_is_refused_is_a_row_and_not_the_best(refused, words):
 
     found = tuning.search(plan)
     assert OVERLAP not in found.best.options
-    assert words in str(found)
+    assert words in words_of(found)
 
 
 def test_options_that_the_compiler_does_not_know_are_left_out():
@@ -89,7 +103,7 @@ def test_options_that_the_compiler_does_not_know_are_left_out():
     tried = {name for attempt in found.tried for name in attempt.options}
     assert not tried & {OVERLAP, *tuning.OLDER}
     assert {older for older, _ in tuning.OLDER.values()} <= tried
-    assert found.unknown == (OVERLAP,) and f"does not know: {OVERLAP}" in str(found)
+    assert set(found.unknown) == {OVERLAP} and f"does not know: {OVERLAP}" in words_of(found)
 
 
 def test_an_unknown_option_of_somebody_else_is_a_failure():
@@ -98,7 +112,7 @@ def test_an_unknown_option_of_somebody_else_is_a_failure():
             raise zj.CompileError("...\n  INVALID_ARGUMENT: No such compile option: 'xla_other'")
         return fake(10)
 
-    assert "refused: INVALID_ARGUMENT: No such compile option: 'xla_other'" in str(
+    assert "refused: INVALID_ARGUMENT: No such compile option: 'xla_other'" in words_of(
         tuning.search(plan))
 
 
@@ -114,7 +128,7 @@ def test_a_compile_that_fails_is_a_row_with_its_reason(ended, reason):
     found = tuning.search(plan)
     failed = [attempt for attempt in found.tried if not attempt.plan]
     assert len(failed) == 2 and all(attempt.refused.startswith(reason) for attempt in failed)
-    assert f"refused: {reason}" in str(found)
+    assert f"refused: {reason}" in words_of(found)
 
 
 def test_an_error_of_the_default_is_an_error():
@@ -139,7 +153,7 @@ def test_a_layer_in_a_loop_is_what_an_iteration_gathers():
     assert tuning.layer(fake(1), "all-gather") == tuning.Layer(three, 6)
     assert tuning.layer(fake(1), "reduce-scatter").results == 1024 * 2048 * 2 / len(DATA[0])
     assert tuning.layer(fake(1), "all-reduce") is None
-    assert tuning.additions(fake(1))[1] == ("gather halves", {GATHER: three // 2})
+    assert tuning.additions(fake(1))[0] == ("gather halves", {GATHER: three // 2})
 
 
 def test_unrolled_layers_are_counted_by_paths():
@@ -154,7 +168,7 @@ def test_unrolled_layers_are_counted_by_paths():
 def test_without_a_loop_nothing_is_pipelined():
     once = [dataclasses.replace(c, trips=1) for c in GATHERS]
     names = [name for name, _ in tuning.additions(fake(1, collectives=once))]
-    assert names == ["overlap 2", "gather halves", "gather halves, overlap 2"]
+    assert names == ["gather halves"]
 
 
 def test_a_changed_profile_is_another_program(tmp_path):

@@ -251,7 +251,7 @@ WRONG = [
     (lambda: zj.Zero(zj.make_mesh()).islands(2, every=2),
      r"has the axes {'data': 10}, and this one is not among them; .*make_mesh\(islands=2\)"),
     (lambda: zj.make_mesh(islands=3, devices=jax.devices()[:8]),
-     r"make_mesh\(islands=3\): 8 devices do not divide evenly into 3 groups"),
+     r"make_mesh\(islands=3\): 8 devices do not divide evenly into 3 islands"),
 ]
 
 

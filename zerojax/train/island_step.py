@@ -57,6 +57,11 @@ class IslandsStep(TrainStep):
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n  in {self.rounds.policy!r}"
 
+    def wire_error(self, state: Any, batch: Any) -> dict:
+        """Raises `PolicyError`: the error is that of a step without islands."""
+        raise PolicyError("wire_error is computed without islands; write islands.zero.train_step("
+                          "loss_fn, tx).wire_error(islands.average(state), batch).")
+
     def __call__(self, state: IslandsState, batch: Any) -> tuple[IslandsState, dict]:
         with message_last:
             self._check(state, batch)

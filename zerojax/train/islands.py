@@ -35,7 +35,8 @@ class Islands(Policy):
       zero: the `Zero` within an island.
       n, every, outer: as given to `Zero.islands`.
       island_axis: the mesh axis over which the islands are split.
-      mesh, stage, precision, axis, replica_axis, gradients, rules, min_shard, uneven: of `zero`.
+      mesh, stage, precision, axis, replica_axis, secondary: of `zero`.
+      wire, gradients, rules, min_shard, uneven: of `zero`.
     """
 
     zero: Policy = None  # pyright: ignore[reportAssignmentType]

@@ -28,12 +28,9 @@ def muon_dimensions(stacked: str | None = None,
     that are called head, lm_head or logits, and all other parameters, get Adam (Jordan 2024, "Muon:
     An optimizer for hidden layers in neural networks").
 
-    | kernel | the matrix |
-    |---|---|
-    | `[inputs, outputs]` | as it is |
-    | `[inputs, heads, head_dim]` of modules query, key, value | `[inputs, heads * head_dim]` |
-    | `[heads, head_dim, outputs]` of a module out | `[heads * head_dim, outputs]` |
-    | one of these, with a first dimension `layers` | one matrix per layer |
+    A kernel `[inputs, heads, head_dim]` of a module called query, key or value is the matrix
+    `[inputs, heads * head_dim]`; one `[heads, head_dim, outputs]` of a module called out is
+    `[heads * head_dim, outputs]`; with a first dimension `layers`, there is one matrix per layer.
 
     Args:
       stacked: a regex for the whole paths of parameters with a first dimension `layers`, as
