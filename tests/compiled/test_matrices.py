@@ -95,10 +95,11 @@ CASES = {
 STACKED = {"scanned": 8 * 12, "unrolled": 2 * 8 + 8 + 2 * 8 * 4, "nnx": 2 * 8 * 4}
 
 
-def planned(case, stage, **settings):
+def planned(case, stage, hosts=None, **settings):
     make, stacked, rules = CASES[case]
-    zero = zj.Zero(zj.make_mesh(topology="h200:1x8"), stage,
-                   precision=zj.Precision(compute="bfloat16"))
+    zero = zj.Zero(zj.make_mesh(topology=f"h200:{hosts or 1}x{N // (hosts or 1)}", hosts=hosts),
+                   stage, precision=zj.Precision(compute="bfloat16"),
+                   secondary="data" if hosts else None)
     dimensions = zj.muon_dimensions(stacked=stacked, rules=rules)
     tx = zero.whole_matrices(optax.contrib.muon(0.02, muon_weight_dimension_numbers=dimensions))
     state = zero.abstract(make().init, tx, *make().example)
@@ -121,6 +122,15 @@ def test_a_step_sends_zeros_bytes_and_two_all_to_alls(case, stage, settings):
     wide = sum(t.bytes for t in plan.communication if t.dtype == "f32")
     assert wide == pytest.approx(moved, rel=1e-3)  # no gather of float32 parameters
     assert plan.sent - wide < 1.01 * plan.zero_bytes
+
+
+@pytest.mark.slow
+def test_with_two_hops_shards_are_not_permuted():
+    plan = planned("scanned", 3, hosts=2).check()
+    finding, = [f for f in plan.findings if "the optimizer communicates" in f.what]
+    assert "all-to-all" in finding.what and "permute" not in finding.what
+    assert finding.bytes == pytest.approx(2 * STACKED["scanned"] * 2**20 / N * (N - 1) / N,
+                                          rel=1e-6)
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -101,9 +101,12 @@ def of(source: str | os.PathLike | Any, step: int | None) -> Leaves:
       StateError: a step took the memory of the state.
     """
     if isinstance(source, (str, os.PathLike)):
-        return Saved(directory.step_path(source, step))
+        saved = Saved(directory.step_path(source, step))
+        _check_one(saved.entries)
+        return saved
     donation.check_alive("export_safetensors", source)
     live = Live(source)
+    _check_one(live.entries)
     if step is not None:
         raise CheckpointError(f"step={step} is the step of a checkpoint, but the first argument is "
                               f"a {type(source).__name__}; leave `step` out.")
@@ -112,6 +115,13 @@ def of(source: str | os.PathLike | Any, step: int | None) -> Leaves:
         raise CheckpointError(f"{shapes[0]} and {len(shapes) - 1} more leaves are shapes without "
                               "values; give a state that zero.init returned.")
     return live
+
+
+def _check_one(paths: Iterable[str]) -> None:
+    """Raises `CheckpointError` for the leaves of islands, which are stacks of one for each."""
+    if any(path.startswith("islands/") for path in paths):
+        raise CheckpointError("these are the leaves of islands, each a stack of all islands'; "
+                              "write zj.export_safetensors(islands.average(state), path).")
 
 
 def _whole(x: Any) -> np.ndarray:

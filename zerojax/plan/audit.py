@@ -198,8 +198,10 @@ def _is_move(c: Collective) -> bool:
 
 def _moves(pairs: Sequence[Pair]) -> str:
     sent = sum(c.wire(s) for c, s in pairs)
+    kinds = collections.Counter(c.kind for c, _ in pairs)
+    counts = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
     return (f"{size(sent)} of them in {quantity(len(pairs), 'move')} between shards and whole "
-            "matrices (whole_matrices): an all-to-all before their products, and one back after")
+            f"matrices (whole_matrices; {counts}): before their products, and back after")
 
 
 def _by_instruction(findings: list[Finding]) -> list[Finding]:

@@ -75,8 +75,12 @@ def check_state(where: str, state: Any, batch: Any, call: str) -> None:
       batch: the argument after it, which may be the state.
       call: how to call the function that the method returned.
     """
-    if isinstance(state, TrainState):
+    if isinstance(state, TrainState) and not getattr(state.skipped, "ndim", 0):
         return
+    if hasattr(state, "islands") or isinstance(state, TrainState):
+        raise ModelError(f"{where} was given a state of islands; write {where} with "
+                         "islands.average(state), which is one state, or use the step of "
+                         "islands.train_step.")
     held = state if isinstance(state, tuple) else ()
     is_metrics = isinstance(state, Mapping) and {"loss", "weight"} <= set(state)
     if isinstance(batch, TrainState):

@@ -27,7 +27,7 @@ from zerojax.processes import fingerprint
 from zerojax.train import stacked
 from zerojax.train.rounds import Rounds
 from zerojax.train.skips import Skips
-from zerojax.train.stacked import IslandsState, Outer
+from zerojax.train.stacked import IslandsState, Outer, Stack
 from zerojax.train.state import TrainState
 from zerojax.train.step import TrainStep
 
@@ -65,10 +65,11 @@ class IslandsStep(TrainStep):
     def __call__(self, state: IslandsState, batch: Any) -> tuple[IslandsState, dict]:
         with message_last:
             self._check(state, batch)
-            number = self._number(state) + 1
+            _check_untraced(state)
             self._skips.check(state)
             state = self._preflight(state, (batch,), batch=batch,
                                     fields=lambda state: self._fields(state, batch))
+            number = self._number(state) + 1
             state, metrics = self._jitted(state, batch)
             if number % self.rounds.every == 0:
                 state = self._average(state)
@@ -137,6 +138,7 @@ class IslandsStep(TrainStep):
                              "write state = islands.init(model.init, tx, jax.random.key(0), x), "
                              "or islands.start(state) for a state of zero.init.")
         rounds = self.rounds
+        _check_groups(rounds.stack, state)
         n, parts = rounds.stack.n, rounds.stack.zero.parts
         rows, most = batches.count(batch), n * parts * self.accumulate
         if rows % most or not rows:
@@ -147,10 +149,6 @@ class IslandsStep(TrainStep):
     def _number(self, state: IslandsState) -> int:
         """Returns the number of steps before this one; waits for the device only for a state that
         the last call did not return."""
-        if isinstance(state.step, Tracer):
-            raise PolicyError("the step of islands was called within another function that jax "
-                              "traces, where it cannot tell whether a round ends. It is jitted "
-                              f"already: write {_CALL}.")
         counter, number = self._last
         return number if state.step is counter else int(state.step)
 
@@ -173,6 +171,23 @@ class _MostSkips(Skips):
 def _of_process(x: jax.Array) -> np.ndarray:
     """Returns the values of the islands that have devices of this process."""
     return np.concatenate([np.asarray(shard.data) for shard in x.addressable_shards])
+
+
+def _check_untraced(state: IslandsState) -> None:
+    if isinstance(state.step, Tracer):
+        raise PolicyError("the step of islands was called within another function that jax "
+                          "traces, where it cannot tell whether a round ends. It is jitted "
+                          f"already: write {_CALL}.")
+
+
+def _check_groups(stack: Stack, state: IslandsState) -> None:
+    """Raises `ModelError` for as many islands on other groups of devices: XLA would abort."""
+    mesh = getattr(getattr(state.skipped, "sharding", None), "mesh", None)
+    groups = dict(mesh.shape).get(stack.axis, stack.groups) if mesh else stack.groups
+    if state.skipped.shape[:1] == (stack.n,) and groups != stack.groups:
+        raise ModelError(f"the step of {stack.n} islands on {stack.groups} groups of devices was "
+                         f"given a state on {groups} groups; write state = old.move(state, new), "
+                         "where old are the islands that made it and new those of this step.")
 
 
 def _check_islands(rounds: Rounds, state: IslandsState) -> None:

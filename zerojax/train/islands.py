@@ -73,7 +73,9 @@ class Islands(Policy):
             state = creation.create(
                 self.zero, lambda: self._maker(init_fn, tx, args, trainable, rng), *args)
         if not isinstance(self.mesh, AbstractMesh):
-            creation.warn_of_whole(self.zero, self._stack.shapes_of_one(state.islands))
+            one = self._stack.shapes_of_one(state.islands)
+            creation.warn_of_whole(self.zero, one)
+            creation.warn_of_wire(self.zero, one)
         return state
 
     def abstract(self, init_fn: Callable, tx, *args, trainable: Any = None,

@@ -91,11 +91,11 @@ def _by_slices(policy: Policy, run: Callable[..., list], xs: Sequence[Any], foun
     Without the constraint on both sides of a move, XLA would move other arrays than these.
     """
     with jax.named_scope(audit.MATRICES):
-        for axes in (None, policy.axes):
+        for axes in (None, policy.spec_axes):
             xs = [_put(policy, x, dim, axes) for x, dim in zip(xs, found.inputs, strict=True)]
     ys = run(*xs)
     with jax.named_scope(audit.MATRICES):
-        for axes in (policy.axes, None):
+        for axes in (policy.spec_axes, None):
             ys = [_put(policy, y, dim, axes) for y, dim in zip(ys, found.results, strict=True)]
     return ys
 

@@ -147,6 +147,9 @@ def _check_move(policy: Policy, state: Any, other: Policy):
         raise PolicyError(f"move was given {trees.kind(state)} and {trees.kind(other)}; write "
                           "moved = zero.move(state, other), with a state of zero and the Zero "
                           "that is to have it.")
+    if hasattr(state, "islands"):
+        raise PolicyError("zero.move was given a state of islands; write islands.move(state, "
+                          "other_islands), or zero.move(islands.average(state), other).")
     ours, theirs = policy.precision, other.precision
     if (ours.params, ours.keep) != (theirs.params, theirs.keep):
         raise PolicyError(f"move changes the placement of a state, not its dtype, but it was asked "
