@@ -60,6 +60,10 @@ def is_watched() -> bool:
     return sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 
+class Code(str):
+    """A part that prints in lines of its own length, so that it can be pasted."""
+
+
 class Printed:
     """A base class for values that print as tables and text, and that notebooks show as HTML."""
 
@@ -249,6 +253,8 @@ def _recorded(parts: Sequence[Any], width: int):
     for part in parts:
         if isinstance(part, Grid):
             console.print(part.table(width))
+        elif isinstance(part, Code):
+            console.print(Text(part), soft_wrap=True)
         else:
             console.print(Text(part), width=min(width, PROSE))
     return console

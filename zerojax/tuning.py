@@ -3,6 +3,7 @@
     default -> reductions apart, or half a layer at a time, and two at once    the base: the fastest
     base    -> gathers joined, pipelined, doubled                              one or two more each
     the fastest three -> the same with the plan's times as a profile (`plan.profile`)
+    the fastest of all -> four collectives at once
 """
 
 import collections
@@ -26,11 +27,12 @@ from zerojax.plan import hints, profile
 from zerojax.plan.plan import Plan
 from zerojax.policy import Precision
 from zerojax.recipe import Recipe
-from zerojax.tables import Printed, Sheet, seconds, size
+from zerojax.tables import Code, Printed, Sheet, seconds, size
 
 Options = dict[str, Any]
 GATHER, SCATTER, REDUCE = "all-gather", "reduce-scatter", "all-reduce"
 OVERLAP = {"xla_gpu_experimental_parallel_collective_overlap_limit": 2}
+WIDER = dict.fromkeys(OVERLAP, 4)
 ON = "COLLECTIVE_PIPELINING_MODE_ON"
 PIPELINED = {"xla_gpu_pipeline_all_gather": ON}
 DOUBLED = {**PIPELINED, "xla_gpu_pipeline_reduce_scatter": ON,
@@ -130,7 +132,7 @@ class Tuning(Printed):
 
     def parts(self) -> Sequence[Any]:
         left = [f"This compiler does not know: {', '.join(self.unknown)}."] if self.unknown else []
-        return [*self.sheet().parts(), *left, *(["", self.line] if self.best else [])]
+        return [*self.sheet().parts(), *left, *(["", Code(self.line)] if self.best else [])]
 
     def _title(self) -> str:
         if not self.best:
@@ -205,7 +207,7 @@ def _checked(path: pathlib.Path) -> pathlib.Path:
 def search(plan: Callable[[Options], Plan], path: pathlib.Path | None = None) -> Tuning:
     """Searches with a function that returns the plan for compiler options."""
     default = plan({})  # an error here is the user's, not that of an option
-    with tqdm(desc="options", total=11, leave=False, disable=not tables.is_watched()) as bar:
+    with tqdm(desc="options", total=12, leave=False, disable=not tables.is_watched()) as bar:
         found = _Search(plan, Attempt("default", {}, default, advice.refusal(default)), bar)
         found.run(reductions(default))
         base = ranked(found.tried)[0]
@@ -213,7 +215,15 @@ def search(plan: Callable[[Options], Plan], path: pathlib.Path | None = None) ->
                   for name, more in additions(default))
         for fast in ranked(found.tried)[:PROFILED]:
             found.profile(fast)
+        found.run(wider(ranked(found.tried)[0]))
     return found.result(path)
+
+
+def wider(best: Attempt) -> list[tuple[str, Options]]:
+    """Returns the options of the best attempt with four collectives at once in place of two."""
+    if not OVERLAP.keys() <= best.options.keys():
+        return []
+    return [(best.name.replace("overlap 2", "overlap 4"), {**best.options, **WIDER})]
 
 
 def _joined(base: str, name: str) -> str:
@@ -286,14 +296,17 @@ class _Search:
 
 
 def ranked(tried: Iterable[Attempt]) -> list[Attempt]:
-    """Returns the attempts that have a plan: accepted ones first, by time and then by peak."""
+    """Returns the attempts that have a plan: accepted ones first, by time.
+
+    Those that are at most `SAME` slower than the fastest come by their peak.
+    """
     planned = [(attempt, attempt.plan) for attempt in tried if attempt.plan]
-    shortest = min((attempt.seconds for attempt, _ in planned), default=0.0)
+    accepted = [attempt.seconds for attempt, _ in planned if not attempt.refused]
+    fast = (1 + SAME) * min(accepted, default=0.0)
 
     def key(pair: tuple[Attempt, Plan]) -> tuple:
         attempt, plan = pair
-        return (bool(attempt.refused), round(attempt.seconds / (SAME * shortest)),
-                plan.memory.peak)
+        return bool(attempt.refused), max(attempt.seconds, fast), plan.memory.peak
 
     return [attempt for attempt, _ in sorted(planned, key=key)]
 

@@ -94,3 +94,26 @@ def test_other_instructions_are_not_custom_calls():
     (*_, other) = program('%c = f32[8] negate(%a), metadata={op_name="custom-call"}'
                           ).computations["main"]
     assert cost.uncounted(other) == ""
+
+
+def test_a_fusion_that_starts_early_touches_what_it_updates_in_place():
+    program = parse("""HloModule m
+
+%fused (s: bf16[32,4], i: s32[], u: bf16[1,4]) -> bf16[32,4] {
+  %s = bf16[32,4]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %u = bf16[1,4]{1,0} parameter(2)
+  ROOT %d = bf16[32,4]{1,0} dynamic-update-slice(%s, %u, %i, %i)
+}
+
+ENTRY %main (a: bf16[32,4], j: s32[], b: bf16[1,4]) -> bf16[32,4] {
+  %a = bf16[32,4]{1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %b = bf16[1,4]{1,0} parameter(2)
+  %f = ((bf16[32,4], s32[], bf16[1,4]), bf16[32,4], u32[]) fusion-start(%a, %j, %b), calls=%fused
+  ROOT %g = bf16[32,4]{1,0} fusion-done(%f)
+}
+""")
+    start, done = program.computations["main"][3:]
+    assert cost.touched(program, start, "main") == 8 + 4 + 8  # the slice and index; the slice
+    assert cost.touched(program, done, "main") == 0

@@ -50,6 +50,12 @@ def test_a_permute_is_one_step():
     assert takes("collective-permute", GIB, (0, 8)).latency == pytest.approx((8.4 + 9.6) * 1e-6)
 
 
+def test_a_ring_of_one_gpu_in_each_host_has_steps_between_hosts_only():
+    made = takes("all-gather", GIB // 4, range(0, 64, 8))
+    assert made.latency == pytest.approx((8.4 + 7 * 9.6) * 1e-6)
+    assert made.occupied == pytest.approx(7 / 8 * GIB / 50e9)
+
+
 def test_an_all_to_all_leaves_the_host_on_the_network_card_of_each_device():
     """The devices of a ring share all cards of a host."""
     exchange, ring = takes("all-to-all", GIB // 4, range(64)), takes("reduce-scatter", GIB // 4,

@@ -51,7 +51,7 @@ def words_of(found):
 def test_the_fastest_is_first_and_reductions_apart_are_its_base():
     found = searched(lambda o: 10 - 3 * (REDUCE in o) - (OVERLAP in o) - 0.5 * (GATHER in o))
     names = [attempt.name for attempt in found.tried]
-    assert names[:3] == ["default", "reduce apart", "reduce halves"] and len(names) <= 12
+    assert names[:3] == ["default", "reduce apart", "reduce halves"] and len(names) <= 13
     assert found.best.options.keys() == {REDUCE, GATHER, OVERLAP}
     assert all(REDUCE in attempt.options for attempt in found.tried[1:])
     rows = [row[0] for row in found.sheet().rows]
@@ -137,6 +137,14 @@ def test_an_error_of_the_default_is_an_error():
 
     with pytest.raises(zj.CompileError):
         tuning.search(plan)
+
+
+def test_the_printed_line_can_be_pasted(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    path = tmp_path / "a_folder_with_a_name_that_is_longer_than_a_line_of_the_terminal"
+    path.mkdir()
+    found = searched(lambda o: 10 - 2 * (profile.OPTION in o), path / "times.pbtxt")
+    assert len(str(path)) > 60 and found.line in str(found)
 
 
 def test_the_fastest_are_tried_with_their_times_and_the_file_is_that_of_the_best(tmp_path):

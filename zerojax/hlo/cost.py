@@ -165,7 +165,8 @@ def _touched(program: Program, inst: Instruction, computation: str) -> int:
         return 0
     names = program.names[computation]
     sizes = {i: names[o].bytes for i, o in enumerate(inst.operands) if o in names}
-    called = inst.called[0] if inst.op == "fusion" and inst.called else ""
+    is_fusion = inst.op in ("fusion", "fusion-start")
+    called = inst.called[0] if is_fusion and inst.called else ""
     if body := program.computations.get(called, ()):
         reads = sum(_read(body, i, size) for i, size in sizes.items())
         return reads + _written(program, called, inst)

@@ -77,7 +77,7 @@ def _ring_latency(way: _Way, c: Collective, hosts: int) -> float:
     """
     rounds = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}.get(c.kind, 0)
     between = rounds * (hosts - 1) or min(1, hosts - 1)
-    within = rounds * (c.size - hosts) or 1 - between
+    within = rounds * (c.size - hosts) if rounds else 1 - between
     return (way.base + within * way.within + between * way.between) * 1e-6
 
 
