@@ -215,15 +215,10 @@ def search(plan: Callable[[Options], Plan], path: pathlib.Path | None = None) ->
                   for name, more in additions(default))
         for fast in ranked(found.tried)[:PROFILED]:
             found.profile(fast)
-        found.run(wider(ranked(found.tried)[0]))
+        best = ranked(found.tried)[0]
+        if OVERLAP.keys() <= best.options.keys():
+            found.run([(best.name.replace("overlap 2", "overlap 4"), {**best.options, **WIDER})])
     return found.result(path)
-
-
-def wider(best: Attempt) -> list[tuple[str, Options]]:
-    """Returns the options of the best attempt with four collectives at once in place of two."""
-    if not OVERLAP.keys() <= best.options.keys():
-        return []
-    return [(best.name.replace("overlap 2", "overlap 4"), {**best.options, **WIDER})]
 
 
 def _joined(base: str, name: str) -> str:

@@ -373,3 +373,13 @@ def test_wrong_arguments(options, error, words):
 def test_a_recipe_is_needed():
     with pytest.raises(zj.RecipeError, match="tune was given a str"):
         zj.tune("train.py", TOPOLOGY)
+
+
+def test_a_profile_that_is_not_there_is_refused(tmp_path):
+    """XLA would compile without it, on one host of several."""
+    zero = zj.Zero(zj.make_mesh(devices=jax.devices()[:1]))
+    options = {profile.OPTION: str(tmp_path / "times.pbtxt")}
+    with pytest.raises(zj.PolicyError, match=r"no profile '.*times.pbtxt'. Copy the file that"):
+        zero.train_step(lambda params, x: x.sum(), optax.sgd(0.1), compiler_options=options)
+    (tmp_path / "times.pbtxt").write_text("")
+    zero.train_step(lambda params, x: x.sum(), optax.sgd(0.1), compiler_options=options)

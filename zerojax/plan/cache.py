@@ -40,13 +40,13 @@ def path_of(lowered: jax.stages.Lowered, request: Mapping[str, Any], target: str
     """
     flags = os.environ.get("XLA_FLAGS")  # inherited by the compiling process
     known = [FORMAT, jax.__version__, target, flags, str(provenance.PACKAGE),
-             *_named_files(request["options"])]
+             *named_files(request["options"])]
     program = fingerprint.of_text(lowered.as_text())
     what = [known, request, program, sources(lowered.as_text(debug_info=True))]
     return folder() / "programs" / f"{_sha(json.dumps(what, sort_keys=True))}.json.gz"
 
 
-def _named_files(options: Mapping[str, Any]) -> list[str]:
+def named_files(options: Mapping[str, Any]) -> list[str]:
     """Returns the digests of the files that options name, such as a profile."""
     paths = [pathlib.Path(value) for value in options.values() if isinstance(value, str) and value]
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]

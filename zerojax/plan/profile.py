@@ -9,7 +9,9 @@ times that a plan assumes, so that it needs no GPU.
 import hashlib
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
+from zerojax.errors import PolicyError
 from zerojax.hlo.schedule import Run
 from zerojax.plan import cache
 
@@ -34,3 +36,12 @@ def write(runs: Mapping[str, Run]) -> pathlib.Path:
     path = cache.folder() / "profiles" / f"{hashlib.sha256(profile).hexdigest()[:16]}{SUFFIX}"
     cache.keep(path, profile)
     return path
+
+
+def check_there(options: Mapping[str, Any]) -> None:
+    """Raises `PolicyError` if options name a profile that is not there: XLA would ignore that."""
+    path = options.get(OPTION)
+    if path and not pathlib.Path(path).exists():
+        raise PolicyError(f"compiler_options: there is no profile {path!r}. Copy the file that "
+                          "`zerojax tune` wrote to this path on every host, or leave the option "
+                          f"{OPTION} out.")

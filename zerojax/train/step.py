@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from zerojax import errors, trees
 from zerojax.data import batch as batches
 from zerojax.errors import ModelError, PolicyError, message_last
-from zerojax.plan import audit
+from zerojax.plan import audit, cache, profile
 from zerojax.plan.demand import Use
 from zerojax.plan.plan import Plan
 from zerojax.policy import Policy
@@ -71,6 +71,7 @@ class TrainStep:
         self.accumulate = accumulate
         self.clip_norm = clip_norm
         self.max_skipped = max_skipped
+        profile.check_there(compiler_options or {})
         self.compiler_options = compiler_options or {}
         self._jitted = jax.jit(self._step, donate_argnums=0, compiler_options=compiler_options)
         self._preflight = Preflight(policy, "train_step", donate=True)
@@ -176,7 +177,8 @@ class TrainStep:
         return [x.dtype for x in jax.tree.leaves(shapes)]
 
     def _fields(self, state, batch) -> dict:
-        return {**self._settings(), **_fields(self.loss_fn, self._jitted, state, batch)}
+        return {**self._settings(), "profile": cache.named_files(self.compiler_options),
+                **_fields(self.loss_fn, self._jitted, state, batch)}
 
     def _way(self, state, batch) -> tuple[bool, str, tuple[Use, ...]]:
         """Returns whether each device differentiates its own part, the reason, and the reads."""
