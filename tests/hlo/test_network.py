@@ -50,6 +50,13 @@ def test_a_permute_is_one_step():
     assert takes("collective-permute", GIB, (0, 8)).latency == pytest.approx((8.4 + 9.6) * 1e-6)
 
 
+def test_a_permutation_takes_as_long_as_its_slowest_pair():
+    pairs = tuple((i, (i + 1) % 64) for i in range(64))
+    found = Collective("c", "collective-permute", (Shape("f32", (GIB // 4,)),), pairs, 1, True,
+                       "main", "")
+    assert network.transfer(SPEED, found).occupied == pytest.approx(GIB / 50e9)
+
+
 def test_a_ring_of_one_gpu_in_each_host_has_steps_between_hosts_only():
     made = takes("all-gather", GIB // 4, range(0, 64, 8))
     assert made.latency == pytest.approx((8.4 + 7 * 9.6) * 1e-6)

@@ -62,6 +62,8 @@ def transfer(speed: Speed, c: Collective) -> Transfer:
     hosts = collections.Counter(d // speed.per_host for d in group)
     here = max(hosts.values())
     between = c.between(speed.per_host)
+    if c.kind == "collective-permute" and between:  # the others wait for the slowest pair
+        between = c.wire_bytes
     ideal = max(c.wire_bytes / speed.link, between / speed.network) / c.trips / speed.links
     ways = [(ideal / way.share, _ring_latency(way, c, len(hosts))) for way in _RINGS]
     if c.kind == "all-reduce":
