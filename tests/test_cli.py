@@ -167,6 +167,7 @@ def test_show_prints_the_layout(file, capsys, monkeypatch):
     assert "P(None, 'data')" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_advise_refuses_with_reasons_and_takes_the_fastest(file, capsys):
     two = recipe.load(f"{file}:two")
     found = advice.advise(two, "h200:1x2", stages=(0, 3), accumulate=(1,))

@@ -101,6 +101,7 @@ def test_train_gpt(options, devices):
     assert len(out.split('|')[-1].strip()) > 20  # the sampled text
 
 
+@pytest.mark.slow
 def test_textbook_mlp_pads_for_ten_devices_and_prints_progress_by_epochs():
     out = run("textbook_mlp", "--stage", "3")
     kept = re.search(r"([\d,]+) bytes on each of 10 devices", out)[1]
@@ -121,6 +122,7 @@ def test_local_sgd_sends_less_than_synchronous_training_and_learns_as_much():
     assert local > together - 2
 
 
+@pytest.mark.slow
 def test_text_classification_does_not_see_padding():
     recipe = load(str(ROOT / "examples" / "text_classification.py"))
     module = sys.modules.pop(recipe.init_fn.__module__)

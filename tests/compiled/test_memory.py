@@ -4,7 +4,6 @@ import jax
 import models
 import optax
 import pytest
-import quick
 import reference
 from harness import Spec, program
 
@@ -47,7 +46,8 @@ def _stacked_weights(text):
     return [s for s in shapes(text) if s.dtype == "bf16" and sorted(s.dims) == wanted]
 
 
-@pytest.mark.parametrize("way", quick.some(WAYS, "global".__eq__))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_regather_keeps_gathered_weights_out_of_the_residuals(way):
     model = models.Transformer(policy=zj.remat.regather())
     compiled = _compile(_lowered(model, way)[3])

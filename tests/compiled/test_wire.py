@@ -18,7 +18,6 @@ HLO_NAME = {"bfloat16": "bf16", "float32": "f32"}
 DEFAULT = [
     Spec("scanned", 3, "per_device", 4, reduce="float32"),
     Spec("scanned", 2, "global", 4),
-    Spec("scanned", 1, "per_device", 4),
     Spec("scanned", 3, "per_device", replicas=2, reduce="float32", topology="h200:2x8"),
     Spec("tied", 3, "global", 4),
     Spec("rnn", 3, "global"),
@@ -26,6 +25,7 @@ DEFAULT = [
     Spec("nnx", 2, "per_device", 4),
 ]
 MORE = [
+    Spec("scanned", 1, "per_device", 4),
     Spec("scanned", 3, "own"),
     Spec("rnn", 2, "own"),
     Spec("scanned", 1, "own_sum", 4, reduce="float32"),

@@ -63,7 +63,7 @@ def _deadlocks(model, compute):
 
 
 CASES = pairs.rows(FACTORS, allowed)
-QUICK = 16  # the first rows, which cover most pairs
+QUICK = 13  # the first rows, which cover most pairs
 
 
 def zero_for(case) -> zj.Zero:
@@ -94,7 +94,7 @@ def trained(case):
 
 
 def test_the_first_rows_cover_most_pairs():
-    assert pairs.covered(CASES[:QUICK], CASES) >= 0.65
+    assert pairs.covered(CASES[:QUICK], CASES) >= 0.6
 
 
 @pytest.mark.parametrize("case", quick.some(CASES, CASES[:QUICK].__contains__),

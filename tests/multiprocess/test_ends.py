@@ -94,7 +94,7 @@ def test_a_run_continues_with_fewer_processes(run, undisturbed):
 
 
 @pytest.mark.parametrize("process, when", [
-    (1, "step 4"), pytest.param(0, "evaluating", marks=SLOW),
+    pytest.param(1, "step 4", marks=SLOW), pytest.param(0, "evaluating", marks=SLOW),
     pytest.param(1, "from", marks=SLOW)])
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, process, when):
     """During training, an evaluation, and the compilation of the step."""
@@ -114,6 +114,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, process
         assert 4 <= step <= 8
 
 
+@pytest.mark.slow
 def test_an_exception_of_one_process_ends_all_with_its_traceback(run):
     started = time.monotonic()
     done = launch("-n", 2, "--devices", 4, TRAINER, run, 10**6, env={"FAULT": "raise 1 3"},
