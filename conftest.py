@@ -42,7 +42,7 @@ jax.config.update("jax_num_cpu_devices", 10)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 LONG_NOTEBOOKS = ("zero_stages.ipynb", "plan_a_cluster.ipynb", "multihost.ipynb",
-                  "reading_hlo.ipynb")
+                  "reading_hlo.ipynb", "quickstart.ipynb")
 
 
 def pytest_collection_modifyitems(items):

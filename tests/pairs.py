@@ -14,6 +14,22 @@ def covered(some: list[dict], all: list[dict]) -> float:
     return len(ours) / len(theirs)
 
 
+def cheapest(rows: list[dict], cost, budget: float) -> list[dict]:
+    """Returns rows that cover the most new pairs for their cost, until `budget` is spent.
+
+    Args:
+      cost: a function from a row to its cost.
+    """
+    chosen, seen, left, spent = [], set(), list(rows), 0.0
+    while left and spent < budget:
+        best = max(left, key=lambda row: len(_pairs(row) - seen) / cost(row))
+        left.remove(best)
+        chosen.append(best)
+        seen |= _pairs(best)
+        spent += cost(best)
+    return chosen
+
+
 def rows(factors: dict, allowed, tries: int = 200, seed: int = 0) -> list[dict]:
     """Returns rows that cover every pair of values that `allowed` rows can have.
 

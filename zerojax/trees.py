@@ -42,6 +42,16 @@ def taken(xs: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
     return [x for x, flag in zip(xs, flags, strict=True) if flag]
 
 
+def merged(flags: Sequence[bool], xs: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """Returns the next element of `xs` for each flag that is True, and of `others` for the rest.
+
+    >>> merged([True, False, True], [1, 3], [2])
+    [1, 2, 3]
+    """
+    rest = {True: iter(xs), False: iter(others)}
+    return [next(rest[flag]) for flag in flags]
+
+
 def put(tree: Any, flags: Sequence[bool], new: Sequence[Any]) -> Any:
     """Returns `tree` with new leaves in place of those whose flag is True.
 

@@ -9,7 +9,7 @@ from zerojax.settings import as_text, check_pattern
 
 GATHERS = ("int8", "float8_e4m3fn")
 REDUCTIONS = ("bfloat16", "int8")
-IN_BLOCKS = ("int8", "float8_e4m3fn")  # the others are a cast
+IN_BLOCKS = GATHERS  # bfloat16 is a cast
 LEAST_BLOCK = 32  # elements; the scales of smaller blocks take more than an eighth of the codes
 EXCEPT = (r"(?i).*(emb|wte|wpe|vocab|logits|classifier|router|norm).*"
           r"|(.*/)?((\w+_)?head(_\d+)?|bias|scale)(/.*)?")  # not MultiHeadDotProductAttention_0

@@ -99,7 +99,8 @@ CASES = {
     "applied twice": (Twice(), 3, True, 1),
     "applied twice, one loss": (Twice(), 2, False, 1),
 }
-SLOW = {"four layers", "a router, microbatches", "a stacked parameter", "applied twice, one loss"}
+SLOW = {"four layers", "a router", "a router, microbatches", "a stacked parameter",
+        "applied twice, one loss"}
 
 
 def plan(model, stage, summed, accumulate, tx=None):

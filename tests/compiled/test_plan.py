@@ -260,6 +260,7 @@ def test_a_second_plan_is_not_compiled_again(plan, zero, case, monkeypatch):
     assert again.cached and again.hlo == plan.hlo
 
 
+@pytest.mark.slow
 def test_what_a_user_should_know_is_found(zero, case, own):
     """Without remat and donation, gathered weights are kept, and the state is in memory twice."""
     mine = Own(zero, models.language(models.Transformer(remat=False)), own)

@@ -63,7 +63,10 @@ def _deadlocks(model, compute):
 
 
 CASES = pairs.rows(FACTORS, allowed)
-QUICK = 13  # the first rows, which cover most pairs
+SECONDS = {"mlp": 4, "matrices": 3, "scanned_matrices": 5, "dataclass": 5, "equinox": 6, "rnn": 7,
+           "resnet": 7, "tied": 9, "scanned": 9, "unrolled": 10, "nnx": 10, "scanned_remat": 11,
+           "unrolled_remat": 11}  # about what a row takes, with jax 0.12 on one core
+QUICK = pairs.cheapest(CASES, lambda row: SECONDS[row["model"]], 100)
 
 
 def zero_for(case) -> zj.Zero:
@@ -93,11 +96,11 @@ def trained(case):
     return lambda path, x=None: path in chosen
 
 
-def test_the_first_rows_cover_most_pairs():
-    assert pairs.covered(CASES[:QUICK], CASES) >= 0.6
+def test_the_quick_rows_cover_most_pairs():
+    assert pairs.covered(QUICK, CASES) >= 0.65
 
 
-@pytest.mark.parametrize("case", quick.some(CASES, CASES[:QUICK].__contains__),
+@pytest.mark.parametrize("case", quick.some(CASES, QUICK.__contains__),
                          ids=lambda c: "-".join(str(v) for v in c.values()))
 def test_equals_one_device(case, lowerings):
     model, tx, zero = zoo.MODELS[case["model"]](), zoo.OPTIMIZERS[case["tx"]](), zero_for(case)

@@ -55,8 +55,8 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("kind, process", [
-    ("stop", 1), pytest.param("kill", 0, marks=SLOW), pytest.param("kill", 1, marks=SLOW),
-    pytest.param("stop", 0, marks=SLOW)])
+    pytest.param("stop", 1, marks=SLOW), pytest.param("kill", 0, marks=SLOW),
+    pytest.param("kill", 1, marks=SLOW), pytest.param("stop", 0, marks=SLOW)])
 def test_a_process_that_dies_or_stops_ends_all(tmp_path, run, kind, process):
     """There is no partial step, although a save was under way."""
     fault = {"FAULT": f"{kind} {process} 5"}

@@ -8,7 +8,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from jax.sharding import PartitionSpec as P
@@ -59,8 +59,12 @@ class Move:
         """The number of elements."""
         return math.prod(self.dims)
 
-    def sent(self, mesh: dict[str, int]) -> float:
-        """Returns the bytes that each device sends per step."""
+    def sent(self, mesh: Mapping[str, int]) -> float:
+        """Returns the bytes that each device sends per step.
+
+        Args:
+          mesh: the size of each mesh axis.
+        """
         devices = math.prod(mesh[axis] for axis in self.axes)
         share = 1.0 if self.kind == "collective-permute" else (devices - 1) / devices
         return self.times * self.size * itemsize(self.dtype) * share

@@ -167,12 +167,12 @@ class Stack:
 
             def one(xs):
                 mine, batch, index = xs
-                new, metrics = fn(treedef.unflatten(_merged(own, mine, shared)), batch, index)
+                new, metrics = fn(treedef.unflatten(trees.merged(own, mine, shared)), batch, index)
                 return _parted(own, new), metrics
 
             batch = jax.tree.map(lambda x: x.reshape(len(index), -1, *x.shape[1:]), batch)
             (mine, others), metrics = _map(one, (trees.taken(flat, own), batch, index))
-            return treedef.unflatten(_merged(own, mine, [x[0] for x in others])), metrics
+            return treedef.unflatten(trees.merged(own, mine, [x[0] for x in others])), metrics
 
         # without check_vma, which requires that all of the loss states over which axes it varies
         mapped = jax.shard_map(run, mesh=self.zero.mesh, axis_names={self.axis}, check_vma=False,
@@ -250,12 +250,6 @@ def _map(fn: Callable, xs: Tree) -> Tree:
     if jax.tree.leaves(xs)[0].shape[0] > 1:
         return jax.lax.map(fn, xs)
     return jax.tree.map(lambda x: x[None], fn(jax.tree.map(lambda x: x[0], xs)))
-
-
-def _merged(flags: Sequence[bool], mine: Sequence, others: Sequence) -> list:
-    """Returns the elements of `mine` where the flag is True, and those of `others` elsewhere."""
-    a, b = iter(mine), iter(others)
-    return [next(a) if flag else next(b) for flag in flags]
 
 
 def _parted(flags: Sequence[bool], tree: Tree) -> tuple[list, list]:

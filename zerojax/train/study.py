@@ -68,8 +68,7 @@ class Objective:
 
     def joined(self, batch: Sequence, others: Sequence) -> list:
         """Returns all inputs in their order; the inverse of `divided`."""
-        rest = {True: iter(batch), False: iter(others)}
-        return [next(rest[split]) for split in self.is_batch]
+        return trees.merged(self.is_batch, batch, others)
 
 
 def _pair(result):
