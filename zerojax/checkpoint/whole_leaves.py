@@ -118,10 +118,10 @@ def of(source: str | os.PathLike | Any, step: int | None) -> Leaves:
 
 
 def _check_one(paths: Iterable[str]) -> None:
-    """Raises `CheckpointError` for the leaves of islands, which are stacks of one for each."""
+    """Raises `CheckpointError` for the leaves of islands, which have a dimension of islands."""
     if any(path.startswith("islands/") for path in paths):
-        raise CheckpointError("these are the leaves of islands, each a stack of all islands'; "
-                              "write zj.export_safetensors(islands.average(state), path).")
+        raise CheckpointError("a state of islands has each parameter once for every island; write "
+                              "zj.export_safetensors(islands.average(state), path).")
 
 
 def _whole(x: Any) -> np.ndarray:

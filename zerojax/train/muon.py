@@ -36,13 +36,13 @@ def muon_dimensions(stacked: str | None = None,
       stacked: a regex for the whole paths of parameters with a first dimension `layers`, as
         `nn.scan` and `nnx.vmap` make them, such as "blocks/.*".
       rules: from a regex for whole paths to dimension numbers, or None for Adam. The first rule
-        that matches goes before the table. Negative numbers count from the last dimension, and all
-        dimensions that a rule does not name are stacks of matrices.
+        that matches replaces the choice by names. Negative numbers count from the last dimension,
+        and all dimensions that a rule does not name are stacks of matrices.
 
     Returns:
       a function of a tree of parameters. It raises `LayoutError` for a pattern that matches no
-      path, for a kernel with a number of dimensions that is not in the table, and if Muon would get
-      no parameter at all.
+      path, for a kernel with another number of dimensions, and if Muon would get no parameter at
+      all.
 
     >>> import jax.numpy as jnp, optax
     >>> params = {"blocks": {"up": {"kernel": jnp.ones((3, 2, 4)), "bias": jnp.ones((3, 4))}}}
