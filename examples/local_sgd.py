@@ -6,8 +6,8 @@
     zerojax plan examples/local_sgd.py --topology h100:1x8 --compute float32
 
 The model and the images are those of textbook_mlp.py. Synchronous training reduces the gradients of
-all nodes in every step; it runs beside, with the same batches. The lines that use zerojax are
-marked with <--.
+all nodes in every step; it gets the same batches here, for comparison. The lines that use zerojax
+are marked with <--.
 """
 
 import argparse
