@@ -143,6 +143,9 @@ def _launch(command: argparse.ArgumentParser) -> None:
                               "machine without GPUs)")
     command.add_argument("--restarts", type=int, default=0,
                          help=f"number of restarts after failures {_DEFAULT}")
+    command.add_argument("--grace", type=float, default=4.0, metavar="SECONDS",
+                         help="seconds in which the processes may save and end after SIGTERM or "
+                              f"Ctrl-C, before they are killed {_DEFAULT}")
     command.add_argument("-m", dest="module", action="store_true",
                          help="the script is the name of a module")
     command.add_argument("script", help="a script that calls zj.initialize() first; it runs with "
@@ -323,7 +326,8 @@ def run_launch(args) -> int:
     from zerojax.processes import launch
 
     command = [sys.executable, *["-m"] * args.module, args.script, *args.arguments]
-    return launch.launch(launch.Launch(command, args.processes, args.devices, args.restarts))
+    return launch.launch(launch.Launch(command, args.processes, args.devices, args.restarts,
+                                       args.grace))
 
 
 def run_inspect(args) -> int:

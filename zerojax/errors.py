@@ -111,10 +111,10 @@ def noted(text: Callable[[], str]) -> Iterator[None]:
 def warn(text: str) -> None:
     """Warns, and names the line of the user's program that led to the warning as its place."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and _is_internal(frame.f_globals.get("__name__", "")):
+    while frame.f_back is not None and is_internal(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)
 
 
-def _is_internal(module: str) -> bool:
+def is_internal(module: str) -> bool:
     return module.partition(".")[0] in _INTERNAL

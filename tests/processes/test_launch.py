@@ -43,6 +43,17 @@ def test_the_variables_of_processes(tmp_path):
     assert out.split()[2:] == ["2", "cpu", "3", "['a',", "'--b']"]
 
 
+def test_the_processes_of_a_job_share_a_secret(tmp_path, monkeypatch):
+    """That of the environment, or a random one."""
+    monkeypatch.delenv("ZEROJAX_SECRET", raising=False)
+    script = "print(os.environ['ZEROJAX_SECRET'])"
+    jobs = [{line[4:] for line in run(tmp_path, script, "-n", 2).stdout.splitlines()}
+            for _ in range(2)]
+    assert len(jobs[0]) == len(jobs[1]) == 1 and jobs[0] != jobs[1]
+    monkeypatch.setenv("ZEROJAX_SECRET", "given")
+    assert run(tmp_path, script, "-n", 1).stdout == "[0] given\n"
+
+
 def test_lines_stay_whole_and_progress_bars_are_lines(tmp_path):
     script = "for i in range(200): print(f'\\r{me}:{i}', end='' if i % 2 else '\\n')"
     done = run(tmp_path, script, "-n", 3)
@@ -148,7 +159,10 @@ def test_a_run_that_stopped_on_a_signal_does_not_restart(tmp_path):
 
 @pytest.mark.parametrize("ignored", [False, True])
 def test_ctrl_c_is_for_the_processes(tmp_path, ignored):
-    """The launcher passes it on, and reports no failure; a second one ends those that ignore it."""
+    """The launcher passes it on, and reports no failure; a second one ends those that ignore it.
+
+    It reports them as killed only after the time limit.
+    """
     script = tmp_path / "script.py"
     ignore = "signal.signal(signal.SIGINT, signal.SIG_IGN)\n" if ignored else ""
     script.write_text(f"import time, signal\n{ignore}print('up')\ntime.sleep(300)")
@@ -160,16 +174,56 @@ def test_ctrl_c_is_for_the_processes(tmp_path, ignored):
             launcher.send_signal(2)
         _, error = launcher.communicate(timeout=30)
     assert launcher.returncode == 130
-    assert "zerojax launch: SIGINT: waits for the processes; a second signal ends them" in error
+    assert ("zerojax launch: SIGINT: the processes have 4 s to end (--grace); a second signal ends "
+            "them") in error and "zerojax launch: killed" not in error
     assert "the first to fail" not in error
     assert error.count("KeyboardInterrupt") == (0 if ignored else 2)
 
 
+STUBBORN = """
+import signal, subprocess, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+sleeps = subprocess.Popen(["sleep", "300"])
+print("up", file=sys.stderr, flush=True)
+while True:
+    print("x" * 1000)
+"""
+
+
+def test_one_signal_ends_processes_that_ignore_it(tmp_path):
+    """Also if nobody reads their output, and they have started other programs."""
+    (tmp_path / "script.py").write_text(STUBBORN)
+    with subprocess.Popen(command("-n", 2, "--devices", 1, "--grace", 0.5, tmp_path / "script.py"),
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
+        assert [launcher.stderr.readline()[4:] for _ in range(2)] == ["up\n"] * 2
+        sleeps = [child for process in children_of(launcher.pid) for child in children_of(process)]
+        launcher.terminate()
+        assert launcher.wait(5) == 143
+        assert ("zerojax launch: killed processes 0-1 after 0.5 s; --grace sets another limit"
+                in launcher.stderr.read())
+        assert len(sleeps) == 2 and not any(map(is_running, sleeps))
+
+
+def children_of(pid):
+    return pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def test_a_process_that_cannot_be_killed_is_given_up(tmp_path, monkeypatch, caplog):
+    """SIGKILL has no effect as long as the process is inside a system call of some drivers."""
+    script = "if me: sys.exit(3)\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(8)"
+    (tmp_path / "script.py").write_text(HEAD + script)
+    monkeypatch.setattr(launch, "_signal_all", lambda child, number: None)
+    plan = launch.Launch([sys.executable, str(tmp_path / "script.py")], [2], devices=1)
+    assert launch.launch(plan) == 3
+    assert "process 0 cannot be killed" in caplog.text
+
+
 @pytest.mark.parametrize("plan, words", [
-    (launch.Launch(["x"], [0]), "launch -n 0: write a whole number, 1 or more"),
+    (launch.Launch(["x"], [0]), "launch -n 0: write a number, 1 or more"),
     (launch.Launch(["x"], [1], devices=0), "launch --devices 0"),
     (launch.Launch(["x"], [1], restarts=-1), "launch --restarts -1"),
-], ids=["n", "devices", "restarts"])
+    (launch.Launch(["x"], [1], grace=-1), "launch --grace -1"),
+], ids=["n", "devices", "restarts", "grace"])
 def test_invalid_numbers(plan, words):
     with pytest.raises(zj.ClusterError, match=words):
         launch.launch(plan)

@@ -3,17 +3,18 @@
 
 import concurrent.futures
 import contextlib
-import json
 import re
 import socket
 import threading
 import time
+import weakref
 
 import pytest
 from processes import free_port
 
 import zerojax as zj
 from zerojax.processes import agreement, fingerprint, rendezvous
+from zerojax.processes.sealed import Channel, ForgedError, Seal
 
 
 @pytest.fixture
@@ -28,11 +29,11 @@ def address():
 
 
 def hold(address, processes, fields=None, seconds=20.0):
-    rendezvous.hold(address, processes, fields, agreement.difference, seconds)
+    return rendezvous.hold(address, processes, fields, agreement.difference, seconds)
 
 
 def join(address, process, processes, fields=None, connect_timeout=20.0, note=print):
-    rendezvous.join(address, process, processes, fields, connect_timeout, 20.0, note)
+    return rendezvous.join(address, process, processes, fields, connect_timeout, 20.0, note)
 
 
 def error_of(future):
@@ -43,7 +44,11 @@ def error_of(future):
 
 
 def assert_met(*futures):
-    assert [future.result(30) for future in futures] == [None] * len(futures)
+    """The first is that of process 0, which has a connection to each of the others."""
+    channels, *others = [future.result(30) for future in futures]
+    assert len(channels) >= len(others) and all(isinstance(x, Channel) for x in others)
+    for channel in (*channels.values(), *others):
+        channel.close()
 
 
 def greeted(address):
@@ -54,16 +59,25 @@ def greeted(address):
         except OSError:
             time.sleep(0.02)
         else:
-            assert connection.recv(100).startswith(b"zerojax")
+            greeting = connection.recv(100)
+            assert greeting.startswith(b"zerojax rendezvous 2 ")
+            nonces[connection] = greeting.split()[-1]
             return connection
     raise AssertionError(f"nobody at {address}")
 
 
-def introduce(connection, process, processes):
-    """Sends what a process says of itself; returns the connection."""
-    words = {"process": process, "processes": processes, "said": None}
-    connection.sendall(json.dumps(words).encode() + b"\n")
+nonces = weakref.WeakKeyDictionary()  # of process 0, by connection
+
+
+def introduce(connection, process, processes, secret=None):
+    """Sends the number of a process; returns the connection."""
+    seal = seals[connection] = Seal(nonces[connection], b"0" * 32, False, secret)
+    words = {"process": process, "processes": processes, "fields": None}
+    connection.sendall(b"0" * 32 + b" " + seal.sealed(words))
     return connection
+
+
+seals = weakref.WeakKeyDictionary()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid", "192.0.2.1"])
@@ -197,7 +211,7 @@ def test_a_process_that_restarts_while_others_come(pool, address):
         waits = introduce(successor, 1, 3)
     other = pool.submit(join, address, 2, 3)
     assert_met(first, other)
-    assert json.loads(waits.recv(100)) == {"trouble": ""}
+    assert seals[waits].opened(waits.recv(1000)) == {"trouble": ""}
 
 
 def test_process_0_that_ends_while_others_wait(pool):
@@ -206,8 +220,9 @@ def test_process_0_that_ends_while_others_wait(pool):
         other = pool.submit(join, address, 1, 2)
         connection, _ = server.accept()
         with connection:
-            connection.sendall(b"zerojax rendezvous 1\n")
-            assert json.loads(connection.recv(1000))["process"] == 1
+            connection.sendall(b"zerojax rendezvous 2 1234\n")
+            nonce, _, line = connection.recv(1000).partition(b" ")
+            assert Seal(b"1234", nonce, is_server=True).opened(line)["process"] == 1
     assert error_of(other) == (f"process 0 at {address} ended while process 1 waited for the "
                                "others; see its log for the reason.")
 
@@ -223,6 +238,34 @@ def test_a_stranger_is_refused(pool, address):
         assert stranger.recv(100) == b""
     assert_met(first, pool.submit(join, address, 1, 2))
     assert silent.recv(100) == b""
+
+
+def test_a_program_with_another_secret_cannot_take_part(pool, address, monkeypatch):
+    """It learns why, and process 0 waits for the processes of its job."""
+    monkeypatch.setenv("ZEROJAX_SECRET", "ours")
+    first = pool.submit(hold, address, 2)
+    for secret in ("theirs", ""):
+        stranger = introduce(greeted(address), 1, 2, secret)
+        with pytest.raises(ForgedError):
+            seals[stranger].opened(stranger.recv(1000))
+        assert stranger.recv(100) == b""
+    assert_met(first, pool.submit(join, address, 1, 2))
+
+
+def test_processes_with_different_secrets(pool, address, monkeypatch):
+    monkeypatch.setenv("ZEROJAX_SECRET", "ours")
+    first = pool.submit(hold, address, 2, seconds=1.0)
+    introduce(greeted(address), 1, 2, "theirs")
+    assert error_of(first).endswith("1 of 2 are missing; see their logs. Connections with another "
+                                    "$ZEROJAX_SECRET: 1.")
+    first = pool.submit(hold, address, 2, seconds=2.0)
+    greeted(address).close()
+    monkeypatch.setattr(rendezvous, "Seal", lambda *numbers, is_server, secret=None:
+                        Seal(*numbers, is_server=is_server, secret=str(is_server)))
+    assert error_of(pool.submit(join, address, 1, 2)) == (
+        f"process 0 at {address} and process 1 do not have the same $ZEROJAX_SECRET; give all "
+        "processes of a job the same.")
+    error_of(first)
 
 
 def test_a_stranger_that_never_stops_sending_delays_nobody(pool, address):

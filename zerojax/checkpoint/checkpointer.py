@@ -20,7 +20,7 @@ from zerojax.checkpoint.manifest import Manifest
 from zerojax.checkpoint.target import MODEL, Target
 from zerojax.errors import CheckpointError, CorruptCheckpointError
 from zerojax.policy import Policy
-from zerojax.processes import exchange
+from zerojax.processes import agreement, exchange
 
 _KINDS = (CorruptCheckpointError, CheckpointError)
 
@@ -107,11 +107,13 @@ class Checkpointer:
         Raises:
           CheckpointError: this save or an earlier one failed, the directory has later steps, or
             `step` is not the state's.
+          ClusterError: the states of the processes have different steps.
         """
         self._raise_earlier_failure()
         if step is not None and not self._is_due(step, force):
             return False
         step = self._group.everywhere(lambda: self._ready(state, step, data_state, metrics), _KINDS)
+        agreement.check(self._group, "Checkpointer.save", {"step": step})
         if not self._is_due(step, force):
             return False
         self._set_aside_from(step)

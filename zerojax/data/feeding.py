@@ -13,7 +13,7 @@ from zerojax.data.loading import Loaded, Loader, Status
 from zerojax.data.prefetch import Prefetcher
 from zerojax.errors import BatchError, ClusterError
 from zerojax.policy import Policy
-from zerojax.processes import agreement, exchange
+from zerojax.processes import agreement, exchange, naming
 from zerojax.processes.exchange import Sent
 
 Reports = Mapping[int, np.ndarray]  # the words of `Loaded`, by process
@@ -160,7 +160,7 @@ class Feed(Iterator):
             raise loaded.error
         failed = _with_status(reports, Status.FAILED)
         if failed:
-            raise ClusterError(f"batch {self.number} could not be made on {exchange.named(failed)},"
+            raise ClusterError(f"batch {self.number} could not be made on {naming.named(failed)},"
                                " whose log has the reason; all processes end.")
 
     def _check_ended(self, reports: Reports) -> None:
@@ -171,7 +171,7 @@ class Feed(Iterator):
             raise StopIteration
         empty = _with_status(reports, Status.EMPTY)
         if empty:
-            raise BatchError(f"{exchange.named(empty)} brought no batch at all, so pad=True has no "
+            raise BatchError(f"{naming.named(empty)} brought no batch at all, so pad=True has no "
                              "example to pad with; give every process at least one example.")
 
     def _warn_of_nothing(self) -> None:

@@ -14,12 +14,11 @@ from jax.core import Tracer
 
 from zerojax.errors import ClusterError
 from zerojax.policy import Policy
-from zerojax.processes import exchange, fingerprint
+from zerojax.processes import exchange, fingerprint, naming
 from zerojax.processes.exchange import Group
 
 T = TypeVar("T")
 _MOST = 10  # fields in an error
-_LONG = 100  # characters of a value in an error
 _DIFFER = "the processes differ, and would not run the same program:"
 
 
@@ -61,21 +60,30 @@ def before(policy: Policy, where: str, make: Callable[[], T],
 
 
 class Once:
-    """An agreement before the first call of a function, which compiles it."""
+    """An agreement before the first call of a function, which compiles it.
+
+    Later calls are only reported, to notice processes that do not make them.
+    """
 
     def __init__(self):
-        self._done = False
+        self._group: Group | None = None
 
     def __call__(self, policy: Policy, where: str, fields: Callable[[], Mapping[str, Any]],
                  *arguments: Any) -> None:
         """Agrees, unless an earlier call did.
 
         Args:
-          arguments: those of the call. If one of them is traced, the function is not compiled yet.
+          arguments: those of the call. If one of them is traced, the function is not called yet.
         """
-        if not self._done and not any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments)):
+        if self._group is not None and self._group.size == 1:
+            return
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments)):
+            return
+        if self._group is None:
             before(policy, where, lambda: None, lambda _: fields())
-            self._done = True
+            self._group = exchange.of_mesh(policy.mesh)
+        else:
+            self._group.called(where)
 
 
 def difference(values: Mapping[int, Any]) -> str:
@@ -91,7 +99,7 @@ def difference(values: Mapping[int, Any]) -> str:
     names = dict.fromkeys(name for fields in flat.values() for name in fields)
     by_name = {name: {p: str(fields.get(name, "nothing")) for p, fields in flat.items()}
                for name in names}
-    lines = [f"\n  {name}: {_by_value(texts)}" for name, texts in by_name.items()
+    lines = [f"\n  {name}: {naming.by_value(texts)}" for name, texts in by_name.items()
              if len(set(texts.values())) > 1]
     if not lines:
         return ""
@@ -105,16 +113,3 @@ def _flat(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:
             yield from _flat(item, f"{name}.{key}" if name else str(key))
     else:
         yield name, value
-
-
-def _by_value(texts: Mapping[int, str]) -> str:
-    """Returns each text once, with the processes that have it."""
-    processes: dict[str, list[int]] = {}
-    for process, text in texts.items():
-        processes.setdefault(text, []).append(process)
-    return "; ".join(f"{_brief(text)} on {exchange.named(where)}"
-                     for text, where in processes.items())
-
-
-def _brief(text: str) -> str:
-    return text if len(text) <= _LONG else f"{text[:_LONG]}..."

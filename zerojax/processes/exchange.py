@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zerojax.errors import ClusterError
+from zerojax.processes import monitor, naming
 
 T = TypeVar("T")
 Devices = tuple[jax.Device, ...]
@@ -62,7 +63,7 @@ class Group:
     @property
     def size(self) -> int:
         """The number of processes."""
-        return len({device.process_index for device in self.devices})
+        return len(self.members)
 
     @property
     def process(self) -> int:
@@ -74,8 +75,21 @@ class Group:
         """Whether this process is the first of the group."""
         return self.process == self.devices[0].process_index
 
+    @functools.cached_property
+    def members(self) -> tuple[int, ...]:
+        """The indices of the processes."""
+        return tuple(dict.fromkeys(device.process_index for device in self.devices))
+
+    def called(self, name: str) -> None:
+        """Reports a call that all processes of the group make, without waiting for them."""
+        monitor.called(self.members, name)
+
     def send(self, words: Words) -> Sent:
         """Starts to send words, the same number from every process; `received` takes the result."""
+        monitor.called(self.members)
+        return self._started(words)
+
+    def _started(self, words: Words) -> Sent:
         sharding, copy = _line(self.devices)
         mine = sum(device.process_index == self.process for device in self.devices)
         local = np.tile(np.asarray(words, np.uint32), (mine, 1))
@@ -89,8 +103,13 @@ class Group:
         return {d.process_index: row for d, row in zip(self.devices, rows, strict=True)}
 
     def words(self, mine: Words) -> dict[int, np.ndarray]:
-        """Sends words, and waits for those of all processes."""
-        return self.received(self.send(mine))
+        """Sends words, and waits for those of all processes.
+
+        Raises:
+          ClusterError: other processes are at another call, or have ended.
+        """
+        monitor.meet(self.members)
+        return self.received(self._started(mine))
 
     def texts(self, mine: str) -> dict[int, str]:
         """Returns the text of each process. If all are empty, the cost is that of one word."""
@@ -129,7 +148,7 @@ class Group:
         if own is not None and rank == worst:
             raise own
         first, text = next((p, text) for p, (rank, text) in failed.items() if rank == worst)
-        raise (*kinds, ClusterError)[worst](f"{named(failed)} of {len(reports)} failed; "
+        raise (*kinds, ClusterError)[worst](f"{naming.named(failed)} of {len(reports)} failed; "
                                             f"process {first} reports: {text}") from own
 
 
@@ -156,31 +175,20 @@ class Alone(Group):
     def first(self) -> bool:
         return True
 
+    def called(self, name: str) -> None:
+        pass
+
     def send(self, words: Words) -> Sent:
         return np.asarray(words, np.uint32)
+
+    def words(self, mine: Words) -> dict[int, np.ndarray]:
+        return self.received(self.send(mine))
 
     def received(self, sent: Sent) -> dict[int, np.ndarray]:
         return {self.process: np.asarray(sent)}
 
     def everywhere(self, act: Callable[[], T], kinds: Sequence[type[Exception]] = ()) -> T:
         return act()
-
-
-def named(processes: Iterable[int]) -> str:
-    """Returns a text that names processes.
-
-    >>> named([3]), named([0, 2, 3, 4, 9])
-    ('process 3', 'processes 0, 2-4, 9')
-    """
-    runs: list[list[int]] = []
-    for process in sorted(processes):
-        if runs and process == runs[-1][1] + 1:
-            runs[-1][1] = process
-        else:
-            runs.append([process, process])
-    texts = [f"{first}-{last}" if last > first else str(first) for first, last in runs]
-    one = len(runs) == 1 and runs[0][0] == runs[0][1]
-    return f"process{'' if one else 'es'} {', '.join(texts)}"
 
 
 def words_to_all(x: jax.Array) -> jax.Array:

@@ -1,26 +1,22 @@
 """`initialize`: this process joins the others of its job, or stays alone."""
 
-import atexit
-import contextlib
 import dataclasses
 import inspect
 import logging
 import os
-import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
 from zerojax.errors import ClusterError
-from zerojax.processes import agreement, fingerprint, launchers, rendezvous
+from zerojax.processes import agreement, ending, fingerprint, launchers, monitor, rendezvous
 from zerojax.processes.launchers import Job
+from zerojax.processes.sealed import Channel
 
 _LOG = logging.getLogger("zerojax")
 _CONNECT_TIMEOUT = 5.0  # seconds; short, because an address that a person wrote may be wrong
-_GRACE = 3.0  # seconds after an uncaught exception for other threads, such as a checkpoint's
 _joined: dict[str, Any] = {}
 _alone = threading.Event()  # whether a caller has said that this process trains alone
 
@@ -29,7 +25,8 @@ def initialize(address: str | None = None, processes: int | None = None,
                process: int | None = None, *, local_devices: tuple[int, ...] | None = None,
                config: Mapping[str, Any] | None = None, bind_address: str | None = None,
                connect_timeout: float | None = None, initialization_timeout: float = 300,
-               heartbeat_timeout: float = 100, shutdown_timeout: float = 30) -> Job | None:
+               heartbeat_timeout: float = 100, shutdown_timeout: float = 30,
+               watchdog: float | None = None) -> Job | None:
     """Joins this process to the others of its job with `jax.distributed`.
 
     Must be the first call of a program that uses jax. Does nothing if the process is alone.
@@ -40,7 +37,11 @@ def initialize(address: str | None = None, processes: int | None = None,
     decision at level INFO, and warns if process 0 does not answer within 5 s.
 
     The processes first meet over plain TCP, because jax.distributed aborts a process that it cannot
-    start.
+    start. If $ZEROJAX_SECRET is set, only processes that have the same can take part.
+
+    The connections stay open. Each process reports its calls of zerojax over them, so that all
+    processes end within 5 s, with the reason, when one of them ends, or makes another call than
+    the others.
 
     With several processes, the call replaces `sys.excepthook` and registers an `atexit` function:
     an uncaught exception ends its process within 3 s of its traceback, with status 1, where jax
@@ -60,9 +61,12 @@ def initialize(address: str | None = None, processes: int | None = None,
         $ZEROJAX_CONNECT_TIMEOUT; if that is not set, `initialization_timeout` for an address that a
         scheduler wrote, and 5 for any other.
       initialization_timeout: seconds within which all processes must arrive.
-      heartbeat_timeout: seconds after which all processes end if one is dead, suspended or
-        disconnected.
+      heartbeat_timeout: seconds after which all processes end if one is suspended or disconnected,
+        and after which the logger warns of a call that some processes have not made.
       shutdown_timeout: seconds that a finished process waits for the others.
+      watchdog: seconds after which all processes print their stacks and end if one of them makes
+        no call of zerojax, for example because a program of your own waits for ever. It must exceed
+        the longest compilation, evaluation or export. None means never.
 
     Returns:
       The job, or None if this process is alone.
@@ -87,18 +91,20 @@ def initialize(address: str | None = None, processes: int | None = None,
     if local_devices is not None:
         job = dataclasses.replace(job, local_devices=tuple(local_devices))
     _LOG.info("%s", job)
-    bound = None
+    bound, channels = None, {}
     if job.address is not None:
         connect_timeout = _connect_timeout(job, connect_timeout, initialization_timeout)
         bound = _bound(job, bind_address, connect_timeout)
-        _meet(job, bound, config, connect_timeout, initialization_timeout)
+        channels = _met(job, bound, config, connect_timeout, initialization_timeout)
     _start(job, coordinator_bind_address=bound,
            initialization_timeout=round(initialization_timeout),
            heartbeat_timeout_seconds=round(heartbeat_timeout),
            shutdown_timeout_seconds=round(shutdown_timeout))
+    if channels and job.process is not None:
+        monitor.start(channels, job.process, heartbeat_timeout, watchdog)
     _joined.update(job=job, arguments=_DEFAULTS | _known(job) | asked)
-    _end_on_errors()
-    _end_with_launcher()
+    ending.on_errors(monitor.failed, monitor.left)
+    ending.with_launcher()
     return job
 
 
@@ -174,14 +180,14 @@ def _bound(job, bind: str | None, connect_timeout: float) -> str | None:
     return rendezvous.joined(bind.strip("[]"), rendezvous.split(job.address)[1])
 
 
-def _meet(job, bound, config: Mapping[str, Any] | None, connect_timeout: float,
-          seconds: float) -> None:
+def _met(job, bound, config: Mapping[str, Any] | None, connect_timeout: float,
+         seconds: float) -> Mapping[int, Channel]:
+    """Returns the connections, by process, after the processes have met."""
     fields = {"versions": fingerprint.versions(), "config": fingerprint.of_settings(config or {})}
     if job.process == 0:
-        rendezvous.hold(bound, job.processes, fields, agreement.difference, seconds)
-    else:
-        rendezvous.join(job.address, job.process, job.processes, fields, connect_timeout, seconds,
-                        _LOG.warning)
+        return rendezvous.hold(bound, job.processes, fields, agreement.difference, seconds)
+    return {0: rendezvous.join(job.address, job.process, job.processes, fields, connect_timeout,
+                               seconds, _LOG.warning)}
 
 
 def _start(job: Job, **options: Any) -> None:
@@ -195,43 +201,3 @@ def _start(job: Job, **options: Any) -> None:
         raise ClusterError(f"{job.source}: jax does not find the other processes ({error}); set "
                            "$JAX_COORDINATOR_ADDRESS, $JAX_NUM_PROCESSES and "
                            "$JAX_PROCESS_ID.") from error
-
-
-def _end_on_errors() -> None:
-    """Ends the process after an uncaught exception, which Python passes to sys.excepthook.
-
-    Notebooks do not use sys.excepthook, so a cell that fails ends nothing.
-    """
-    before = sys.excepthook
-    failed = threading.Event()
-
-    def hook(kind, error, trace):
-        before(kind, error, trace)
-        failed.set()
-        timer = threading.Timer(_GRACE, _end)
-        timer.daemon = True
-        timer.start()
-
-    sys.excepthook = hook
-    # runs before jax's own function, which waits for the other processes
-    atexit.register(lambda: failed.is_set() and _end())
-
-
-def _end() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # closed, or None
-            stream.flush()
-    os._exit(1)
-
-
-def _end_with_launcher() -> None:
-    """Ends the process when `zerojax launch` is killed, which cannot end it then."""
-    launcher = os.getppid()
-    if os.environ.get("ZEROJAX_LAUNCH") == str(launcher):
-        threading.Thread(target=_end_without, args=(launcher,), daemon=True).start()
-
-
-def _end_without(launcher: int) -> None:
-    while os.getppid() == launcher:
-        time.sleep(1)
-    _end()

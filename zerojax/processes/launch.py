@@ -12,6 +12,7 @@ import math
 import os
 import queue
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -22,8 +23,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
 from zerojax.errors import ClusterError
+from zerojax.processes import naming
+from zerojax.processes.sealed import SECRET
 
-GRACE = 3.0  # seconds between SIGTERM and SIGKILL after one process has failed
+GRACE = 4.0  # seconds between a signal and SIGKILL
+_AFTER_FAILURE = 1.0  # the same after one process has failed, when the others cannot save any more
+_OUTPUT = 0.5  # seconds for the last output, and for SIGKILL to take effect
 TAIL = 400  # lines of standard error that are kept of each process
 PREEMPTED = 75  # the exit status of a run that received a signal, and saved
 _LOG = logging.getLogger("zerojax.launch")
@@ -44,18 +49,25 @@ class Launch:
       devices: the number of CPU devices of each process. None means one GPU each, or one CPU device
         on a machine without GPUs.
       restarts: how often the job restarts after a failure.
+      grace: seconds in which the processes may save and end after a signal, before they are killed.
+      secret: with which the processes authenticate each other; by default $ZEROJAX_SECRET, or a
+        random one.
     """
 
     command: Sequence[str]
     processes: Sequence[int]
     devices: int | None = None
     restarts: int = 0
+    grace: float = GRACE
+    secret: str = dataclasses.field(
+        default_factory=lambda: os.environ.get(SECRET) or secrets.token_hex(16), repr=False)
 
     def environment(self, process: int, processes: int, port: int) -> dict[str, str]:
         """Returns the variables that a process gets in addition to those of the launcher."""
         variables = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                      "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(process),
-                     "ZEROJAX_LAUNCH": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+                     "ZEROJAX_LAUNCH": str(os.getpid()), SECRET: self.secret,
+                     "PYTHONUNBUFFERED": "1"}
         if self.on_cpu:
             devices = str(self.devices or 1)
             return variables | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices}
@@ -70,10 +82,11 @@ class Launch:
     def check(self) -> None:
         """Raises `ClusterError` for invalid numbers."""
         numbers = [("-n", n, 1) for n in self.processes]
-        numbers += [("--devices", self.devices, 1), ("--restarts", self.restarts, 0)]
+        numbers += [("--devices", self.devices, 1), ("--restarts", self.restarts, 0),
+                    ("--grace", self.grace, 0)]
         for name, n, least in numbers:
             if n is not None and n < least:
-                raise ClusterError(f"launch {name} {n}: write a whole number, {least} or more.")
+                raise ClusterError(f"launch {name} {n}: write a number, {least} or more.")
         most = max(self.processes)
         found = len(gpus())
         if not self.on_cpu and 0 < found < most:
@@ -135,7 +148,9 @@ class _Job:
         self.ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # (process, status)
         self.signals: list[signal.Signals] = []  # that the launcher has received
         self.failure: tuple[int, int] | None = None  # (process, status) of the first
-        self.deadline = math.inf  # of the processes that still run after a failure
+        self.deadline = math.inf  # of the processes that still run after a failure or a signal
+        self.was_killed = False  # after the deadline
+        self.is_stuck = False  # although it was killed
         self.tails = [collections.deque(maxlen=TAIL) for _ in range(processes)]
         self.readers: list[threading.Thread] = []
 
@@ -157,8 +172,10 @@ class _Job:
         """Passes Ctrl-C and SIGTERM to the processes, which may save; a second one ends them."""
         self._signal(signal.SIGKILL if self.signals else number)
         if not self.signals:
+            self.deadline = time.monotonic() + self.plan.grace
             name = signal.Signals(number).name
-            line = f"\nzerojax launch: {name}: waits for the processes; a second signal ends them\n"
+            line = (f"\nzerojax launch: {name}: the processes have {self.plan.grace:g} s to end "
+                    "(--grace); a second signal ends them\n")
             os.write(2, line.encode())  # the signal may have interrupted the log
         self.signals.append(signal.Signals(number))
 
@@ -182,29 +199,47 @@ class _Job:
 
     def _watch(self) -> int:
         """Waits until all processes have ended, which is soon after a failure of one of them."""
-        while self.running:
+        while self.running and not self.is_stuck:
             try:
                 self._note_end(*self.ended.get(timeout=0.1))
             except queue.Empty:
                 if time.monotonic() > self.deadline:
-                    self._signal(signal.SIGKILL)
+                    self._kill()
+        self._read_rest()
+        failure = self.failure or next(((p, -signal.SIGKILL) for p in self.running), None)
+        return self._reported(*failure) if failure else 0
+
+    def _kill(self) -> None:
+        """Ends the processes that have not ended in time; gives up those that it has killed."""
+        who = naming.named(self.running)
+        self.is_stuck, self.was_killed = self.was_killed, True
+        if self.is_stuck:
+            _LOG.warning("%s cannot be killed, which the system delays while a process waits for a "
+                         "device or a disk", who)
+        elif self.signals:
+            _LOG.warning("killed %s after %g s; --grace sets another limit", who, self.plan.grace)
+        self.deadline = time.monotonic() + _OUTPUT
+        self._signal(signal.SIGKILL)
+
+    def _read_rest(self) -> None:
+        """Waits for the last output, unless nobody reads it, or programs that still run hold it."""
+        deadline = time.monotonic() + _OUTPUT
         for reader in self.readers:
-            reader.join(timeout=1)
-        return self._reported(*self.failure) if self.failure else 0
+            reader.join(max(0, deadline - time.monotonic()))
 
     def _note_end(self, process: int, status: int) -> None:
         """Notes that a process has ended; after a failure, ends the others."""
         child = self.running.pop(process)
-        if not status:
+        if not status and not self.signals:
             return
         _signal_all(child, signal.SIGKILL)  # what it started is of its session, and may still run
-        if self.failure is not None and self.failure[1] != PREEMPTED:
+        if not status or (self.failure is not None and self.failure[1] != PREEMPTED):
             return
         if status == PREEMPTED:  # the others are about to save too
             self.failure = self.failure or (process, status)
             return
         self.failure = (process, status)
-        self.deadline = time.monotonic() + GRACE
+        self.deadline = min(self.deadline, time.monotonic() + _AFTER_FAILURE)
         if not self.signals:  # else the others have received one
             self._signal(signal.SIGTERM)
 

@@ -2,13 +2,13 @@
 
 jax.distributed aborts a process that it cannot start; here, every failure is a Python error that
 names host and port. Process 0 listens until all have arrived, compares their fields, and sends each
-the verdict. Then it leaves the port to jax's coordinator. Needs no jax.
+the verdict. Then it leaves the port to jax's coordinator. The connections stay open, for `monitor`.
+All that is sent is sealed with the job's secret. Needs no jax.
 """
 
 import contextlib
 import dataclasses
 import ipaddress
-import json
 import selectors
 import socket
 import time
@@ -16,9 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 from zerojax.errors import ClusterError
+from zerojax.processes import sealed
+from zerojax.processes.sealed import Channel, ForgedError, Seal
 
-_GREETING = b"zerojax rendezvous 1\n"
-_LONGEST = 2**24  # bytes of a message
+_GREETING = b"zerojax rendezvous 2 "  # and a random number
 _NOTE = 5.0  # seconds until a process that waits says so
 _TICK = 0.1  # seconds between looks at the clock
 _PATIENCE = 10.0  # seconds until a connection must have named its process
@@ -80,8 +81,11 @@ def _resolved(host: str, port: int, deadline: float) -> str:
         time.sleep(0.5)
 
 
-def hold(bind: str, processes: int, fields: Any, compare: Compare, seconds: float) -> None:
+def hold(bind: str, processes: int, fields: Any, compare: Compare,
+         seconds: float) -> dict[int, Channel]:
     """Waits in process 0 for all other processes, and sends them the verdict.
+
+    Returns the connection to each.
 
     Args:
       bind: "ip:port" to listen at.
@@ -98,8 +102,9 @@ def hold(bind: str, processes: int, fields: Any, compare: Compare, seconds: floa
         trouble = guests.gathered(bind, time.monotonic() + seconds)
         trouble = trouble or compare({0: fields} | guests.fields)
         guests.tell(trouble)
-    if trouble:
-        raise ClusterError(trouble)
+        if trouble:
+            raise ClusterError(trouble)
+        return guests.kept()
 
 
 def _listening(bind: str, processes: int) -> socket.socket:
@@ -119,8 +124,10 @@ class _Guest:
     """A connection to process 0, and the process at its other end, once it is known."""
 
     connection: socket.socket
+    nonce: bytes = dataclasses.field(default_factory=sealed.nonce)
     received: bytes = b""
     process: int | None = None
+    seal: Any = None
     fields: Any = None
     since: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -135,6 +142,7 @@ class _Guests(contextlib.AbstractContextManager):
         self.here: dict[int, _Guest] = {}
         self.refused: list[_Guest] = []
         self.trouble = ""
+        self.strangers = 0  # connections whose other end does not hold the secret
         self.selector = selectors.DefaultSelector()
         self.selector.register(server, selectors.EVENT_READ)
 
@@ -155,6 +163,8 @@ class _Guests(contextlib.AbstractContextManager):
         missing = sorted(set(range(1, self.processes)) - self.here.keys())
         late = (f"processes {missing[:10]} did not come to {bind} in time: {len(missing)} of "
                 f"{self.processes} are missing; see their logs.")
+        if self.strangers:
+            late += f" Connections with another ${sealed.SECRET}: {self.strangers}."
         return self.trouble or (late if missing else "")
 
     def _serve(self, ready: list[_Guest | None]) -> None:
@@ -177,8 +187,9 @@ class _Guests(contextlib.AbstractContextManager):
         with contextlib.suppress(OSError):  # it has left already
             connection, _ = self.server.accept()
             connection.setblocking(False)
-            self.selector.register(connection, selectors.EVENT_READ, _Guest(connection))
-            connection.sendall(_GREETING)
+            guest = _Guest(connection)
+            self.selector.register(connection, selectors.EVENT_READ, guest)
+            connection.sendall(_GREETING + guest.nonce + b"\n")
 
     def _receive(self, guest: _Guest) -> None:
         """Takes what has arrived over a connection; drops it when it is closed at the other end."""
@@ -189,7 +200,7 @@ class _Guests(contextlib.AbstractContextManager):
         except OSError:
             more = b""
         guest.received += more
-        if not more or len(guest.received) > _LONGEST:
+        if not more or len(guest.received) > sealed.LONGEST:
             self._drop(guest)
         elif guest.process is None and guest.received.endswith(b"\n"):
             self._meet(guest)
@@ -203,10 +214,18 @@ class _Guests(contextlib.AbstractContextManager):
 
     def _meet(self, guest: _Guest) -> None:
         """Finds out who a guest is. Drops a program that is no process, such as a port scanner."""
+        nonce, _, line = guest.received.partition(b" ")
+        guest.seal = Seal(guest.nonce, nonce, is_server=True)
         try:
-            words = json.loads(guest.received)
+            words = guest.seal.opened(line)
             process, number = int(words["process"]), int(words["processes"])
-            guest.fields = words["said"]
+            guest.fields = words["fields"]
+        except ForgedError:
+            if len(nonce) == len(guest.nonce):
+                self.strangers += 1
+                self._send(guest, "")  # which the other side cannot open
+            self._drop(guest)
+            return
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             self._drop(guest)
             return
@@ -230,16 +249,25 @@ class _Guests(contextlib.AbstractContextManager):
 
     def tell(self, trouble: str) -> None:
         """Sends the verdict, "" for none, to every process."""
-        verdict = json.dumps({"trouble": trouble}).encode() + b"\n"
         guests = [*self.here.values(), *self.refused]
         for guest in guests:
-            with contextlib.suppress(OSError):
-                guest.connection.settimeout(10)
-                guest.connection.sendall(verdict)
-        for guest in guests:
+            self._send(guest, trouble)
+        for guest in guests if trouble else ():
             with contextlib.suppress(OSError):  # the guest closes first: the port is free at once
                 guest.connection.settimeout(1)
                 guest.connection.recv(1)
+
+    def _send(self, guest: _Guest, trouble: str) -> None:
+        with contextlib.suppress(OSError):
+            guest.connection.settimeout(10)
+            guest.connection.sendall(guest.seal.sealed({"trouble": trouble}))
+
+    def kept(self) -> dict[int, Channel]:
+        """Returns the connection to each process, which then outlives this object."""
+        for guest in self.here.values():
+            self.selector.unregister(guest.connection)
+        return {process: Channel(guest.connection, guest.seal)
+                for process, guest in sorted(self.here.items())}
 
     def __exit__(self, *_) -> None:
         for key in list(self.selector.get_map().values()):
@@ -248,7 +276,7 @@ class _Guests(contextlib.AbstractContextManager):
 
 
 def join(address: str, process: int, processes: int, fields: Any, connect_timeout: float,
-         seconds: float, note: Callable[[str], None]) -> None:
+         seconds: float, note: Callable[[str], None]) -> Channel:
     """Connects a process other than 0 to process 0, and waits for the verdict.
 
     Args:
@@ -260,27 +288,39 @@ def join(address: str, process: int, processes: int, fields: Any, connect_timeou
       seconds: seconds within which all processes must arrive.
       note: takes a line of text if the connection takes a long time.
 
+    Returns:
+      The connection.
+
     Raises:
-      ClusterError: process 0 does not listen, has left, or reports a difference; another program
-        listens.
+      ClusterError: process 0 does not listen, has left, has another secret, or reports a
+        difference; another program listens.
     """
-    words = {"process": process, "processes": processes, "said": fields}
-    with _reached(address, process, connect_timeout, note) as connection:
-        try:
-            connection.sendall(json.dumps(words).encode() + b"\n")
-            connection.settimeout(seconds + _NOTE)  # process 0 is first: it knows who is missing
-            trouble = json.loads(_line(connection))["trouble"]
-        except TimeoutError:
-            trouble = f"process 0 at {address} waited for the others for more than {seconds:g} s."
-        except (OSError, ValueError):
-            trouble = (f"process 0 at {address} ended while process {process} waited for the "
-                       "others; see its log for the reason.")
+    words = {"process": process, "processes": processes, "fields": fields}
+    connection, server = _reached(address, process, connect_timeout, note)
+    own = sealed.nonce()
+    seal = Seal(server, own, is_server=False)
+    try:
+        connection.sendall(own + b" " + seal.sealed(words))
+        connection.settimeout(seconds + _NOTE)  # process 0 is first: it knows who is missing
+        line, rest = _line(connection)
+        trouble = seal.opened(line)["trouble"]
+    except TimeoutError:
+        trouble = f"process 0 at {address} waited for the others for more than {seconds:g} s."
+    except ForgedError:
+        trouble = (f"process 0 at {address} and process {process} do not have the same "
+                   f"${sealed.SECRET}; give all processes of a job the same.")
+    except (OSError, ValueError):
+        trouble = (f"process 0 at {address} ended while process {process} waited for the "
+                   "others; see its log for the reason.")
     if trouble:
+        connection.close()
         raise ClusterError(trouble)
+    return Channel(connection, seal, rest)
 
 
 def _reached(address: str, process: int, connect_timeout: float,
-             note: Callable[[str], None]) -> socket.socket:
+             note: Callable[[str], None]) -> tuple[socket.socket, bytes]:
+    """Returns a connection to process 0, and the random number with which it has greeted."""
     start = time.monotonic()
     deadline = start + connect_timeout
     noted = False
@@ -303,24 +343,26 @@ def _reached(address: str, process: int, connect_timeout: float,
         time.sleep(0.1)
 
 
-def _greeted(address: str, deadline: float) -> socket.socket:
+def _greeted(address: str, deadline: float) -> tuple[socket.socket, bytes]:
     left = max(0.1, deadline - time.monotonic())
     connection = socket.create_connection(split(address), timeout=min(left, 5))
     greeting = b""
     with contextlib.suppress(OSError, ValueError):
-        greeting = _line(connection)
-    if greeting != _GREETING:
+        greeting, _ = _line(connection)
+    if not greeting.startswith(_GREETING):
         connection.close()
         raise ValueError("the program that listens there is not zerojax's process 0, "
                          "or is about to end")
-    return connection
+    return connection, greeting.removeprefix(_GREETING)
 
 
-def _line(connection: socket.socket) -> bytes:
+def _line(connection: socket.socket) -> tuple[bytes, bytes]:
+    """Returns the first line, and the bytes after it that have arrived too."""
     received = b""
-    while not received.endswith(b"\n"):
+    while b"\n" not in received:
         more = connection.recv(2**16)
         received += more
-        if not more or len(received) > _LONGEST:
+        if not more or len(received) > sealed.LONGEST:
             raise ValueError(f"no end of a line in {len(received)} bytes")
-    return received
+    line, _, rest = received.partition(b"\n")
+    return line, rest
