@@ -11,6 +11,8 @@ import pytest
 import zerojax.recipe
 
 ROOT = pathlib.Path(__file__).parent.parent
+# pytest-xdist sets the width of terminals, which tables would keep to
+ENVIRON = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
 PAGES = ["README.md", "docs/coming_from.md", "docs/on_gpus.md", "docs/plan.md", "docs/start.md"]
 
 
@@ -38,7 +40,7 @@ def run(page, devices, tmp_path):
     code = f"exec(compile({program(page)!r}, {page!r}, 'exec'), globals())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                           text=True, timeout=300,
-                          env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)})
+                          env=ENVIRON | {"JAX_NUM_CPU_DEVICES": str(devices)})
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 

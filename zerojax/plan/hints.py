@@ -52,7 +52,9 @@ def of(reading: Reading, account: Memory) -> Iterator[Finding]:
 def _exchanged(reading: Reading) -> Iterator[Finding]:
     """Gradients that are exchanged over one axis of several hosts: most codes leave the host."""
     topology, policy = reading.topology, reading.demand.policy
-    if not topology or not policy.wire.reduce or policy.inner_axes:
+    outer = [n for axis, n in policy.mesh.shape.items()
+             if axis in policy.axes and axis not in policy.inner_axes]
+    if not topology or not policy.wire.reduce or (policy.inner_axes and math.prod(outer) > 1):
         return
     sent = sum(c.between(topology.per_host) for c in reading.collectives if c.kind == "all-to-all")
     if sent:
