@@ -14,12 +14,12 @@ def job(tmp_path, case):
     return Job(tmp_path, [HERE / "hangs.py", case, tmp_path / "run"], 2, devices=2)
 
 
-DIFFERENT = ("the processes are at different calls: {} at hangs.py:\\d+ on process 0; train_step "
+DIFFERENT = ("the processes are at different calls: {} at hangs.py:\\d+ on process 0; TrainStep "
              "at hangs.py:\\d+ on process 1. ")
 CASES = {  # by case of hangs.py: the reason, which every process prints that still can
     "save": DIFFERENT.format("Checkpointer.save"),
-    "evaluate": DIFFERENT.format("eval_step"),
-    "exit": "process 1 ended, but process 0 called train_step at hangs.py:\\d+, a call that "
+    "evaluate": DIFFERENT.format("EvalStep"),
+    "exit": "process 1 ended, but process 0 called TrainStep at hangs.py:\\d+, a call that "
             "processes 0-1 must make together. Last calls: Feed at hangs.py:\\d+ on process 1.",
     "kill": "process 1 was killed, or aborted. Its last call: Feed at hangs.py:\\d+.",
     "error": "process 1 failed: IndexError: list index out of range",

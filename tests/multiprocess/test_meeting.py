@@ -70,7 +70,7 @@ DIFFER = {  # patterns of the error on each process, by the case of differ.py
     "devices": r"zero\.init: .* mesh\.devices: 0:0 0:1 \S+ .* on process 0; 1:\S+",
     "init fails": rf"{FAILED}KeyError: 'wide'|^compiled \[\]: KeyError: 'wide'",
     "loss fails": rf"{FAILED}KeyError: 'v'|^compiled \[\]: KeyError: 'v'",
-    "call": r"call: zero\.init on process 0",
+    "call": r"different calls: Zero\.init at differ\.py:\d+ on process 0; TrainStep at ",
 }
 
 

@@ -83,7 +83,7 @@ class Once:
             before(policy, where, lambda: None, lambda _: fields())
             self._group = exchange.of_mesh(policy.mesh)
         else:
-            self._group.called(where)
+            self._group.called()
 
 
 def difference(values: Mapping[int, Any]) -> str:

@@ -80,13 +80,13 @@ class Group:
         """The indices of the processes."""
         return tuple(dict.fromkeys(device.process_index for device in self.devices))
 
-    def called(self, name: str) -> None:
+    def called(self) -> None:
         """Reports a call that all processes of the group make, without waiting for them."""
-        monitor.called(self.members, name)
+        monitor.called(self.members)
 
     def send(self, words: Words) -> Sent:
         """Starts to send words, the same number from every process; `received` takes the result."""
-        monitor.called(self.members)
+        self.called()
         return self._started(words)
 
     def _started(self, words: Words) -> Sent:
@@ -175,7 +175,7 @@ class Alone(Group):
     def first(self) -> bool:
         return True
 
-    def called(self, name: str) -> None:
+    def called(self) -> None:
         pass
 
     def send(self, words: Words) -> Sent:

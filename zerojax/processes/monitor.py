@@ -67,14 +67,10 @@ def _forget() -> None:
         _member = None
 
 
-def called(members: Members, name: str = "") -> None:
-    """Reports a call that these processes make, and does not wait.
-
-    Args:
-      name: the name of the function; by default, that which the user's program called.
-    """
+def called(members: Members) -> None:
+    """Reports a call that these processes make, and does not wait."""
     if _member is not None:
-        _member.report(_call(members, name), waits=False)
+        _member.report(_call(members), waits=False)
 
 
 def meet(members: Members) -> None:
@@ -84,7 +80,7 @@ def meet(members: Members) -> None:
       ClusterError: others have made another call, or have ended.
     """
     if _member is not None:
-        _member.meet(_call(members, ""))
+        _member.meet(_call(members))
 
 
 def barrier(tag: str) -> None:
@@ -213,10 +209,10 @@ class Member:
         ending.soon(text, stacks, self._grace)
 
 
-def _call(members: Members, name: str) -> Call:
+def _call(members: Members) -> Call:
     """Returns the call of the user's program that led here."""
     inner, frame = _of_user(sys._getframe(2))
-    name = name or inner.co_qualname.removesuffix(".__call__").removesuffix(".__next__")
+    name = inner.co_qualname.removesuffix(".__call__").removesuffix(".__next__")
     place = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
     return Call(members, name, place)
 
