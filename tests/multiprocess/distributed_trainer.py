@@ -3,11 +3,15 @@
     python distributed_trainer.py DIRECTORY STEPS [PAUSE]
 
 PAUSE is in seconds, after each step. $FAULT is "kind process step": the fault of that process
-before that step. It occurs once; DIRECTORY/done marks it.
+before that step. It occurs once; DIRECTORY/done marks it. "lose" is a host that is replaced: its
+memory is gone too. With $HOSTS, a directory, the run takes snapshots in memory, and saves every
+fifth step to disk; each process has a shared memory of its own there, as on a host of its own.
+$REPLICA is the number of replicas.
 """
 
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import time
@@ -18,6 +22,7 @@ import numpy as np
 import states
 
 import zerojax as zj
+from zerojax.checkpoint import slots
 
 HEARTBEAT = 8
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
@@ -43,6 +48,9 @@ def fault(directory, number):
     if (int(process), int(step)) != (jax.process_index(), number) or done.exists():
         return
     done.touch()
+    if kind == "lose":
+        shutil.rmtree(slots.BASE)
+        kind = "kill"
     if kind == "raise":
         raise ValueError(f"process {process} fails")
     os.kill(os.getpid(), SIGNALS[kind])
@@ -59,12 +67,23 @@ def restored(zero, checkpoints, batches):
     return found.state
 
 
+def options():
+    """Returns the options of the checkpointer."""
+    if "HOSTS" not in os.environ:
+        return {}
+    slots.BASE = pathlib.Path(os.environ["HOSTS"], str(jax.process_index()))
+    slots.BASE.mkdir(parents=True, exist_ok=True)
+    return {"memory": True, "every": 5, "asynchronous": False}
+
+
 def main(directory, steps, pause=0.0):
     zj.initialize(heartbeat_timeout=HEARTBEAT, shutdown_timeout=25)
-    zero = zj.Zero(zj.make_mesh(), min_shard=1)
+    mesh = zj.make_mesh(replica=int(os.environ.get("REPLICA", 1)))
+    zero = zj.Zero(mesh, min_shard=1)
     batches = zj.feed(zj.Indexed(own_part, steps), zero)
     step = zero.train_step(loss_fn, states.tx)
-    with zj.Preemption() as preemption, zj.Checkpointer(directory, keep=2, zero=zero) as saves:
+    with (zj.Preemption() as preemption,
+          zj.Checkpointer(directory, keep=2, zero=zero, **options()) as saves):
         state = restored(zero, saves, batches)
         print("from", int(state.step), flush=True)
         for number, x in enumerate(preemption.until(batches), int(state.step) + 1):

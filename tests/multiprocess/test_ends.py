@@ -67,6 +67,7 @@ def test_a_process_that_dies_or_stops_ends_all(tmp_path, run, kind, process):
     assert max(manifests(run)) in (3, 4)  # the save of step 4 may not have been completed
 
 
+@pytest.mark.slow
 def test_a_run_continues_after_a_kill(run, undisturbed):
     """It restarts from the last checkpoint by itself; on the same mesh, the result is bit-equal."""
     done = launch("-n", 2, "--devices", 4, "--restarts", 2, TRAINER, run, 12,

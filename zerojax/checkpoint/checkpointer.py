@@ -5,41 +5,25 @@ here and in `reading`.
 """
 
 import contextlib
+import functools
 import os
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import orbax.checkpoint as ocp
 from etils import epath
 
 from zerojax.checkpoint import directory as folder
-from zerojax.checkpoint import entries, reading, writing
+from zerojax.checkpoint import entries, reading, restoring, warm, writing
 from zerojax.checkpoint.manifest import Manifest
-from zerojax.checkpoint.target import MODEL, Target
+from zerojax.checkpoint.restoring import KINDS, Restored
+from zerojax.checkpoint.snapshots import Snapshots
+from zerojax.checkpoint.target import MODEL
 from zerojax.errors import CheckpointError, CorruptCheckpointError
 from zerojax.policy import Policy
 from zerojax.processes import agreement, exchange
-
-_KINDS = (CorruptCheckpointError, CheckpointError)
-
-
-class Restored(NamedTuple):
-    """The result of `Checkpointer.restore`.
-
-    Attributes:
-      state: the state, on its devices.
-      step: the state's step.
-      data_state: the data state from which this process continues; None if none was saved, or if
-        only some leaves are restored and the processes saved different data states.
-      metrics: the metrics that were saved with the state.
-    """
-
-    state: Any
-    step: int
-    data_state: Any
-    metrics: Any
 
 
 class Checkpointer:
@@ -56,10 +40,15 @@ class Checkpointer:
       every: `save` does nothing for steps that this does not divide.
       asynchronous: whether `save` returns as soon as the arrays are copied; files are then written
         in the background.
+      memory: whether `save` also takes snapshots, which stay in the shared memory of the hosts
+        (/dev/shm) when processes die, and from which `restore_latest` restores in seconds. They
+        take twice the size of the state, and end with the host.
+      snapshot_every: `save` takes snapshots of the steps that this divides.
       zero: the `Zero` whose stage and precision the manifest records.
 
     Raises:
-      CheckpointError: the directory is not writable, or `keep` or `every` is invalid.
+      CheckpointError: the directory is not writable, a number is invalid, the host has no shared
+        memory, or another job keeps snapshots for this directory in it.
 
     >>> import tempfile, jax, jax.numpy as jnp, optax, zerojax as zj
     >>> zero, tx = zj.Zero(zj.make_mesh(devices=jax.devices()[:2])), optax.sgd(0.1)
@@ -73,8 +62,9 @@ class Checkpointer:
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int | None = 3, every: int = 1,
-                 asynchronous: bool = True, zero: Policy | None = None):
-        for name, n in (("keep", keep), ("every", every)):
+                 asynchronous: bool = True, memory: bool = False, snapshot_every: int = 1,
+                 zero: Policy | None = None):
+        for name, n in (("keep", keep), ("every", every), ("snapshot_every", snapshot_every)):
             if n is not None and (type(n) is not int or n < 1):
                 raise CheckpointError(f"Checkpointer({name}={n!r}): write a whole number, 1 or "
                                       "more.")
@@ -86,6 +76,9 @@ class Checkpointer:
         self._skipped: set[int] = set()  # steps that did not load
         self._group = exchange.everyone()
         folder.check_shared(self.directory, self._group)
+        self._on_disk: int | None = None  # the newest step, once it is known
+        self._snapshots = (Snapshots(self.directory, self._group, snapshot_every, zero)
+                           if memory else None)
 
     def save(self, state: Any, *, step: int | None = None, data_state: Any = None,
              metrics: Any = None, force: bool = False) -> bool:
@@ -102,7 +95,7 @@ class Checkpointer:
           force: whether to save even if `every` does not divide the step.
 
         Returns:
-          Whether a save was started. A step that the directory already has is not saved again.
+          Whether a save to the directory was started. A step that it has is not saved again.
 
         Raises:
           CheckpointError: this save or an earlier one failed, the directory has later steps, or
@@ -110,9 +103,11 @@ class Checkpointer:
           ClusterError: the states of the processes have different steps.
         """
         self._raise_earlier_failure()
+        if self._snapshots is not None:
+            step = self._snapshot(self._snapshots, state, step, data_state, metrics)
         if step is not None and not self._is_due(step, force):
             return False
-        step = self._group.everywhere(lambda: self._ready(state, step, data_state, metrics), _KINDS)
+        step = self._group.everywhere(lambda: self._ready(state, step, data_state, metrics), KINDS)
         agreement.check(self._group, "Checkpointer.save", {"step": step})
         if not self._is_due(step, force):
             return False
@@ -128,6 +123,20 @@ class Checkpointer:
         has_ended = self._manager and not self._manager.is_saving_in_progress()
         if has_ended and self._group.size == 1:
             self._wait()
+        if self._snapshots is not None:
+            self._snapshots.raise_failure()
+
+    def _snapshot(self, snapshots: Snapshots, state: Any, step: int | None, data_state: Any,
+                  metrics: Any) -> int:
+        """Takes a snapshot if it is due, for which processes do not wait; returns the step."""
+        if step is None or snapshots.is_due(step):
+            step = writing.checked_step(state, step, data_state, metrics)
+        if snapshots.is_due(step):
+            on_disk = self._on_disk
+            if on_disk is None:
+                on_disk = self._on_disk = max(self._group.of_first(self.steps()), default=-1)
+            snapshots.take(step, state, data_state, metrics, on_disk)
+        return step
 
     def _ready(self, state: Any, step: int | None, data_state: Any, metrics: Any) -> int:
         if self._group.size > 1:
@@ -171,7 +180,7 @@ class Checkpointer:
         """Renames skipped steps that a run from before them is about to reach, if still damaged."""
         for damaged in sorted(s for s in self._skipped if s >= step):
             self._skipped.remove(damaged)
-            self._group.everywhere(lambda s=damaged: self._set_aside_if_damaged(s), _KINDS)
+            self._group.everywhere(lambda s=damaged: self._set_aside_if_damaged(s), KINDS)
 
     def _set_aside_if_damaged(self, step: int):
         if not self._group.first:
@@ -207,16 +216,22 @@ class Checkpointer:
             self._manager.reload()
 
     def wait(self) -> None:
-        """Waits until the save in progress is on disk.
+        """Waits until the save in progress is on disk, and the snapshot in progress in memory.
 
         Raises:
-          CheckpointError: the save failed.
+          CheckpointError: it failed.
         """
-        self._group.everywhere(self._wait, _KINDS)
+        self._group.everywhere(self._wait_for_all, KINDS)
+
+    def _wait_for_all(self):
+        self._wait()
+        if self._snapshots is not None:
+            self._snapshots.wait()
 
     def _wait(self):
         if self._manager:
             self._attempt(self._manager.wait_until_finished)
+        self._on_disk = self._on_disk if self._begun is None else self._begun
         self._begun = None
 
     def steps(self) -> list[int]:
@@ -255,6 +270,8 @@ class Checkpointer:
                        cast: bool = False) -> Restored | None:
         """Returns the newest state that loads; skips newer steps that are damaged, with warnings.
 
+        With `memory`, these include the snapshots of which the memory of the hosts has all parts.
+
         If there are several processes, the first decides which steps exist, and a step that does
         not load on one process is skipped on all.
 
@@ -270,22 +287,38 @@ class Checkpointer:
             raise CheckpointError(f'restore_latest(if_none={if_none!r}): write "raise" or "none".')
         self.wait()
         damaged = []
-        for step in reversed(self._group.of_first(self.steps())):
+        for step, is_on_disk, read in self._candidates():
             try:
-                return self._restore(step, target, only, params_only, cast)
+                return read(target, MODEL if params_only else only, cast)
             except CorruptCheckpointError as error:
-                damaged.append(step)
-                self._skipped.add(step)
-                warnings.warn(f"skipped step {step}: {error}", RuntimeWarning, stacklevel=2)
+                what = f"step {step}" if is_on_disk else f"the snapshot of step {step} in memory"
+                warnings.warn(f"skipped {what}: {error}", RuntimeWarning, stacklevel=2)
+                if is_on_disk:
+                    damaged.append(step)
+                    self._skipped.add(step)
         if damaged:
             raise CorruptCheckpointError(f"{self.directory} has steps {sorted(damaged)}, and none "
                                          "of them loads (see the warnings). To start afresh, move "
                                          "them away or give another directory.")
-        self._group.everywhere(lambda: folder.check_is_ours(self.directory), _KINDS)
+        self._group.everywhere(lambda: folder.check_is_ours(self.directory), KINDS)
         if if_none == "raise":
             raise CheckpointError(f"{self.directory} has no checkpoint. If this may be the first "
                                   'run, write if_none="none", which returns None.')
         return None
+
+    def _candidates(self) -> list[tuple[int, bool, Callable[..., Restored]]]:
+        """Returns the steps to restore from, newest first, whether each is on disk, and its reader.
+
+        Memory is faster, so that snapshots come before the same step on disk.
+        """
+        on_disk, group = self._group.of_first(self.steps()), self._group
+        found = [(step, True, functools.partial(restoring.from_disk, group, self._path(step)))
+                 for step in on_disk]
+        if self._snapshots is not None:
+            headers = self._snapshots.headers(max(on_disk, default=-1))
+            found += [(s.step, False, functools.partial(restoring.from_memory, group, headers, s))
+                      for s in warm.available(group, headers)]
+        return sorted(found, key=lambda one: (-one[0], one[1]))
 
     def verify(self, step: int) -> Manifest:
         """Reads every leaf and compares its digest; returns the step's manifest.
@@ -300,44 +333,36 @@ class Checkpointer:
 
     def _restore(self, step: int, target: Any, only: str | None, params_only: bool,
                  cast: bool) -> Restored:
-        group, only = self._group, MODEL if params_only else only
-        manifest, aim = group.everywhere(lambda: _prepared(self._path(step), target, only, cast),
-                                         _KINDS)
-        arrays = reading.checked(self._path(step), manifest, aim.sources(manifest.leaves))
-        has_position = only is None or len(manifest.data_states) == 1
-        position = manifest.data_of(group.process, group.size) if has_position else None
-        return Restored(aim.filled(arrays), manifest.step, position, manifest.metrics)
+        return restoring.from_disk(self._group, self._path(step), target,
+                                   MODEL if params_only else only, cast)
 
     def _path(self, step: int) -> epath.Path:
         return folder.step_path(self.directory, step)
 
     def close(self) -> None:
-        """Waits for the save in progress.
+        """Waits for the save in progress, and removes the snapshots in memory.
+
+        A context that is left by an error, or by `Preemption.exit`, keeps the snapshots.
 
         Raises:
           CheckpointError: the save failed.
         """
-        self._close(self.wait)
+        self._close(self.wait, keep=False)
 
-    def _close(self, wait: Callable[[], None]):
+    def _close(self, wait: Callable[[], None], keep: bool):
         try:
             wait()
         finally:
             if self._manager:
                 self._manager.close()
             self._manager = None
+            if self._snapshots is not None:
+                self._snapshots.close(keep)
+            self._snapshots = None
 
     def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, kind, error, trace):
         # an error may be this process's alone; the others would not wait with it
-        self._close(self._wait if error else self.wait)
-
-
-def _prepared(path: epath.Path, target: Any, only: str | None,
-              cast: bool) -> tuple[Manifest, Target]:
-    """Returns a step's manifest and the target, after checking that the step fits."""
-    manifest, aim = reading.read_manifest(path), Target(target, only)
-    aim.check(manifest, f"step {manifest.step} in {path.parent}", cast)
-    return manifest, aim
+        self._close(self._wait if error else self.wait, keep=bool(error))

@@ -27,7 +27,7 @@ def checked_step(state: Any, step: int | None, data_state: Any, metrics: Any) ->
     donation.check_alive("save", state)
     step = _step_of(state, step)
     _check_arrays(entries.by_path(state))
-    json_values.encoded("data_state", _position_of(data_state))
+    json_values.encoded("data_state", position_of(data_state))
     json_values.encoded("metrics", jax.device_get(metrics))
     return step
 
@@ -91,25 +91,25 @@ def manifest_of(step: int, state: Any, leaves: Mapping[str, Any], zero: Policy |
     digests = digest.of([entries.as_array(x) for x in leaves.values()])
     described = {path: entries.of(x, d)
                  for (path, x), d in zip(leaves.items(), digests, strict=True)}
-    return Manifest(step, described, optimizer_kinds(state), _mesh_of(leaves),
+    return Manifest(step, described, optimizer_kinds(state), mesh_of(leaves),
                     zero.stage if zero else None, zero.precision.as_dict() if zero else None,
                     _positions(data_state), jax.device_get(metrics))
 
 
-def _mesh_of(leaves: Mapping[str, Any]) -> dict[str, int]:
+def mesh_of(leaves: Mapping[str, Any]) -> dict[str, int]:
     """Returns the axes and sizes of the first mesh among the leaves' shardings."""
     shardings = [getattr(x, "sharding", None) for x in leaves.values()]
     meshes = [sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)]
     return dict(meshes[0].shape) if meshes else {}
 
 
-def _position_of(data_state: Any) -> Any:
+def position_of(data_state: Any) -> Any:
     return data_state.get_state() if hasattr(data_state, "get_state") else data_state
 
 
 def _positions(data_state: Any) -> tuple[Any, ...]:
     """Returns the position of every process in its data; one if they are equal."""
-    position = _position_of(data_state)
+    position = position_of(data_state)
     shared = exchange.everyone().shared(json_values.encoded("data_state", position))
     first, *others = shared.values()
     if all(other == first for other in others):

@@ -58,6 +58,11 @@ def _pair() -> tuple[Channel, Channel]:
     return ours, theirs
 
 
+def is_running() -> bool:
+    """Whether this process is connected to the hub."""
+    return _member is not None
+
+
 def _forget() -> None:
     """Closes the connection in a forked child, such as a data loader's, which would keep it open.
     """
