@@ -50,6 +50,9 @@ def test_processes_that_differ_before_they_join(tmp_path):
 
 
 PROGRAMS = "the processes differ, and would not run the same program: program"
+SOURCE = (HERE / "differ.py").read_text().splitlines()
+SCALED, DOUBLED = (1 + next(i for i, line in enumerate(SOURCE) if text in line)
+                   for text in (".sum() * scale", "x * (2 if second"))
 FAILED = "process 1 of 2 failed; process 1 reports: "
 DIFFER = {  # patterns of the error on each process, by the case of differ.py
     "stage": r"zero\.init: .* policy\.stage: 3 on process 0; 1 on process 1",
@@ -61,11 +64,14 @@ DIFFER = {  # patterns of the error on each process, by the case of differ.py
     "mesh": r"mesh\.axes\.data: 8 on process 0; 4 on process 1 .*policy\.replica_axis",
     "optimizer": r"state\.opt_state/0/count: nothing on process 0; int32\[\] P\(\) on process 1",
     "accumulate": r"train_step: .* accumulate: 1 on process 0; 2 on process 1 program",
-    "loss": r"train_step: .* loss_fn: loss \w+ on process 0; other_loss \w+ on process 1 program: "
-            r"\d+ lines, \w+ on process 0",
-    "code": rf"train_step: {PROGRAMS}: \d+ lines, \w+ on process 0; \d+",
-    "rate": rf"train_step: {PROGRAMS}: \d+ lines",
-    "loop": r"program: \d+ lines, \w+ on process 0; \d+ lines, \w+ on process 1",
+    "loss": r"train_step: .* loss_fn: loss \w+ on process 0; other_loss \w+ on process 1 program, "
+            r"line \d+: ",
+    "code": rf"train_step: {PROGRAMS}, line \d+: `.*` at differ\.py:{SCALED} on process 0; `.*` at "
+            rf"differ\.py:{SCALED} on process 1$",
+    "rate": rf"train_step: {PROGRAMS}, line \d+: `.* dense<-1.0\S+> .*` at differ\.py:\d+ on "
+            r"process 0; `.* dense<-2.0\S+> .*` at differ\.py:\d+ on process 1$",
+    "loop": rf"program, line \d+: `.* dense<1.0\S+> .*` at differ\.py:{DOUBLED} on process 0; "
+            rf"`.* dense<2.0\S+> .*` at differ\.py:{DOUBLED} on process 1$",
     "evaluation": r"eval_step: .* loss_fn: loss \w+ on process 0; other_loss \w+ on process 1",
     "devices": r"zero\.init: .* mesh\.devices: 0:0 0:1 \S+ .* on process 0; 1:\S+",
     "init fails": rf"{FAILED}KeyError: 'wide'|^compiled \[\]: KeyError: 'wide'",

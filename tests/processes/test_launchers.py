@@ -14,7 +14,7 @@ SLURM = {"SLURM_JOB_ID": "4097", "SLURM_STEP_NODELIST": "gpu[07-09]", "SLURM_NTA
          "SLURM_PROCID": "13", "SLURM_LOCALID": "5", "SLURM_NODEID": "1",
          "SLURM_STEP_TASKS_PER_NODE": "8(x3)"}
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
-KUBERNETES = {"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "0"}
+OF_MPIRUN = "1531576320.0;tcp://10.96.0.1,10.148.0.1,10.108.0.1:34911"
 
 
 @pytest.mark.parametrize("variables, text", [
@@ -35,8 +35,14 @@ KUBERNETES = {"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "0"}
      "process 3 of 4, coordinator a:5 (by torchrun's variables)"),
     (OPEN_MPI | {"JAX_COORDINATOR_ADDRESS": "c:9"},
      "process 1 of 2, coordinator c:9 (by Open MPI's variables)"),
-    (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "x"}, "what jax detects itself (Open MPI)"),
-    (KUBERNETES, "what jax detects itself (Kubernetes, an indexed Job)"),
+    (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": OF_MPIRUN},
+     "process 1 of 2, coordinator 10.96.0.1:62624 (by Open MPI's variables)"),
+    (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": OF_MPIRUN, "JAX_COORDINATOR_PORT": "7"},
+     "process 1 of 2, coordinator 10.96.0.1:7 (by Open MPI's variables)"),
+    (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "1314521088.0;tcp6://[fe80::b9b:2,2620::2]:43370"},
+     "process 1 of 2, coordinator [fe80::b9b:2]:62880 (by Open MPI's variables)"),
+    (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "x", "JAX_COORDINATOR_ADDRESS": "c:9"},
+     "process 1 of 2, coordinator c:9 (by Open MPI's variables)"),
 ])
 def test_the_job_of_a_process(variables, text):
     assert str(launchers.detected(variables)) == text
@@ -62,6 +68,7 @@ def test_invalid_arguments(arguments, text):
 
 @pytest.mark.parametrize("variables, text", [
     (OPEN_MPI, "process 1 of 2 of Open MPI 5, which does not say where"),
+    (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "x"}, "$OMPI_MCA_orte_hnp_uri is 'x', which has no job"),
     ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "$JAX_NUM_PROCESSES and $JAX_PROCESS_ID missing"),
     ({"MASTER_ADDR": "a", "WORLD_SIZE": "two", "RANK": "0"}, "$WORLD_SIZE is 'two'"),
 ])

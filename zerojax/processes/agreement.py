@@ -16,6 +16,7 @@ from zerojax.errors import ClusterError
 from zerojax.policy import Policy
 from zerojax.processes import exchange, fingerprint, naming
 from zerojax.processes.exchange import Group
+from zerojax.processes.programs import Program, first_difference
 
 T = TypeVar("T")
 _MOST = 10  # fields in an error
@@ -27,16 +28,31 @@ def check(group: Group, where: str, fields: Mapping[str, Any]) -> None:
 
     Args:
       where: the call that compares. Processes that are at different calls differ in it.
-      fields: JSON values, nested to any depth; other values are compared by their repr.
+      fields: programs, and JSON values, nested to any depth; other values are compared by their
+        repr.
 
     Raises:
-      ClusterError: on every process, with the fields that differ, and their values by process.
+      ClusterError: on every process, with the fields that differ, and their values by process:
+        those of a program are its first line that differs.
     """
     text = json.dumps({"call": where, **fields}, sort_keys=True, default=repr)
     mark = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
     if len({other.tobytes() for other in group.words(mark).values()}) > 1:
         all_fields = {process: json.loads(other) for process, other in group.texts(text).items()}
+        _show_lines(group, fields, all_fields)
         raise ClusterError(f"{where}: {difference(all_fields)}")
+
+
+def _show_lines(group: Group, fields: Mapping[str, Any], all_fields: dict[int, dict]) -> None:
+    """Puts the first line that differs in the place of each program that every process has."""
+    programs = {name: field for name, field in fields.items() if isinstance(field, Program)}
+    common = set.intersection(*map(set, group.shared(sorted(programs)).values()))
+    for name in sorted(common):
+        if len({of[name] for of in all_fields.values()}) > 1:
+            line, texts = first_difference(group, programs[name])
+            for process, of in all_fields.items():
+                del of[name]
+                of[f"{name}, line {line + 1}"] = texts[process]
 
 
 def before(policy: Policy, where: str, make: Callable[[], T],

@@ -16,11 +16,10 @@ import numpy as np
 
 from zerojax import trees
 from zerojax.policy import Policy
+from zerojax.processes.programs import Program
 
 _PACKAGES = ("zerojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
-# jax identifies the Python functions of a custom_partitioning call by their address
-_PARTITIONING = re.compile(r'(custom_call @CustomSPMDPartitioning\(.*backend_config = )"\d+"')
 _SAMPLE = 2**16  # elements of an array that are hashed
 
 
@@ -118,15 +117,13 @@ def _constant(value: Any) -> bytes:
     return repr(ordered).encode()
 
 
-def of_program(jitted: Callable, *args: Any, **kwargs: Any) -> str:
-    """Returns the number of lines of a jitted function's program, and a digest of its text.
+def of_program(jitted: Callable, *args: Any, **kwargs: Any) -> Program:
+    """Returns the program of a jitted function.
 
     A later call neither traces nor lowers again. Of a `custom_partitioning` function, the text has
     the call, but not the body.
     """
-    text = jitted.lower(*args, **kwargs).as_text()  # pyright: ignore[reportFunctionMemberAccess]
-    text = _PARTITIONING.sub(r"\1", text)
-    return f"{text.count(chr(10))} lines, {of_text(text)[:12]}"
+    return Program.of(jitted.lower(*args, **kwargs))  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def of_text(text: str) -> str:

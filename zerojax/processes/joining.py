@@ -33,8 +33,8 @@ def initialize(address: str | None = None, processes: int | None = None,
 
     Arguments that are not given are read from the environment of the process: the variables
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, then those of SkyPilot, torchrun,
-    SLURM and Open MPI; otherwise jax's own detection is used. The logger "zerojax" reports the
-    decision at level INFO, and warns if process 0 does not answer within 5 s.
+    SLURM and Open MPI; in an indexed Job of Kubernetes, its API is asked. The logger "zerojax"
+    reports the decision at level INFO, and warns if process 0 does not answer within 5 s.
 
     The processes first meet over plain TCP, because jax.distributed aborts a process that it cannot
     start. If $ZEROJAX_SECRET is set, only processes that have the same can take part.
@@ -91,17 +91,15 @@ def initialize(address: str | None = None, processes: int | None = None,
     if local_devices is not None:
         job = dataclasses.replace(job, local_devices=tuple(local_devices))
     _LOG.info("%s", job)
-    bound, channels = None, {}
-    if job.address is not None:
-        connect_timeout = _connect_timeout(job, connect_timeout, initialization_timeout)
-        bound = _bound(job, bind_address, connect_timeout)
-        channels = _met(job, bound, config, connect_timeout, initialization_timeout)
-    _start(job, coordinator_bind_address=bound,
-           initialization_timeout=round(initialization_timeout),
-           heartbeat_timeout_seconds=round(heartbeat_timeout),
-           shutdown_timeout_seconds=round(shutdown_timeout))
-    if channels and job.process is not None:
-        monitor.start(channels, job.process, heartbeat_timeout, watchdog)
+    connect_timeout = _connect_timeout(job, connect_timeout, initialization_timeout)
+    bound = _bound(job, bind_address, connect_timeout)
+    channels = _met(job, bound, config, connect_timeout, initialization_timeout)
+    jax.distributed.initialize(
+        job.address, job.processes, job.process, job.local_devices, "deactivate",
+        coordinator_bind_address=bound, initialization_timeout=round(initialization_timeout),
+        heartbeat_timeout_seconds=round(heartbeat_timeout),
+        shutdown_timeout_seconds=round(shutdown_timeout))
+    monitor.start(channels, job.process, heartbeat_timeout, watchdog)
     _joined.update(job=job, arguments=_DEFAULTS | _known(job) | asked)
     ending.on_errors(monitor.failed, monitor.left)
     ending.with_launcher()
@@ -188,16 +186,3 @@ def _met(job, bound, config: Mapping[str, Any] | None, connect_timeout: float,
         return rendezvous.hold(bound, job.processes, fields, agreement.difference, seconds)
     return {0: rendezvous.join(job.address, job.process, job.processes, fields, connect_timeout,
                                seconds, _LOG.warning)}
-
-
-def _start(job: Job, **options: Any) -> None:
-    detection = "deactivate" if job.address else None
-    try:
-        jax.distributed.initialize(job.address, job.processes, job.process, job.local_devices,
-                                   detection, **options)
-    except (RuntimeError, ValueError) as error:
-        if job.address is not None:
-            raise
-        raise ClusterError(f"{job.source}: jax does not find the other processes ({error}); set "
-                           "$JAX_COORDINATOR_ADDRESS, $JAX_NUM_PROCESSES and "
-                           "$JAX_PROCESS_ID.") from error

@@ -10,9 +10,11 @@ import re
 from collections.abc import Iterator, Mapping
 
 from zerojax.errors import ClusterError
+from zerojax.processes import kubernetes_job
 
 PORT = 29431  # the default: below the ports that Linux assigns on request
 _MOST = 40  # characters of a variable in an error
+_URI = re.compile(r"(?P<job>\d+)\..*?(tcp://(?P<ipv4>[^,:]+)[,:]|tcp6://\[(?P<ipv6>[^,\]]+)[,\]])")
 _JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -22,7 +24,7 @@ class Job:
 
     Attributes:
       source: where the other fields come from.
-      address: "host:port" of process 0. None means that jax finds it.
+      address: "host:port" of process 0.
       processes: the number of processes.
       process: the index of this process.
       local_devices: the devices of this host that this process uses. None means all that it sees.
@@ -31,15 +33,13 @@ class Job:
     """
 
     source: str
-    address: str | None = None
-    processes: int | None = None
-    process: int | None = None
+    address: str
+    processes: int
+    process: int
     local_devices: tuple[int, ...] | None = None
     scheduled: bool = False
 
     def __str__(self) -> str:
-        if self.address is None:
-            return f"what jax detects itself ({self.source})"
         devices = ""
         if self.local_devices is not None:
             devices = f", devices {list(self.local_devices)} of this host"
@@ -58,27 +58,27 @@ def given(address: str | None, processes: int | None, process: int | None) -> Jo
     if len(missing) == len(arguments):
         return None
     if processes == 1 and len(missing) == 2:
-        return Job("arguments", None, 1, 0)
+        return Job("arguments", f"localhost:{PORT}", 1, 0)
     if missing:
         call = ", ".join(f"{k}={v!r}" for k, v in arguments.items() if v is not None)
         raise ClusterError(f"initialize({call}): {' and '.join(missing)} missing; give all three, "
                            "or none to use the variables of the program that started the process.")
-    return _checked(Job("arguments", address, processes, process))
+    return _checked(Job("arguments", address, processes, process))  # pyright: ignore
 
 
 def detected(environ: Mapping[str, str] = os.environ) -> Job | None:
     """Returns the job that the environment describes, or None if this process is alone.
 
     Looks for JAX's own variables, which `zerojax launch` sets too, then for those of SkyPilot,
-    torchrun, SLURM and Open MPI, and last for what jax itself detects: Open MPI before version 5,
-    and Kubernetes.
+    torchrun, SLURM and Open MPI, and last for an indexed Job of Kubernetes, whose API it asks.
 
     >>> print(detected({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234", "WORLD_SIZE": "2",
     ...                 "RANK": "1"}))
     process 1 of 2, coordinator 10.0.0.1:1234 (by torchrun's variables)
 
     Raises:
-      ClusterError: variables are missing, are not numbers, or do not fit together.
+      ClusterError: variables are missing, are not numbers, or do not fit together; the API of
+        Kubernetes does not answer.
     """
     for find in (_jax, _skypilot, _torchrun, _slurm, _openmpi, _kubernetes):
         job = find(environ)
@@ -202,32 +202,54 @@ def _per_node(text: str) -> Iterator[int]:
         yield from [int(tasks)] * int(times or 1)
 
 
-def _openmpi_of_any_version(env: Mapping[str, str]) -> Job:
-    return Job("Open MPI", processes=_number(env, "OMPI_COMM_WORLD_SIZE", 1))
+def _openmpi_of_any_version(env: Mapping[str, str]) -> Job | None:
+    return _openmpi({"JAX_COORDINATOR_ADDRESS": "unknown"} | dict(env))
 
 
 def _openmpi(env: Mapping[str, str]) -> Job | None:
-    """Returns the job of mpirun. jax finds process 0 for version 4, but not for version 5."""
+    """Returns the job of mpirun."""
     if _number(env, "OMPI_COMM_WORLD_SIZE", 1) < 2:
         return None
-    if "JAX_COORDINATOR_ADDRESS" not in env:
-        if "OMPI_MCA_orte_hnp_uri" in env:
-            return Job("Open MPI", scheduled=True)
-        raise ClusterError(
-            f"this is process {env.get('OMPI_COMM_WORLD_RANK')} of {env['OMPI_COMM_WORLD_SIZE']} "
-            "of Open MPI 5, which does not say where the first one is; set "
-            f"$JAX_COORDINATOR_ADDRESS to its host:{PORT}.")
+    address = env.get("JAX_COORDINATOR_ADDRESS") or _address_of_mpirun(env)
     several = _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", 1) > 1
-    return Job("Open MPI's variables", env["JAX_COORDINATOR_ADDRESS"],
+    return Job("Open MPI's variables", address,
                _number(env, "OMPI_COMM_WORLD_SIZE"), _number(env, "OMPI_COMM_WORLD_RANK"),
                (_number(env, "OMPI_COMM_WORLD_LOCAL_RANK"),) if several else None, scheduled=True)
 
 
+def _address_of_mpirun(env: Mapping[str, str]) -> str:
+    """Returns the host of mpirun, which process 0 shares by default, with the port that jax would
+    use. Only Open MPI before version 5 names this host.
+
+    >>> _address_of_mpirun({"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.1.0.1:34911"})
+    '10.96.0.1:62624'
+    """
+    instead = f"set $JAX_COORDINATOR_ADDRESS to the host of process 0 and a port, host:{PORT}."
+    if "OMPI_MCA_orte_hnp_uri" not in env:
+        raise ClusterError(
+            f"this is process {env.get('OMPI_COMM_WORLD_RANK')} of {env['OMPI_COMM_WORLD_SIZE']} "
+            f"of Open MPI 5, which does not say where the first one is; {instead}")
+    uri = env["OMPI_MCA_orte_hnp_uri"]
+    found = _URI.match(uri)
+    if not found:
+        raise ClusterError(f"$OMPI_MCA_orte_hnp_uri is {uri[:_MOST]!r}, which has no job number "
+                           f"and address, such as 1531576320.0;tcp://10.96.0.1:34911; {instead}")
+    host = found["ipv4"] or f"[{found['ipv6']}]"
+    port = int(found["job"]) // 2**12 % 2**12 + 65535 - 2**12 + 1  # jobs are multiples of 2**12
+    return f"{host}:{env.get('JAX_COORDINATOR_PORT', port)}"
+
+
 def _kubernetes(env: Mapping[str, str]) -> Job | None:
-    indexed = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= env.keys()
-    if not indexed or "JAX_COORDINATOR_ADDRESS" in env:
+    """Returns the indexed Job of a pod; without a given address, waits until pod 0 has one."""
+    if not {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= env.keys():
         return None
-    return Job("Kubernetes, an indexed Job", scheduled=True)
+    job = kubernetes_job.job_of(env)
+    processes = kubernetes_job.processes(job)
+    known = processes == 1 or "JAX_COORDINATOR_ADDRESS" in env
+    host = "unknown" if known else kubernetes_job.host_of_first(env, job)
+    host = f"[{host}]" if ":" in host else host
+    return Job("the API of Kubernetes", f"{host}:{env.get('JAX_COORDINATOR_PORT', PORT)}",
+               processes, _number(env, "JOB_COMPLETION_INDEX"), scheduled=True)
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -242,8 +264,6 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
 
 
 def _checked(job: Job) -> Job:
-    if job.address is None:
-        return job
     host, _, port = job.address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ClusterError(f"the coordinator's address {job.address!r} (by {job.source}) is not "

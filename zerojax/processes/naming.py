@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Iterable, Mapping
 
-_LONG = 100  # characters of a value in a text
+_LONG = 200  # characters of a value in a text
 
 
 def named(processes: Iterable[int]) -> str:
