@@ -71,5 +71,5 @@ def test_fields_that_differ():
     assert lines[0] == "the processes differ, and would not run the same program:"
     assert lines[1] == "  of.field 0: 0 on processes 0-1; 1 on processes 2-3"
     assert len(lines) == 12 and lines[-1] == "  and 2 more fields"
-    text = agreement.difference({0: {"a": "x" * 200}, 1: {}})
-    assert text.endswith(f"a: {'x' * 100}... on process 0; nothing on process 1")
+    text = agreement.difference({0: {"a": "x" * 300}, 1: {}})
+    assert text.endswith(f"a: {'x' * 200}... on process 0; nothing on process 1")
