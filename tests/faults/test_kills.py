@@ -1,6 +1,7 @@
 """Processes that end during a run: by SIGKILL at random moments of a save, by SIGTERM and SIGINT.
 """
 
+import json
 import os
 import pathlib
 import random
@@ -45,42 +46,22 @@ def newest(directory):
     return max(steps(directory), default=0)
 
 
-def killed(directory, last, rng):
-    """Kills a run during a save.
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kills, seed", quick.some(
+    [(50, 0), *((250, seed) for seed in range(1, 5))], (50, 0).__eq__))
+def test_kill_9_at_random_moments(tmp_path, kills, seed):
+    """Of start-up, restore, compilation, steps, saves to disk and snapshots in memory.
 
-    Returns (the step that it continued from, the newest step that it saw complete).
+    No life starts before the newest step that was on disk, and the end is bit-equal.
     """
-    process = start(HERE / "trainer.py", directory, last)
-    first, whole, saves = None, 0, rng.randrange(3, 9)
-    for line in process.stdout:
-        word, *numbers = line.split()
-        if word == "from":
-            first = int(numbers[0])
-        elif word == "whole":
-            whole = max([whole, *map(int, numbers)])
-        elif word == "saving":
-            saves -= 1
-        if not saves:
-            time.sleep(rng.uniform(0, 0.06))
-            break
-    process.kill()
-    process.communicate(timeout=60)
-    return first, whole
-
-
-@pytest.mark.parametrize("kills", quick.some((2, 25), (2).__eq__))
-def test_kill_9_at_random_moments_of_a_save(tmp_path, kills):
-    rng, at, last, directory = random.Random(kills), 0, 9 * kills, tmp_path / "killed"
-    for _ in range(kills):
-        first, whole = killed(directory, last, rng)
-        assert first is not None and first >= at
-        assert newest(directory) >= whole
-        for step in steps(directory)[-2:]:  # two are kept; an older one may be partly removed
-            reading.verify(step_path(directory, step))
-        at = newest(directory)
-    assert at < last
-    assert uninterrupted(directory, last) == uninterrupted(tmp_path / "whole", last)
-    assert sorted(p.name for p in directory.iterdir()) == [str(last - 1), str(last)]
+    done = start(HERE / "lives.py", tmp_path, kills, seed)
+    out, error = done.communicate(timeout=3600)
+    assert done.returncode == 0, error[-3000:]
+    found = json.loads(out.splitlines()[-1])
+    assert found["equal"] and sum(found["phases"].values()) == kills
+    assert found["sources"]["memory"] > kills / 10
+    assert min(found["phases"][phase] for phase in ("start", "restore", "save")) > 0
+    assert found["last"] > kills
 
 
 @pytest.mark.slow
