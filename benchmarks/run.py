@@ -19,6 +19,7 @@ import matrices
 import overhead
 import plans
 import programs
+import restart
 import tuning
 import wire
 
@@ -34,6 +35,7 @@ TABLES = {
     "estimates": ("Estimates beside measurements: published training runs on H100s",
                   estimates.markdown),
     "checkpoints": ("Checkpoints compared with Orbax alone", checkpoints.markdown),
+    "restart": ("Restarting from disk and from shared memory", restart.markdown),
     "lora": ("Fine-tuning 1 B parameters with LoRA: 8 H200s, one sequence of 1024 per GPU",
              lora.markdown),
     "matrices": ("Muon on whole matrices: 24 scanned layers, one sequence of 2048 per H200",

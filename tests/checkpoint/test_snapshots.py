@@ -13,7 +13,7 @@ import pytest
 import states
 
 import zerojax as zj
-from zerojax.checkpoint import slots, snapshots
+from zerojax.checkpoint import host_copies, slots
 
 
 @pytest.fixture
@@ -328,5 +328,5 @@ def test_a_state_of_another_shape_is_reported(tmp_path, base):
 def test_each_part_is_kept_once():
     state = states.state(states.zero(replica=2))
     for x in jax.tree.leaves({"w": state.params["w"], "odd": state.params["odd"]}):
-        parts = list(snapshots.parts_of(x))
+        parts = list(host_copies.parts(x))
         assert sum(part.size for _, part in parts) == x.size

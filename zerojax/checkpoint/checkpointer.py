@@ -129,9 +129,9 @@ class Checkpointer:
     def _snapshot(self, snapshots: Snapshots, state: Any, step: int | None, data_state: Any,
                   metrics: Any) -> int:
         """Takes a snapshot if it is due, for which processes do not wait; returns the step."""
-        if step is None or snapshots.is_due(step):
-            step = writing.checked_step(state, step, data_state, metrics)
+        step = writing.step_of(state, None) if step is None else step
         if snapshots.is_due(step):
+            writing.check_arrays(state)
             on_disk = self._on_disk
             if on_disk is None:
                 on_disk = self._on_disk = max(self._group.of_first(self.steps()), default=-1)

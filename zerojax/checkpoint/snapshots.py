@@ -7,10 +7,12 @@ state together from the parts.
 """
 
 import concurrent.futures
+import dataclasses
+import itertools
 import pathlib
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,11 +20,11 @@ import numpy as np
 from etils import epath
 
 from zerojax import errors
-from zerojax.checkpoint import entries, json_values, warm, writing
+from zerojax.checkpoint import entries, host_copies, json_values, warm, writing
 from zerojax.checkpoint.manifest import Manifest, optimizer_kinds, sha256
 from zerojax.checkpoint.slots import Slots
-from zerojax.checkpoint.warm import Bounds, bounds_of
 from zerojax.errors import CheckpointError, ZeroError
+from zerojax.layout import padded
 from zerojax.policy import Policy
 from zerojax.processes import monitor
 from zerojax.processes.exchange import Group
@@ -58,6 +60,9 @@ class Snapshots:
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "zerojax snapshots")
         self._pending: concurrent.futures.Future | None = None
         self._step = -1  # of the last snapshot
+        self._steps = {0: -1, 1: -1}  # of the slots
+        self._about: Manifest | None = None  # of the shapes
+        self._shapes: dict[str, Any] = {}
         self._is_alike: bool | None = None  # whether all processes have the same data position
         self._has_warned = False
 
@@ -67,7 +72,7 @@ class Snapshots:
     def take(self, step: int, state: Any, data_state: Any, metrics: Any, on_disk: int) -> None:
         """Starts a snapshot. The next step may reuse the memory of the state at once.
 
-        Waits for the snapshot before, if it is still being written.
+        Waits for the snapshot before, if it is still being written, and for no device.
 
         Args:
           on_disk: the newest step on disk, or -1.
@@ -78,20 +83,17 @@ class Snapshots:
         self._warn_if_busy(step)
         self.wait()
         leaves = entries.by_path(state)
-        position = writing.position_of(data_state)
+        position = json_values.encoded("data_state", writing.position_of(data_state))
+        arrays = writing.arrays(leaves)
+        if self._is_alike is None:
+            self._begin(step, arrays, position)
+        about = self._described(step, state, leaves)
         header = {"run": self.run, "attempt": self._attempt, "step": step, "on_disk": on_disk,
                   "process": self.group.process, "processes": self.group.size,
-                  "position": json_values.encoded("data_state", position),
-                  "is_alike": self._agreed(position),
-                  "manifest": self._manifest(step, state, leaves, metrics).to_json()}
-        parts = [(path, bounds, x) for path, array in writing.arrays(leaves).items()
-                 for bounds, x in parts_of(array)]
-        header["parts"], total = _placed(parts)
-        self.slots.allocate(total)
-        number = self._slot_for(step)
-        copies = _copied([x for _, _, x in parts])
+                  "position": position, "is_alike": self._is_alike}
+        copies = host_copies.started(arrays)
         self._step = step
-        self._pending = self._writer.submit(self._write, number, header, copies, total)
+        self._pending = self._writer.submit(self._write, header, about, metrics, copies)
 
     def _warn_if_busy(self, step: int) -> None:
         if self._pending and not self._pending.done() and not self._has_warned:
@@ -99,45 +101,45 @@ class Snapshots:
             errors.warn(f"step {step} waits until the snapshot of step {self._step} is written; a "
                         f"snapshot_every of more than {self.every} would avoid that.")
 
-    def _agreed(self, position: Any) -> bool:
-        """Whether all processes have the same position, as found at the first snapshot."""
-        if self._is_alike is None:
-            positions = self.group.shared(json_values.encoded("data_state", position))
-            self._is_alike = all(other == positions[0] for other in positions.values())
-        return self._is_alike
-
-    def _manifest(self, step: int, state: Any, leaves: Mapping[str, Any],
-                  metrics: Any) -> Manifest:
-        """Returns the manifest without digests: the parts have their own."""
-        zero = self._zero
-        return Manifest(step, {path: entries.of(x) for path, x in leaves.items()},
-                        optimizer_kinds(state), writing.mesh_of(leaves),
-                        zero.stage if zero else None, zero.precision.as_dict() if zero else None,
-                        metrics=jax.device_get(metrics))
-
-    def _slot_for(self, step: int) -> int:
-        """Returns the slot to overwrite: an empty one, or that of the older snapshot.
-
-        Snapshots of this step and later ones are of a run that was abandoned; they are removed.
-        """
-        steps = {0: -1, 1: -1}
+    def _begin(self, step: int, arrays: Mapping[str, Any], position: Any) -> None:
+        """Allocates the memory, and removes snapshots of an abandoned run: later ones than this."""
+        _, total = _placed(arrays)
+        self.group.everywhere(lambda: self.slots.allocate(total), [CheckpointError])
         for number, header in self.slots.headers():
-            if header.get("run") != self.run or header.get("step", step) >= step:
-                self.slots.clear(number)
+            if header.get("run") == self.run and header.get("step", step) < step:
+                self._steps[number] = header["step"]
             else:
-                steps[number] = header["step"]
-        return min(steps, key=lambda number: steps[number])
+                self.slots.clear(number)
+        positions = self.group.shared(position).values()
+        self._is_alike = all(other == position for other in positions)
 
-    def _write(self, number: int, header: dict[str, Any], copies: list[Any], total: int) -> None:
-        """Writes a snapshot, and waits until all processes have theirs."""
-        offsets = [part[1] for parts in header["parts"].values() for part in parts]
-        views = [_bytes(np.asarray(copy)) for copy in copies]
-        checks = iter([zlib.crc32(view.data) for view in views])
-        for parts in header["parts"].values():
-            for part in parts:
-                part.append(next(checks))
+    def _described(self, step: int, state: Any, leaves: Mapping[str, Any]) -> Manifest:
+        """Returns the manifest without digests, because the parts have their own."""
+        shapes = {path: _shape(x) for path, x in leaves.items()}
+        if self._about is None or self._shapes != shapes:
+            zero, self._shapes = self._zero, shapes
+            self._about = Manifest(
+                step, {path: entries.of(x) for path, x in shapes.items()}, optimizer_kinds(state),
+                writing.mesh_of(leaves), zero.stage if zero else None,
+                zero.precision.as_dict() if zero else None)
+        return dataclasses.replace(self._about, step=step)
+
+    def _write(self, header: dict[str, Any], about: Manifest, metrics: Any,
+               copies: dict[str, Any]) -> None:
+        """Writes a snapshot over the older one, and waits until all processes have theirs."""
+        placed, total = _placed(copies)
+        views = [_bytes(np.asarray(part)) for x in copies.values()
+                 for _, part in host_copies.parts(x)]
+        for part, view in zip(itertools.chain(*placed.values()), views, strict=True):
+            part.append(zlib.crc32(view.data))
+        manifest = dataclasses.replace(about, metrics=jax.device_get(metrics))
+        header |= {"manifest": manifest.to_json(), "parts": placed}
         header["digest"] = sha256(header)
+        number = min(self._steps, key=lambda n: self._steps[n])
+        offsets = [part[1] for part in itertools.chain(*placed.values())]
+        self._steps[number] = -1
         self.slots.write(number, header, views, offsets, total)
+        self._steps[number] = header["step"]
         monitor.barrier(f"snapshot {header['step']}")
         self.slots.remove_others(self.group.size)
 
@@ -188,35 +190,24 @@ def _run_id(directory: epath.Path) -> str:
     return path.read_text().strip()
 
 
-def parts_of(x: Any) -> Iterator[tuple[Bounds, Any]]:
-    """Yields each part of an array that this process holds, once, with its place."""
-    if not isinstance(x, jax.Array):
-        yield tuple((0, n) for n in x.shape), x
-        return
-    seen = set()
-    for shard in x.addressable_shards:
-        bounds = bounds_of(shard.index, x.shape)
-        if bounds not in seen:
-            seen.add(bounds)
-            yield bounds, shard.data
+def _shape(x: Any) -> Any:
+    """Returns the shape of an array, so that its memory can be freed."""
+    if padded.is_padded(x):
+        return padded.Padded(_shape(x.kept), x.shape)
+    if isinstance(x, jax.Array):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    return jax.ShapeDtypeStruct(np.shape(x), entries.as_array(x).dtype)
 
 
-def _placed(parts: list[tuple[str, Bounds, Any]]) -> tuple[dict[str, list[list[Any]]], int]:
+def _placed(arrays: Mapping[str, Any]) -> tuple[dict[str, list[list[Any]]], int]:
     """Returns [bounds, offset, bytes] of each part by path, and the bytes of all."""
     placed: dict[str, list[list[Any]]] = {}
     end = 0
-    for path, bounds, x in parts:
-        placed.setdefault(path, []).append([bounds, end, x.nbytes])
-        end += -(-x.nbytes // _ALIGN) * _ALIGN
+    for path, x in arrays.items():
+        for bounds, part in host_copies.parts(x):
+            placed.setdefault(path, []).append([bounds, end, part.nbytes])
+            end += -(-part.nbytes // _ALIGN) * _ALIGN
     return placed, max(end, _ALIGN)
-
-
-def _copied(arrays: list[Any]) -> list[Any]:
-    """Returns copies in the host's memory; those of devices are still under way."""
-    on_devices = [x for x in arrays if isinstance(x, jax.Array)]
-    host = [x.sharding.with_memory_kind("pinned_host") for x in on_devices]
-    copies = iter(jax.device_put(on_devices, host, may_alias=False))
-    return [next(copies) if isinstance(x, jax.Array) else np.array(x) for x in arrays]
 
 
 def _bytes(x: np.ndarray) -> np.ndarray:

@@ -24,15 +24,19 @@ def checked_step(state: Any, step: int | None, data_state: Any, metrics: Any) ->
       StateError: the state's arrays were deleted.
       CheckpointError: something cannot be saved, or `step` is not the state's.
     """
-    donation.check_alive("save", state)
-    step = _step_of(state, step)
-    _check_arrays(entries.by_path(state))
+    step = step_of(state, step)
+    check_arrays(state)
     json_values.encoded("data_state", position_of(data_state))
     json_values.encoded("metrics", jax.device_get(metrics))
     return step
 
 
-def _step_of(state: Any, step: int | None) -> int:
+def step_of(state: Any, step: int | None) -> int:
+    """Returns the step of a state, which waits for the device.
+
+    Raises:
+      CheckpointError: the state has none, or `step` is not it.
+    """
     is_dict = isinstance(state, Mapping)
     own: Any = state.get("step") if is_dict else getattr(state, "step", None)
     if step is None and own is None:
@@ -50,7 +54,15 @@ def _step_of(state: Any, step: int | None) -> int:
     return step
 
 
-def _check_arrays(leaves: Mapping[str, Any]):
+def check_arrays(state: Any) -> None:
+    """Checks that the leaves of a state can be saved.
+
+    Raises:
+      StateError: the state's arrays were deleted.
+      CheckpointError: there is no leaf, or some are neither arrays nor numbers.
+    """
+    donation.check_alive("save", state)
+    leaves = entries.by_path(state)
     if not leaves:
         raise CheckpointError("save was given a state that contains no array.")
     invalid = [p for p, x in leaves.items() if not _is_numeric(x)]
