@@ -66,11 +66,14 @@ class Slots:
         _replace(self.folder / _ABOUT, about.encode())
 
     def _locked(self) -> int:
-        """Locks the slots until this process ends or closes them; returns the file."""
+        """Locks the slots until this process ends or closes them; returns the file.
+
+        Children of the process, such as a data loader's, do not inherit the lock.
+        """
         path = self.folder / f"{self.process}.lock"
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             holder = os.read(file, 100).decode()
             os.close(file)
