@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from zerojax.checkpoint import directory as folder
-from zerojax.checkpoint import entries, reading, writing
+from zerojax.checkpoint import entries, lock, reading, writing
 from zerojax.checkpoint.manifest import Manifest
 from zerojax.checkpoint.target import MODEL, Target
 from zerojax.errors import CheckpointError, CorruptCheckpointError
@@ -45,9 +45,11 @@ class Restored(NamedTuple):
 class Checkpointer:
     """Saves and restores training states, zerojax's or the user's own, in one directory.
 
-    Only one job at a time may save into a directory, because its first save removes the remains of
-    interrupted saves. Others may restore from it meanwhile. All processes of a job must create the
-    checkpointer, call its methods in the same order, and see the same directory.
+    Only one job at a time can save into a directory, because its first save removes the remains of
+    interrupted saves. Its first process locks the directory from the first save until `close`;
+    URLs and file systems without locks are not protected. Others may restore from it meanwhile.
+    All processes of a job must create the checkpointer, call its methods in the same order, and
+    see the same directory.
 
     Args:
       directory: created if it is missing.
@@ -84,6 +86,7 @@ class Checkpointer:
         self._manager: ocp.CheckpointManager | None = None
         self._begun: int | None = None  # the step that is being written
         self._skipped: set[int] = set()  # steps that did not load
+        self._locked = False
         self._group = exchange.everyone()
         folder.check_shared(self.directory, self._group)
 
@@ -105,13 +108,14 @@ class Checkpointer:
           Whether a save was started. A step that the directory already has is not saved again.
 
         Raises:
-          CheckpointError: this save or an earlier one failed, the directory has later steps, or
-            `step` is not the state's.
+          CheckpointError: this save or an earlier one failed, the directory has later steps,
+            `step` is not the state's, or another job is saving into the directory.
         """
         self._raise_earlier_failure()
         if step is not None and not self._is_due(step, force):
             return False
-        step = self._group.everywhere(lambda: self._ready(state, step, data_state, metrics), _KINDS)
+        step = self._group.everywhere(
+            lambda: self._ready(state, step, data_state, metrics, force), _KINDS)
         if not self._is_due(step, force):
             return False
         self._set_aside_from(step)
@@ -127,10 +131,24 @@ class Checkpointer:
         if has_ended and self._group.size == 1:
             self._wait()
 
-    def _ready(self, state: Any, step: int | None, data_state: Any, metrics: Any) -> int:
+    def _ready(self, state: Any, step: int | None, data_state: Any, metrics: Any,
+               force: bool) -> int:
         if self._group.size > 1:
             self._wait()
-        return writing.checked_step(state, step, data_state, metrics)
+        step = writing.checked_step(state, step, data_state, metrics)
+        if self._is_due(step, force):
+            self._lock()
+        return step
+
+    def _lock(self):
+        if self._group.first and not self._locked:
+            lock.take(self.directory)
+            self._locked = True
+
+    def _unlock(self):
+        if self._locked:
+            lock.release(self.directory)
+            self._locked = False
 
     def _is_due(self, step: int, force: bool) -> bool:
         return force or step % self.every == 0
@@ -321,9 +339,12 @@ class Checkpointer:
         try:
             wait()
         finally:
-            if self._manager:
-                self._manager.close()
-            self._manager = None
+            manager, self._manager = self._manager, None
+            try:
+                if manager:
+                    manager.close()
+            finally:
+                self._unlock()
 
     def __enter__(self) -> "Checkpointer":
         return self
