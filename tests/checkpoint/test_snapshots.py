@@ -59,7 +59,7 @@ def newest(base):
 
 def test_a_state_is_restored_bit_for_bit(tmp_path, base):
     killed_after(tmp_path, *(states.state(seed=s, step=s) for s in (1, 2, 3)))
-    assert os.listdir(tmp_path / "c") == [".zerojax-run"]  # nothing else is on disk
+    assert os.listdir(tmp_path / "c") == [".zerojax-run"]  # no step is on disk
     found = restored(tmp_path)
     assert states.bits(found.state) == states.bits(states.state(seed=3, step=3))
     assert (found.step, found.data_state, found.metrics) == (3, {"next": 3}, {"loss": 1.5})
@@ -313,7 +313,7 @@ def test_a_host_without_shared_memory(tmp_path, monkeypatch):
         opened(tmp_path)
 
 
-@pytest.mark.parametrize("every", [0, -1, 2.0, True])
+@pytest.mark.parametrize("every", [0, -1, 2.0, True, None])
 def test_invalid_numbers(tmp_path, every):
     with pytest.raises(zj.CheckpointError, match=r"snapshot_every=.*write a whole number, 1 or mo"):
         zj.Checkpointer(tmp_path, memory=True, snapshot_every=every)

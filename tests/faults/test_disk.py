@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import zerojax as zj
+from zerojax.checkpoint import lock
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_a_full_disk_is_an_error_by_the_next_step(small_disk):
             checkpoints.save(None, step=step)
     assert ("Steps [10, 20] are intact; the remains of the failed save were removed. Make room and "
             "save again.") in str(error.value)
-    assert sorted(p.name for p in (small_disk / "c").iterdir()) == ["10", "20"]
+    assert sorted(p.name for p in (small_disk / "c").iterdir()) == [".zerojax-lock", "10", "20"]
     for step in (10, 20):
         restored = checkpoints.restore(step, large(0)).state
         assert states.bits(restored["w"]) == states.bits(large(step)["w"])
@@ -82,9 +83,9 @@ def test_the_first_save_removes_the_remains_of_others(tmp_path):
     (tmp_path / "notes").mkdir()  # the user's
     with zj.Checkpointer(tmp_path) as checkpoints:
         checkpoints.restore_latest(states.target())
-        assert len(list(tmp_path.iterdir())) == 4 and checkpoints.steps() == [1]
+        assert len(list(tmp_path.iterdir())) == 5 and checkpoints.steps() == [1]
         checkpoints.save(states.state(step=2))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "notes"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".zerojax-lock", "1", "2", "notes"]
 
 
 @pytest.mark.parametrize("why", ["below a file", "a file itself", "read only"])
@@ -105,10 +106,11 @@ def test_a_file_system_turned_read_only(small_disk):
     checkpoints = zj.Checkpointer(small_disk / "c")
     checkpoints.save(large(1))
     checkpoints.wait()
+    lock.release(checkpoints.directory)  # a failing disk turns read-only anyway, `mount` refuses
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(zj.CheckpointError, match=r"failed: (.|\n)*Read-only file system"):
         checkpoints.save(large(2))
         checkpoints.wait()
-    assert os.listdir(small_disk / "c") == ["1"]
+    assert sorted(os.listdir(small_disk / "c")) == [".zerojax-lock", "1"]
     restored = checkpoints.restore(1, large(0)).state
     assert states.bits(restored["w"]) == states.bits(large(1)["w"])

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from zerojax.checkpoint import directory as folder
-from zerojax.checkpoint import entries, reading, restoring, warm, writing
+from zerojax.checkpoint import entries, lock, reading, restoring, warm, writing
 from zerojax.checkpoint.manifest import Manifest
 from zerojax.checkpoint.restoring import KINDS, Restored
 from zerojax.checkpoint.snapshots import Snapshots
@@ -29,9 +29,11 @@ from zerojax.processes import agreement, exchange
 class Checkpointer:
     """Saves and restores training states, zerojax's or the user's own, in one directory.
 
-    Only one job at a time may save into a directory, because its first save removes the remains of
-    interrupted saves. Others may restore from it meanwhile. All processes of a job must create the
-    checkpointer, call its methods in the same order, and see the same directory.
+    Only one job at a time can save into a directory, because its first save removes the remains of
+    interrupted saves. Its first process locks the directory from the first save until `close`;
+    URLs and file systems without locks are not protected. Others may restore from it meanwhile.
+    All processes of a job must create the checkpointer, call its methods in the same order, and
+    see the same directory.
 
     Args:
       directory: created if it is missing.
@@ -65,7 +67,8 @@ class Checkpointer:
                  asynchronous: bool = True, memory: bool = False, snapshot_every: int = 1,
                  zero: Policy | None = None):
         for name, n in (("keep", keep), ("every", every), ("snapshot_every", snapshot_every)):
-            if n is not None and (type(n) is not int or n < 1):
+            is_all = name == "keep" and n is None
+            if not is_all and (type(n) is not int or n < 1):
                 raise CheckpointError(f"Checkpointer({name}={n!r}): write a whole number, 1 or "
                                       "more.")
         self.directory, self.every, self.zero = folder.located(directory), every, zero
@@ -74,6 +77,7 @@ class Checkpointer:
         self._manager: ocp.CheckpointManager | None = None
         self._begun: int | None = None  # the step that is being written
         self._skipped: set[int] = set()  # steps that did not load
+        self._locked = False
         self._group = exchange.everyone()
         folder.check_shared(self.directory, self._group)
         self._on_disk: int | None = None  # the newest step, once it is known
@@ -98,8 +102,8 @@ class Checkpointer:
           Whether a save to the directory was started. A step that it has is not saved again.
 
         Raises:
-          CheckpointError: this save or an earlier one failed, the directory has later steps, or
-            `step` is not the state's.
+          CheckpointError: this save or an earlier one failed, the directory has later steps,
+            `step` is not the state's, or another job is saving into the directory.
           ClusterError: the states of the processes have different steps.
         """
         self._raise_earlier_failure()
@@ -107,7 +111,8 @@ class Checkpointer:
             step = self._snapshot(self._snapshots, state, step, data_state, metrics)
         if step is not None and not self._is_due(step, force):
             return False
-        step = self._group.everywhere(lambda: self._ready(state, step, data_state, metrics), KINDS)
+        step = self._group.everywhere(
+            lambda: self._ready(state, step, data_state, metrics, force), KINDS)
         agreement.check(self._group, "Checkpointer.save", {"step": step})
         if not self._is_due(step, force):
             return False
@@ -138,10 +143,24 @@ class Checkpointer:
             snapshots.take(step, state, data_state, metrics, on_disk)
         return step
 
-    def _ready(self, state: Any, step: int | None, data_state: Any, metrics: Any) -> int:
+    def _ready(self, state: Any, step: int | None, data_state: Any, metrics: Any,
+               force: bool) -> int:
         if self._group.size > 1:
             self._wait()
-        return writing.checked_step(state, step, data_state, metrics)
+        step = writing.checked_step(state, step, data_state, metrics)
+        if self._is_due(step, force):
+            self._lock()
+        return step
+
+    def _lock(self):
+        if self._group.first and not self._locked:
+            lock.take(self.directory)
+            self._locked = True
+
+    def _unlock(self):
+        if self._locked:
+            lock.release(self.directory)
+            self._locked = False
 
     def _is_due(self, step: int, force: bool) -> bool:
         return force or step % self.every == 0
@@ -353,12 +372,13 @@ class Checkpointer:
         try:
             wait()
         finally:
-            if self._manager:
-                self._manager.close()
-            self._manager = None
-            if self._snapshots is not None:
-                self._snapshots.close(keep)
-            self._snapshots = None
+            with contextlib.ExitStack() as ends:  # each of them, whatever the others raise
+                if self._snapshots is not None:
+                    ends.callback(self._snapshots.close, keep)
+                ends.callback(self._unlock)
+                if self._manager:
+                    ends.callback(self._manager.close)
+                self._manager = self._snapshots = None
 
     def __enter__(self) -> "Checkpointer":
         return self

@@ -2,12 +2,15 @@
 
 import contextlib
 import os
+import time
 import uuid
 
 from etils import epath
 
 from zerojax.errors import CheckpointError
 from zerojax.processes.exchange import Group
+
+WAIT = 5.0  # seconds; NFS may show the files of another host late
 
 
 def located(directory: str | os.PathLike) -> epath.Path:
@@ -104,10 +107,20 @@ def _check_writable(probe: epath.Path):
 
 
 def _check_visible(probe: epath.Path, group: Group):
-    if not probe.exists():
+    if not appears(probe):
         raise CheckpointError(f"{probe.parent} is not the same directory for process "
                               f"{group.process} as for process 0: {probe.name}, which process 0 "
                               "wrote, is missing. Give a directory that all hosts share.")
+
+
+def appears(path: epath.Path) -> bool:
+    """Whether a path that another process created appears within `WAIT`."""
+    end = time.monotonic() + WAIT
+    while not path.exists():
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def set_aside(path: epath.Path, step: int) -> None:

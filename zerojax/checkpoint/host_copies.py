@@ -21,7 +21,8 @@ def started(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
     Of an array that is whole on every device, one device's copy is taken.
     """
-    copies = {path: np.array(x) for path, x in arrays.items() if not isinstance(x, jax.Array)}
+    copies: dict[str, Any] = {path: np.array(x) for path, x in arrays.items()
+                              if not isinstance(x, jax.Array)}
     held = {path: _one_of(x) for path, x in arrays.items() if path not in copies}
     for paths in _together(held):
         shardings = tuple(held[path].sharding for path in paths)
