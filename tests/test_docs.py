@@ -80,3 +80,14 @@ def test_the_page_on_gpus_has_a_recipe(tmp_path):
     (tmp_path / "gpt.py").write_text(code)
     recipe = zerojax.recipe.load(str(tmp_path / "gpt.py"))
     assert recipe.rows(8).shape == (16, 2049) and len(recipe.losses) == 5
+
+
+def test_the_tests_of_the_fault_matrix_exist():
+    """Its rows are numbered, and each names a test."""
+    rows = re.findall(r"^\| (\d+) \|.*\| `(\S+)::(\S+)` \|$",
+                      (ROOT / "docs/faults.md").read_text(), re.MULTILINE)
+    assert [int(number) for number, *_ in rows] == list(range(1, len(rows) + 1))
+    assert len(rows) >= 50
+    missing = [f"{file}::{test}" for _, file, test in rows
+               if f"def {test}(" not in (ROOT / "tests" / file).read_text()]
+    assert not missing

@@ -190,6 +190,14 @@ def test_a_flipped_bit_is_noticed(tmp_path, base, part):
     assert states.bits(found.state) == states.bits(states.state(seed=1, step=1))
 
 
+def test_a_header_without_its_data(tmp_path, base):
+    killed_after(tmp_path, *(states.state(seed=s, step=s) for s in (1, 2)))
+    newest(base)[1].unlink()
+    with pytest.warns(RuntimeWarning, match="skipped the snapshot of step 2 in memory: .*without "
+                                            "its data"):
+        assert restored(tmp_path).step == 1
+
+
 @pytest.mark.parametrize("content", [
     b"", b"{", b"[]", b'{"digest": 1}', b"cos\nsystem\n(S'true'\ntR.",
     lambda h: h.update(step=9), lambda h: h["parts"].clear(), lambda h: h.update(run=0)],

@@ -33,16 +33,17 @@ def job(tmp_path_factory):
     damage(damaged)
     shutil.copytree(both, torn)
     (torn / "2" / "manifest" / "metadata").write_text("{")
-    cases = {  # directory of each process, steps that the second process lists
-        "a later step": ([first, both], None),
-        "listed late": ([both, both], [1]),
-        "no latest": ([both, first], None),
-        "damage": ([both, damaged], None),
-        "damage here, nothing there": ([torn, first], None)}
+    cases = {  # directory of each process, steps that the second process lists, seconds
+        "a later step": ([first, both], None, 0),
+        "listed late": ([both, both], [1], 0),
+        "found late": ([both, both], [1], 1.0),
+        "no latest": ([both, first], None, 0),
+        "damage": ([both, damaged], None, 0),
+        "damage here, nothing there": ([torn, first], None, 0)}
     positions = tmp_path / "positions"
     command = [HERE / "views.py", positions, json.dumps(list(cases.values()), default=str)]
     with Job(tmp_path, command, 2, 4) as job:
-        assert job.wait(90) == [0, 0], [p.err[-2000:] for p in job]
+        assert job.wait(90) == [0, 0], [p.err[-4000:] for p in job]
         lines = [re.findall(r"^view: (.*)", p.out, re.MULTILINE) for p in job]
         reports = dict(zip([*cases, "not shared", "positions"], zip(*lines, strict=True),
                            strict=True))
@@ -60,6 +61,12 @@ def test_a_process_that_sees_a_later_step(reports):
 
 def test_a_process_that_does_not_list_the_latest_step_yet(reports):
     assert reports["listed late"] == ("restored 2 {'next': 2}",) * 2
+
+
+def test_a_process_that_finds_files_late(reports):
+    """Neither the probe of the directory nor the step, because the file system of its host has
+    cached that they do not exist."""
+    assert reports["found late"] == ("restored 2 {'next': 2}",) * 2
 
 
 def test_a_process_without_the_latest_step(reports):

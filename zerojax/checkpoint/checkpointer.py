@@ -331,7 +331,7 @@ class Checkpointer:
         Memory is faster, so that snapshots come before the same step on disk.
         """
         on_disk, group = self._group.of_first(self.steps()), self._group
-        found = [(step, True, functools.partial(restoring.from_disk, group, self._path(step)))
+        found = [(step, True, functools.partial(restoring.from_disk, group, self.directory, step))
                  for step in on_disk]
         if self._snapshots is not None:
             headers = self._snapshots.headers(max(on_disk, default=-1))
@@ -352,7 +352,7 @@ class Checkpointer:
 
     def _restore(self, step: int, target: Any, only: str | None, params_only: bool,
                  cast: bool) -> Restored:
-        return restoring.from_disk(self._group, self._path(step), target,
+        return restoring.from_disk(self._group, self.directory, step, target,
                                    MODEL if params_only else only, cast)
 
     def _path(self, step: int) -> epath.Path:

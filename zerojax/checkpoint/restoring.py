@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from zerojax.checkpoint import directory as folder
 from zerojax.checkpoint import reading, warm
 from zerojax.checkpoint.manifest import Manifest
 from zerojax.checkpoint.target import Target
@@ -33,15 +34,18 @@ class Restored(NamedTuple):
     metrics: Any
 
 
-def from_disk(group: Group, path: epath.Path, target: Any, only: str | None,
+def from_disk(group: Group, directory: epath.Path, step: int, target: Any, only: str | None,
               cast: bool) -> Restored:
-    """Returns the state of the step in a directory; see `Checkpointer.restore`."""
+    """Returns the state of a step in a directory; see `Checkpointer.restore`."""
 
-    def prepared() -> tuple[Manifest, Target]:
+    def prepared() -> tuple[epath.Path, Manifest, Target]:
+        if not group.first:  # the first process knows the step, which this one may see later
+            folder.appears(directory / str(step))
+        path = folder.step_path(directory, step)
         manifest = reading.read_manifest(path)
-        return manifest, _fitting(manifest, str(path.parent), target, only, cast)
+        return path, manifest, _fitting(manifest, str(directory), target, only, cast)
 
-    manifest, aim = group.everywhere(prepared, KINDS)
+    path, manifest, aim = group.everywhere(prepared, KINDS)
     arrays = reading.checked(path, manifest, aim.sources(manifest.leaves))
     return _restored(group, manifest, aim, arrays, only)
 

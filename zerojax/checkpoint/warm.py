@@ -102,8 +102,8 @@ def arrays(group: Group, headers: Mapping[pathlib.Path, Header], snapshot: Snaps
       CorruptCheckpointError: a part is on no host, on any of the processes.
     """
     parts = _Parts(_of(headers, snapshot))
-    drafts = {path: _Draft(parts, path, manifest.leaves[path], source)
-              for path, source in sources.items()}
+    drafts = group.everywhere(lambda: {path: _Draft(parts, path, manifest.leaves[path], source)
+                                       for path, source in sources.items()})
     incomplete = [path for path, draft in drafts.items() if not draft.is_complete]
     for path in sorted({p for paths in group.shared(incomplete).values() for p in paths}):
         drafts[path].complete()
@@ -126,7 +126,11 @@ class _Parts:
         self.damaged: dict[str, str] = {}
         self._by_path: dict[str, dict[Bounds, Callable[[], np.ndarray | None]]] = {}
         for file, header in headers.items():
-            data = slots.read_data(file.with_suffix(".data"))
+            try:
+                data = slots.read_data(file.with_suffix(".data"))
+            except (OSError, ValueError) as error:
+                self.damaged[str(file)] = f"a snapshot without its data: {error}"
+                continue
             for path, parts in header["parts"].items():
                 for bounds, *rest in parts:
                     place = tuple((start, stop) for start, stop in bounds)
