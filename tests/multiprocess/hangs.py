@@ -30,10 +30,19 @@ def second(act):
         act()
 
 
-def cases(state, evaluate, checkpoints, x):
+def double(state, x):
+    return 2 * x
+
+
+def triple(state, x):
+    return 3 * x
+
+
+def cases(jits, state, evaluate, checkpoints, x):
     norm = jax.jit(optax.global_norm)
     return {
         "save": lambda: first(lambda: checkpoints.save(state, force=True)),
+        "another function": lambda: jits[jax.process_index()](state, x),
         "evaluate": lambda: first(lambda: evaluate(state, x)),
         "own program": lambda: first(lambda: print(float(norm(state.params)))),
         "late": lambda: second(lambda: time.sleep(LATE)) or checkpoints.save(state),
@@ -54,14 +63,16 @@ def main(case, directory):
     batches = zj.feed(zj.Indexed(trainer.own_part, 6), zero)
     step = zero.train_step(trainer.loss_fn, states.tx)
     evaluate = zero.eval_step(trainer.loss_fn)
+    jits = [zero.jit(f) for f in (double, triple)]
     checkpoints = zj.Checkpointer(directory, zero=zero)
     state = zero.init(trainer.init, states.tx, jax.random.key(0))
     for number, x in enumerate(batches, 1):
         print("step", number, flush=True)
         if number == 1:
             evaluate(state, x)
+            jits[0](state, x), jits[1](state, x)
         if number == 3:
-            cases(state, evaluate, checkpoints, x)[case]()
+            cases(jits, state, evaluate, checkpoints, x)[case]()
         state, _ = step(state, x)
     checkpoints.close()
     print("done", flush=True)

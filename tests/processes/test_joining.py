@@ -24,7 +24,7 @@ def test_a_process_that_waits_logs_a_warning(monkeypatch, caplog):
     monkeypatch.setattr(rendezvous, "_NOTE", 0.2)
     job = Job("a test", f"127.0.0.1:{free_port()}", 2, 1)
     with pytest.raises(zj.ClusterError, match="no process 0 at"):
-        joining._met(job, None, None, 0.5, 5.0)
+        joining._met(job, None, {}, 0.5, 5.0)
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("zerojax", logging.WARNING)
     assert record.message.startswith(f"process 1 gets no answer from process 0 at {job.address}")

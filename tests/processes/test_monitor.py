@@ -28,8 +28,8 @@ class Job:
         self.members = [monitor.Member(ours, grace=0.0) for ours, _ in pairs]
         self.all = tuple(range(processes))
 
-    def call(self, name="save", line=1, members=None):
-        return Call(members or self.all, name, f"train.py:{line}")
+    def call(self, name="save", line=1, members=(), key=""):
+        return Call(members, name, f"train.py:{line}", key or name)
 
 
 @pytest.fixture
@@ -97,7 +97,8 @@ def test_a_process_that_does_not_wait_is_ended(threads, ends):
     for member in job.members[1:]:
         member.report(job.call("train_step", 7), waits=False)
     text = error_of(waits)
-    assert "save at train.py:1 on process 0; train_step at train.py:7 on processes 1-2" in text
+    assert ("save at train.py:1 (the first) on process 0; train_step at train.py:7 on processes 1-2"
+            in text)
     wait_until(lambda: len(ends) == 3)
     assert set(ends) == {(text, False, 0.0)}
 
@@ -109,17 +110,67 @@ def test_the_same_call_on_another_line_is_the_same_call(threads, ends):
     assert [future.result(20) for future in both] == [None, None] and not ends
 
 
+def test_two_functions_are_different_calls_although_they_have_one_name(ends):
+    """Such as two functions of `zero.jit`, one of which process 0 calls alone."""
+    job = Job(2)
+    for process, key in ((0, "digest of norm"), (1, "digest of double")):
+        job.members[process].report(job.call("Jitted", 5 + process, key=key), waits=False)
+    wait_until(lambda: len(ends) == 2)
+    assert "Jitted at train.py:5 on process 0; Jitted at train.py:6 on process 1" in ends[0][0]
+
+
+def test_a_first_call_is_not_a_later_call(threads, ends):
+    """A step that was made again compiles again, and its processes exchange more."""
+    job = Job(2)
+    first = threads.submit(job.members[0].meet, job.call("EvalStep"))
+    job.members[1].report(job.call("EvalStep"), waits=False)
+    assert "EvalStep at train.py:1 (the first) on process 0" in error_of(first)
+    wait_until(lambda: len(ends) == 2)
+
+
+def interrupted(meet):
+    """Calls a function whose wait Ctrl-C ends."""
+    def wait_for(predicate):
+        time.sleep(0.1)
+        raise KeyboardInterrupt
+
+    news = meet.__self__._news
+    news.wait_for = wait_for
+    with pytest.raises(KeyboardInterrupt):
+        meet(Call((), "save", "train.py:1", "save"))
+    del news.wait_for
+
+
+def test_a_call_that_was_interrupted_is_forgotten(threads, ends):
+    job = Job(2)
+    interrupted(job.members[0].meet)
+    both = [threads.submit(member.meet, job.call()) for member in job.members]
+    assert [future.result(20) for future in both] == [None, None] and not ends
+
+
+def test_a_call_that_others_have_made_cannot_be_forgotten(threads, ends):
+    job = Job(2)
+    other = threads.submit(job.members[1].meet, job.call())
+    interrupted(job.members[0].meet)
+    assert other.result(20) is None
+    wait_until(lambda: len(ends) == 2)
+    assert ends[0][0] == ("process 0 was interrupted in save at train.py:1, which the others have "
+                          "made.")
+
+
 def test_groups_are_independent(threads, ends):
     job = Job(4)
-    for process, members in ((0, (0, 1)), (2, (2, 3)), (3, (2, 3))):
-        job.members[process].report(job.call("train_step", members=members), waits=False)
-    late = threads.submit(job.members[1].meet, job.call("train_step", members=(0, 1)))
+    early = [threads.submit(job.members[process].meet, job.call("restore", members=(2, 3)))
+             for process in (2, 3)]
+    assert [future.result(20) for future in early] == [None, None]
+    late = threads.submit(job.members[0].meet, job.call(members=(0, 1)))
+    job.members[1].meet(job.call(members=(0, 1)))
     assert late.result(20) is None and not ends
 
 
 def test_a_late_process_is_named_once(threads, ends, caplog):
     job = Job(heartbeat=0.2)
-    job.members[1].report(job.call("train_step", 7), waits=False)
+    other = threads.submit(job.members[1].meet, job.call("train_step", 7))
     with caplog.at_level(logging.WARNING, "zerojax"):
         early = threads.submit(job.members[0].meet, job.call("train_step", 7))
         wait_until(lambda: len(caplog.records) == 3)
@@ -128,8 +179,14 @@ def test_a_late_process_is_named_once(threads, ends, caplog):
         "processes 0-1 called train_step at train.py:7, more than 0.2 s ago, and process 2 did "
         "not, although all must. Last calls: none on process 2."}
     assert len(caplog.records) == 3
-    job.members[2].meet(job.call("train_step", 7))
-    assert early.result(20) is None and not ends
+    for line in (7, 8):  # it is reported once in each round
+        job.members[2].meet(job.call("train_step", line))
+        assert early.result(20) is other.result(20) is None and not ends
+        if line == 7:
+            early, other = (threads.submit(member.meet, job.call("train_step", 8))
+                            for member in job.members[:2])
+            with caplog.at_level(logging.WARNING, "zerojax"):
+                wait_until(lambda: len(caplog.records) == 6)
 
 
 @pytest.mark.parametrize("first", ["the end", "the call"])
@@ -174,20 +231,52 @@ def test_a_process_that_is_killed_ends_the_others(threads, ends):
     waits = threads.submit(job.members[2].barrier, "snapshot 3")
     time.sleep(0.1)
     job.members[1].channel.connection.shutdown(2)
-    text = "process 1 was killed, or aborted. Its last call: train_step at train.py:7."
+    text = ("process 1 was killed, aborted or disconnected. Last calls: train_step at train.py:7 "
+            "on process 1.")
     assert error_of(waits) == text
     assert error_of(threads.submit(job.members[0].meet, job.call())) == text
 
 
-def test_the_watchdog_ends_all_with_their_stacks(ends):
-    job = Job(2, watchdog=0.3)
+def test_the_watchdog_ends_all_with_their_stacks(threads, ends):
+    """It blames neither those that wait for others, nor those that have ended."""
+    job = Job(3, watchdog=0.3)
     time.sleep(0.8)
     assert not ends  # it begins with the first call
-    job.members[0].report(job.call("train_step", 7), waits=False)
+    job.members[2].leave(["left"])
+    waits = threads.submit(job.members[1].meet, job.call("save", 7, members=(0, 1)))
+    text = ("process 0 made no call of zerojax for more than 0.3 s. Last calls: none on processes "
+            "0, 2; save at train.py:7 on process 1. The watchdog ends the job.")
+    assert error_of(waits) == text
+    wait_until(lambda: len(ends) == 3)
+    assert set(ends) == {(text, True, 0.0)}
+
+
+def test_a_barrier_that_a_process_has_left_ends_all(threads, ends):
+    job = Job(2)
+    waits = threads.submit(job.members[0].barrier, "snapshot 3")
+    job.members[1].leave(["left"])
+    assert error_of(waits) == ("process 1 ended before the snapshot 3, which all must make.")
     wait_until(lambda: len(ends) == 2)
-    assert set(ends) == {(
-        "process 0 made no call of zerojax for more than 0.3 s. Last calls: train_step at "
-        "train.py:7 on process 0. The watchdog ends the job.", True, 0.0)}
+
+
+def test_a_process_that_calls_again_after_its_end_is_back(threads, ends):
+    """A function of `atexit` may close a checkpointer."""
+    job = Job(2)
+    for member in job.members:
+        member.leave(["left"])
+    both = [threads.submit(member.meet, job.call()) for member in job.members]
+    assert [future.result(20) for future in both] == [None, None] and not ends
+
+
+def test_process_0_may_end_first(ends):
+    """After `jax.distributed.shutdown()`, the others may go on alone."""
+    job = Job(2)
+    job.members[0].leave(["left"])
+    wait_until(lambda: job.members[1]._may_close)
+    for channel in job.hub.channels.values():
+        channel.connection.shutdown(2)
+    time.sleep(0.3)
+    assert not ends
 
 
 def test_threads_meet_at_barriers_of_different_names(threads, ends):
@@ -208,8 +297,8 @@ def test_a_process_that_sends_nonsense_is_lost(ends):
     job.members[1].channel.send([["call", 7, False]])
     wait_until(lambda: len(ends) == 2)
     assert {text for text, *_ in ends} == {
-        "process 1 was killed, or aborted. Its last call: none.",  # for process 0
-        "process 0 was killed, or aborted."}  # for process 1
+        "process 1 was killed, aborted or disconnected. Last calls: none on process 1.",
+        "process 0 was killed, aborted or disconnected."}  # what process 1 sees
 
 
 def test_the_call_is_that_of_the_users_line():
@@ -224,17 +313,18 @@ def test_the_call_is_that_of_the_users_line():
     try:
         exchanges = {"__name__": "zerojax.data.made_up", "monitor": monitor}
         exec("def outer(*_):\n    inner()\n    return ''\n\n"
-             "def inner():\n    monitor.called((0, 1))", exchanges)
+             "def inner():\n    monitor.called((0, 1), '')", exchanges)
         re.sub("a", exchanges["outer"], "a")
     finally:
         monitor._member = before
     (call,) = seen
-    assert call.name == "outer" and call.place.startswith(f"{os.path.basename(__file__)}:")
+    assert (call.name, call.key) == ("outer", "inner")
+    assert call.place.startswith(f"{os.path.basename(__file__)}:")
 
 
 def test_a_process_that_is_alone_reports_nothing():
     assert monitor._member is None
-    monitor.called((0,)), monitor.meet((0,)), monitor.barrier("a"), monitor.left()
+    monitor.called((0,), ""), monitor.meet((0,)), monitor.barrier("a"), monitor.left()
     monitor.failed("nothing")
 
 
@@ -247,7 +337,8 @@ def waits_for_ever():
 
 threading.Thread(target=waits_for_ever, daemon=True).start()
 sys.stderr = None
-ending.soon("the reason", sys.argv[1] == "stacks", 0.1)
+ending.soon("the reason", sys.argv[1] == "stacks", 0.5)
+time.sleep(50)
 """
 
 
@@ -258,3 +349,69 @@ def test_the_reason_and_the_stacks_are_printed(stacks):
                           timeout=60)
     assert done.returncode == 1 and done.stderr.startswith("zerojax: the reason\n")
     assert ("in waits_for_ever" in done.stderr) == (stacks == "stacks")
+
+
+BLOCKED = """
+import sys, threading, time
+from zerojax.processes import ending
+
+threading.Thread(target=print, args=("x" * 10**7,), daemon=True).start()
+time.sleep(0.5)
+sys.stderr.write("blocked")
+sys.stderr.flush()
+ending.now()
+"""
+
+
+def test_a_process_ends_although_nobody_reads_its_output():
+    with subprocess.Popen([sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        assert process.stderr.read(7) == b"blocked"
+        assert process.wait(20) == 1
+
+
+FAILS = """
+import sys
+from zerojax.processes import ending
+
+class Odd(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+ending.on_errors(lambda text: print("reported:", text, flush=True), lambda: print("left"))
+if "replaced" in sys.argv:
+    sys.excepthook = lambda *_: None
+if "none" not in sys.argv:
+    errors = {"odd": Odd(), "lines": ValueError("a\\nb"), "interrupt": KeyboardInterrupt()}
+    raise errors[sys.argv[1]]
+"""
+
+
+@pytest.mark.parametrize("arguments, line", [
+    (["odd"], "reported: Odd: <exception str() failed>"), (["lines"], "reported: ValueError: a b"),
+    (["interrupt"], "reported: KeyboardInterrupt"), (["lines", "replaced"], "reported: ValueError"),
+    (["none"], "left")], ids=" ".join)
+def test_an_uncaught_exception_is_reported(arguments, line):
+    done = subprocess.run([sys.executable, "-c", FAILS, *arguments], capture_output=True, text=True,
+                          timeout=60)
+    assert done.returncode == (arguments != ["none"])
+    assert line in done.stdout and ("reported" in done.stdout) == (arguments != ["none"])
+
+
+def test_a_forked_child_keeps_no_connection(ends):
+    """The death of its parent would be noticed only when the child ends."""
+    job = Job(2)
+    before, monitor._member = monitor._member, job.members[0]
+    child = os.fork()
+    if child == 0:
+        monitor._forget([job.hub.forget])
+        time.sleep(30)
+        os._exit(0)
+    monitor._member = before
+    time.sleep(0.5)
+    fds = os.listdir(f"/proc/{child}/fd")
+    held = [os.readlink(f"/proc/{child}/fd/{fd}") for fd in fds]
+    own = {os.fstat(c.connection.fileno()).st_ino for c in job.hub.channels.values()}
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    assert not any(f"socket:[{number}]" in held for number in own)

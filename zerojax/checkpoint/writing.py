@@ -35,8 +35,10 @@ def step_of(state: Any, step: int | None) -> int:
     """Returns the step of a state, which waits for the device.
 
     Raises:
+      StateError: the state's arrays were deleted.
       CheckpointError: the state has none, or `step` is not it.
     """
+    donation.check_alive("save", state)
     is_dict = isinstance(state, Mapping)
     own: Any = state.get("step") if is_dict else getattr(state, "step", None)
     if step is None and own is None:

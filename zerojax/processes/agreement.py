@@ -23,8 +23,8 @@ _MOST = 10  # fields in an error
 _DIFFER = "the processes differ, and would not run the same program:"
 
 
-def check(group: Group, where: str, fields: Mapping[str, Any]) -> None:
-    """Compares fields between the processes of a group.
+def check(group: Group, where: str, fields: Mapping[str, Any]) -> str:
+    """Compares fields between the processes of a group; returns their digest.
 
     Args:
       where: the call that compares. Processes that are at different calls differ in it.
@@ -36,11 +36,13 @@ def check(group: Group, where: str, fields: Mapping[str, Any]) -> None:
         those of a program are its first line that differs.
     """
     text = json.dumps({"call": where, **fields}, sort_keys=True, default=repr)
-    mark = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
+    digest = hashlib.sha256(text.encode())
+    mark = np.frombuffer(digest.digest(), np.uint32)
     if len({other.tobytes() for other in group.words(mark).values()}) > 1:
         all_fields = {process: json.loads(other) for process, other in group.texts(text).items()}
         _show_lines(group, fields, all_fields)
         raise ClusterError(f"{where}: {difference(all_fields)}")
+    return digest.hexdigest()
 
 
 def _show_lines(group: Group, fields: Mapping[str, Any], all_fields: dict[int, dict]) -> None:
@@ -56,23 +58,22 @@ def _show_lines(group: Group, fields: Mapping[str, Any], all_fields: dict[int, d
 
 
 def before(policy: Policy, where: str, make: Callable[[], T],
-           fields: Callable[[T], Mapping[str, Any]]) -> T:
+           fields: Callable[[T], Mapping[str, Any]]) -> tuple[T, str]:
     """Returns what `make` returns, after a `check` of versions, mesh, policy and its `fields`.
 
-    To be called before the program is compiled. An error that `make` or `fields` raises on one
-    process is an error on all.
+    Also returns their digest. To be called before the program is compiled. An error that `make` or
+    `fields` raises on one process is an error on all.
     """
     group = exchange.of_mesh(policy.mesh)
     if group.size == 1:  # making the fields traces the program
-        return make()
+        return make(), ""
 
     def act() -> tuple[T, Mapping[str, Any]]:
         made = make()
         return made, {**fingerprint.of_policy(policy), **fields(made)}
 
     made, all_fields = group.everywhere(act)
-    check(group, where, all_fields)
-    return made
+    return made, check(group, where, all_fields)
 
 
 class Once:
@@ -83,6 +84,7 @@ class Once:
 
     def __init__(self):
         self._group: Group | None = None
+        self._digest = ""  # of what the processes agreed on
 
     def __call__(self, policy: Policy, where: str, fields: Callable[[], Mapping[str, Any]],
                  *arguments: Any) -> None:
@@ -96,10 +98,10 @@ class Once:
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments)):
             return
         if self._group is None:
-            before(policy, where, lambda: None, lambda _: fields())
+            _, self._digest = before(policy, where, lambda: None, lambda _: fields())
             self._group = exchange.of_mesh(policy.mesh)
         else:
-            self._group.called()
+            self._group.called(self._digest)
 
 
 def difference(values: Mapping[int, Any]) -> str:

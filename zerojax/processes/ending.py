@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 
 _GRACE = 3.0  # seconds after an uncaught exception for other threads, such as a checkpoint's
@@ -14,10 +15,23 @@ _GRACE = 3.0  # seconds after an uncaught exception for other threads, such as a
 
 def now() -> None:
     """Ends the process with status 1, at once."""
+    flush = threading.Thread(target=_flush, daemon=True)
+    flush.start()
+    flush.join(0.5)  # longer if nobody reads the output
+    os._exit(1)
+
+
+def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # closed, or None
             stream.flush()
-    os._exit(1)
+
+
+def _end_after(seconds: float) -> None:
+    """Ends the process after some seconds, whatever its other threads do."""
+    timer = threading.Timer(seconds, now)
+    timer.daemon = True
+    timer.start()
 
 
 def soon(text: str, stacks: bool, grace: float) -> None:
@@ -28,17 +42,16 @@ def soon(text: str, stacks: bool, grace: float) -> None:
       stacks: whether to print the stacks of all threads too.
       grace: seconds for the process to end by itself.
     """
+    _end_after(grace)  # first, because writing waits for a reader
     write(f"zerojax: {text}")
     if stacks:
         faulthandler.dump_traceback(2, all_threads=True)
-    time.sleep(grace)
-    now()
 
 
 def write(line: str) -> None:
     """Writes a line to the standard error of the process, whatever replaces sys.stderr."""
     with contextlib.suppress(Exception):
-        os.write(2, f"{line}\n".encode())
+        os.write(2, f"{line}\n".encode(errors="backslashreplace"))
 
 
 def on_errors(report: Callable[[str], None], leave: Callable[[], None]) -> None:
@@ -53,17 +66,29 @@ def on_errors(report: Callable[[str], None], leave: Callable[[], None]) -> None:
     before = sys.excepthook
     failed = threading.Event()
 
+    def fail(error):
+        failed.set()
+        _end_after(_GRACE)
+        report(" ".join(traceback.format_exception_only(error)[-1].split()))
+
     def hook(kind, error, trace):
         before(kind, error, trace)
-        failed.set()
-        report(f"{kind.__name__}: {error}")
-        timer = threading.Timer(_GRACE, now)
-        timer.daemon = True
-        timer.start()
+        fail(error)
+
+    def end():
+        if not failed.is_set() and _uncaught() is not None:  # another hook has replaced this one
+            fail(_uncaught())
+        if failed.is_set():
+            now()
+        leave()
 
     sys.excepthook = hook
-    # runs before jax's own function, which waits for the other processes
-    atexit.register(lambda: now() if failed.is_set() else leave())
+    atexit.register(end)  # runs before jax's own function, which waits for the other processes
+
+
+def _uncaught() -> BaseException | None:
+    """Returns the exception that ends the program, except in an interactive one."""
+    return None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
 
 
 def with_launcher() -> None:

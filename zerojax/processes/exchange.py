@@ -63,7 +63,7 @@ class Group:
     @property
     def size(self) -> int:
         """The number of processes."""
-        return len(self.members)
+        return len(self.members) or jax.process_count()
 
     @property
     def process(self) -> int:
@@ -77,16 +77,21 @@ class Group:
 
     @functools.cached_property
     def members(self) -> tuple[int, ...]:
-        """The indices of the processes."""
-        return tuple(dict.fromkeys(device.process_index for device in self.devices))
+        """The indices of the processes; () if they are all."""
+        members = tuple(dict.fromkeys(device.process_index for device in self.devices))
+        return () if len(members) == jax.process_count() else members
 
-    def called(self) -> None:
-        """Reports a call that all processes of the group make, without waiting for them."""
-        monitor.called(self.members)
+    def called(self, key: str) -> None:
+        """Reports a call that all processes of the group make, without waiting for them.
+
+        Args:
+          key: what is called. It must be the same for all.
+        """
+        monitor.called(self.members, key)
 
     def send(self, words: Words) -> Sent:
         """Starts to send words, the same number from every process; `received` takes the result."""
-        self.called()
+        self.called("")
         return self._started(words)
 
     def _started(self, words: Words) -> Sent:
@@ -175,7 +180,7 @@ class Alone(Group):
     def first(self) -> bool:
         return True
 
-    def called(self) -> None:
+    def called(self, key: str) -> None:
         pass
 
     def send(self, words: Words) -> Sent:

@@ -2,32 +2,36 @@
 
 Each process sends batches of messages, which are lists of a kind and its arguments:
 
-    ["name", members, name, place]    the next entry of its table of calls; no members: all
-    ["call", entry, waits]            a call
-    ["barrier", tag]                  waits for all processes
-    ["left"], ["failed", text]        makes no more calls, because of an error
+    ["name", members, name, place, key]   the next entry of its table of calls; no members: all
+    ["call", entry, waits]                a call
+    ["withdrawn", number]                 the process does not wait for that call any more
+    ["barrier", tag]                      waits for all processes
+    ["left"], ["failed", text]            makes no more calls, because of an error
 
 and the hub sends
 
-    ["answer", number, trouble]       all have made the call of that number, or why they have not
-    ["barrier", tag]                  all have come
-    ["note", text]                    for the log
-    ["end", text, stacks]             the job cannot continue; whether to print stacks
+    ["answer", number, trouble]           all have made that call, or why they have not
+    ["barrier", tag]                      all have come
+    ["note", text]                        for the log
+    ["left"]                              process 0 makes no more calls, and may end
+    ["end", text, stacks]                 the job cannot continue; whether to print stacks
 
 Needs no jax.
 """
 
 import contextlib
+import logging
 import selectors
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from zerojax.processes import roll_call
-from zerojax.processes.roll_call import Call, Made, RollCall
+from zerojax.processes import naming, roll_call
+from zerojax.processes.roll_call import Call, Group, Made, RollCall
 from zerojax.processes.sealed import Channel
 
+_LOG = logging.getLogger("zerojax")
 _TICK = 0.5  # seconds between looks at the clock
 
 
@@ -36,18 +40,18 @@ class Hub(threading.Thread):
 
     Args:
       channels: the connection to each process, also to process 0 itself.
-      heartbeat: seconds after which a call that others have not made is reported.
+      patience: seconds after which a call that others have not made is reported.
       watchdog: seconds without a call of a process after which the job ends; None means never.
     """
 
-    def __init__(self, channels: Mapping[int, Channel], heartbeat: float, watchdog: float | None):
+    def __init__(self, channels: Mapping[int, Channel], patience: float, watchdog: float | None):
         super().__init__(name="zerojax hub", daemon=True)
         self.channels = dict(channels)
         self.everyone = tuple(sorted(channels))
-        self.heartbeat = heartbeat
+        self.patience = patience
         self.watchdog = watchdog
-        self._roll = RollCall()
-        self._tables: dict[int, list[Call]] = {process: [] for process in channels}
+        self._roll = RollCall(self.everyone)
+        self._tables: dict[int, list[tuple[Group, Call]]] = {p: [] for p in channels}
         self._numbers = dict.fromkeys(channels, 0)
         self._barriers: dict[str, set[int]] = {}
         self._ended = False
@@ -56,31 +60,41 @@ class Hub(threading.Thread):
             self._selector.register(channel.connection, selectors.EVENT_READ, process)
 
     def run(self) -> None:
+        looked = time.monotonic()
         while self.channels:
             for key, _ in self._selector.select(_TICK):
                 self._receive(key.data)
-            self._look(time.monotonic())
+            if time.monotonic() > looked + _TICK:
+                looked = time.monotonic()
+                self._look(looked)
+
+    def forget(self) -> None:
+        """Closes the connections in a forked child, which would keep them open."""
+        for channel in self.channels.values():
+            channel.close()
 
     def _receive(self, process: int) -> None:
         try:
             for batch in self.channels[process].receive():
                 for kind, *arguments in batch:
                     getattr(self, f"_take_{kind}")(process, *arguments)
-        except (EOFError, ValueError, TypeError, LookupError, AttributeError):
-            self._lose(process)  # or it does not send such messages
+        except EOFError:
+            self._lose(process)
+        except (ValueError, TypeError, LookupError, AttributeError):
+            _LOG.exception("process %d sent what the hub does not understand", process)
+            self._lose(process)
 
-    def _take_name(self, process: int, members: Sequence[int], name: str, place: str) -> None:
-        self._tables[process].append(Call(tuple(members) or self.everyone, name, place))
+    def _take_name(self, process: int, members: Sequence[int], *fields: str) -> None:
+        call = Call(tuple(members), *fields)
+        self._tables[process].append((self._roll.group(call.members), call))
 
     def _take_call(self, process: int, entry: int, waits: bool) -> None:
         self._numbers[process] += 1
-        call = self._tables[process][entry]
+        group, call = self._tables[process][entry]
         made = Made(call, self._numbers[process], waits, time.monotonic())
-        complete = self._roll.add(process, made)
+        complete = self._roll.add(process, group, made)
         if complete is not None:
             self._compare(complete)
-        elif self._roll.left:
-            self._end_unless_possible()
 
     def _compare(self, complete: Mapping[int, Made]) -> None:
         """Answers a call that all members have made, or ends the job if some do not wait."""
@@ -90,25 +104,30 @@ class Hub(threading.Thread):
             return
         for process, made in complete.items():
             if made.waits:
+                self._roll.waiting.discard(process)
                 self._send([process], ["answer", made.number, trouble])
+
+    def _take_withdrawn(self, process: int, number: int) -> None:
+        """Forgets a call that was interrupted, unless others have gone on with it."""
+        self._roll.waiting.discard(process)
+        call = self._roll.last[process].call
+        if not self._roll.group(call.members).withdraw(process, number):
+            self._end(f"process {process} was interrupted in {call}, which the others have made.")
 
     def _take_barrier(self, process: int, tag: str) -> None:
         came = self._barriers.setdefault(tag, set())
         came.add(process)
         if len(came) == len(self.everyone):
-            self._send(came, ["barrier", tag])
             del self._barriers[tag]
+            self._send(came, ["barrier", tag])
 
     def _take_left(self, process: int) -> None:
-        self._roll.left.add(process)
-        self._end_unless_possible()
-
-    def _end_unless_possible(self) -> None:
-        if trouble := self._roll.never():
-            self._end(trouble)
+        self._roll.left[process] = time.monotonic()
+        if process == 0:
+            self._send(self.everyone[1:], ["left"])
 
     def _take_failed(self, process: int, text: str) -> None:
-        self._roll.left.add(process)
+        self._roll.left[process] = time.monotonic()
         self._end(f"process {process} failed: {text}", but=[process])
 
     def _lose(self, process: int) -> None:
@@ -117,13 +136,19 @@ class Hub(threading.Thread):
         self._selector.unregister(channel.connection)
         channel.close()
         if process not in self._roll.left:
-            last = self._roll.last.get(process)
-            self._roll.left.add(process)
-            self._end(f"process {process} was killed, or aborted. Its last call: "
-                      f"{last.call if last else 'none'}.")
+            self._roll.left[process] = time.monotonic()
+            self._end(f"process {process} was killed, aborted or disconnected. "
+                      f"{self._roll.last_calls([process])}")
 
     def _look(self, now: float) -> None:
-        for members, text in self._roll.late(now, self.heartbeat).items():
+        """Notices what the time shows: calls and barriers that others do not come to, silence."""
+        gone = {p for p, at in self._roll.left.items() if now - at > _TICK}
+        for tag, came in self._barriers.items():
+            if missing := gone - came:
+                self._end(f"{naming.named(missing)} ended before the {tag}, which all must make.")
+        if trouble := self._roll.never(gone):
+            self._end(trouble)
+        for members, text in self._roll.late(now, self.patience).items():
             self._send(members, ["note", text])
         silent = self._roll.silent(now, self.watchdog) if self.watchdog else ""
         if silent:

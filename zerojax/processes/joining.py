@@ -11,7 +11,15 @@ from typing import Any
 import jax
 
 from zerojax.errors import ClusterError
-from zerojax.processes import agreement, ending, fingerprint, launchers, monitor, rendezvous
+from zerojax.processes import (
+    agreement,
+    ending,
+    fingerprint,
+    launchers,
+    monitor,
+    rendezvous,
+    sealed,
+)
 from zerojax.processes.launchers import Job
 from zerojax.processes.sealed import Channel
 
@@ -88,12 +96,15 @@ def initialize(address: str | None = None, processes: int | None = None,
     if job is None or job.processes == 1:
         return None
     _check_early()
+    _check_watchdog(watchdog)
+    sealed.check_secret()
     if local_devices is not None:
         job = dataclasses.replace(job, local_devices=tuple(local_devices))
     _LOG.info("%s", job)
     connect_timeout = _connect_timeout(job, connect_timeout, initialization_timeout)
     bound = _bound(job, bind_address, connect_timeout)
-    channels = _met(job, bound, config, connect_timeout, initialization_timeout)
+    channels = _met(job, bound, {"config": config or {}, "watchdog": watchdog}, connect_timeout,
+                    initialization_timeout)
     jax.distributed.initialize(
         job.address, job.processes, job.process, job.local_devices, "deactivate",
         coordinator_bind_address=bound, initialization_timeout=round(initialization_timeout),
@@ -147,6 +158,12 @@ def check_joined() -> None:
                            "zj.initialize(processes=1).")
 
 
+def _check_watchdog(seconds: float | None) -> None:
+    if seconds is not None and not seconds > 0:
+        raise ClusterError(f"initialize(watchdog={seconds!r}): write seconds, more than 0, or None "
+                           "for no watchdog.")
+
+
 def _check_early() -> None:
     """Raises `ClusterError` if it is too late for jax, before other processes wait for this one."""
     if jax.distributed.is_initialized():
@@ -178,10 +195,10 @@ def _bound(job, bind: str | None, connect_timeout: float) -> str | None:
     return rendezvous.joined(bind.strip("[]"), rendezvous.split(job.address)[1])
 
 
-def _met(job, bound, config: Mapping[str, Any] | None, connect_timeout: float,
+def _met(job, bound, settings: Mapping[str, Any], connect_timeout: float,
          seconds: float) -> Mapping[int, Channel]:
     """Returns the connections, by process, after the processes have met."""
-    fields = {"versions": fingerprint.versions(), "config": fingerprint.of_settings(config or {})}
+    fields = {"versions": fingerprint.versions(), **fingerprint.of_settings(settings)}
     if job.process == 0:
         return rendezvous.hold(bound, job.processes, fields, agreement.difference, seconds)
     return {0: rendezvous.join(job.address, job.process, job.processes, fields, connect_timeout,

@@ -7,7 +7,6 @@ import collections
 import contextlib
 import dataclasses
 import glob
-import logging
 import math
 import os
 import queue
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import IO
 
 from zerojax.errors import ClusterError
@@ -31,7 +30,6 @@ _AFTER_FAILURE = 1.0  # the same after one process has failed, when the others c
 _OUTPUT = 0.5  # seconds for the last output, and for SIGKILL to take effect
 TAIL = 400  # lines of standard error that are kept of each process
 PREEMPTED = 75  # the exit status of a run that received a signal, and saved
-_LOG = logging.getLogger("zerojax.launch")
 _TRACEBACK = re.compile(r"\s*(\+ Exception Group )?Traceback \(most recent call last\)")
 _LED_TO = ("The above exception was the direct cause", "During handling of the above exception")
 _LINE = re.compile(rb"([^\r\n]*)(\r?\n|\r)")
@@ -85,7 +83,7 @@ class Launch:
         numbers += [("--devices", self.devices, 1), ("--restarts", self.restarts, 0),
                     ("--grace", self.grace, 0)]
         for name, n, least in numbers:
-            if n is not None and n < least:
+            if n is not None and not n >= least:
                 raise ClusterError(f"launch {name} {n}: write a number, {least} or more.")
         most = max(self.processes)
         found = len(gpus())
@@ -106,19 +104,7 @@ def launch(plan: Launch) -> int:
       ClusterError: the plan is invalid.
     """
     plan.check()
-    with _log_on_stderr():
-        return _attempts(plan)
-
-
-@contextlib.contextmanager
-def _log_on_stderr() -> Iterator[None]:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("zerojax launch: %(message)s"))
-    _LOG.addHandler(handler)
-    try:
-        yield
-    finally:
-        _LOG.removeHandler(handler)
+    return _attempts(plan)
 
 
 def _attempts(plan: Launch) -> int:
@@ -128,7 +114,7 @@ def _attempts(plan: Launch) -> int:
         status = job.run()
         if status in (0, PREEMPTED) or job.signals or attempt == plan.restarts:
             break
-        _LOG.warning("starts again, %d of %d", attempt + 1, plan.restarts)
+        _say(f"starts again, {attempt + 1} of {plan.restarts}")
     return status
 
 
@@ -174,9 +160,8 @@ class _Job:
         if not self.signals:
             self.deadline = time.monotonic() + self.plan.grace
             name = signal.Signals(number).name
-            line = (f"\nzerojax launch: {name}: the processes have {self.plan.grace:g} s to end "
-                    "(--grace); a second signal ends them\n")
-            os.write(2, line.encode())  # the signal may have interrupted the log
+            _say(f"{name}: the processes have {self.plan.grace:g} s to end (--grace); a second "
+                 "signal ends them")
         self.signals.append(signal.Signals(number))
 
     def _start(self, process: int, environment: dict[str, str]) -> None:
@@ -212,14 +197,14 @@ class _Job:
     def _kill(self) -> None:
         """Ends the processes that have not ended in time; gives up those that it has killed."""
         who = naming.named(self.running)
-        self.is_stuck, self.was_killed = self.was_killed, True
-        if self.is_stuck:
-            _LOG.warning("%s cannot be killed, which the system delays while a process waits for a "
-                         "device or a disk", who)
-        elif self.signals:
-            _LOG.warning("killed %s after %g s; --grace sets another limit", who, self.plan.grace)
-        self.deadline = time.monotonic() + _OUTPUT
         self._signal(signal.SIGKILL)
+        self.is_stuck, self.was_killed = self.was_killed, True
+        self.deadline = time.monotonic() + _OUTPUT
+        if self.is_stuck:
+            _say(f"{who} cannot be killed, which the system delays while a process waits for a "
+                 "device or a disk")
+        elif self.signals:
+            _say(f"killed {who} after {self.plan.grace:g} s; --grace sets another limit")
 
     def _read_rest(self) -> None:
         """Waits for the last output, unless nobody reads it, or programs that still run hold it."""
@@ -250,16 +235,33 @@ class _Job:
     def _reported(self, process: int, status: int) -> int:
         """Reports a failure; returns the exit status of the launcher."""
         if status == PREEMPTED:
-            _LOG.warning("the processes stopped on a signal: status %d", status)
+            _say(f"the processes stopped on a signal: status {status}")
             return status
         if self.signals:
             return 128 + self.signals[0]
         name = signal.Signals(-status).name if status < 0 else ""
         end = f"was ended by {name}" if name else f"ended with status {status}"
         lines = "".join(f"\n[{process}] {line}" for line in _traceback(self.tails[process]))
-        _LOG.error("process %d of %d %s, the first to fail; the others were ended.%s",
-                   process, self.processes, end, lines)
+        _say(f"process {process} of {self.processes} {end}, the first to fail; the others were "
+             f"ended.{lines}")
         return 128 - status if status < 0 else status
+
+
+def _say(text: str) -> None:
+    """Writes a line to standard error, and waits only a moment for its reader.
+
+    A signal may have interrupted another line, and a closed pipe is no error.
+    """
+    rest = f"zerojax launch: {text}\n".encode(errors="backslashreplace")
+
+    def write(rest: bytes):
+        with contextlib.suppress(OSError):
+            while rest:
+                rest = rest[os.write(2, rest):]
+
+    writer = threading.Thread(target=write, args=(rest,), daemon=True)
+    writer.start()
+    writer.join(_OUTPUT)
 
 
 def _signal_all(child: subprocess.Popen, number: int) -> None:

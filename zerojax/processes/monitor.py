@@ -15,7 +15,7 @@ import socket
 import sys
 import sysconfig
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import CodeType, FrameType
 from typing import Any
 
@@ -27,8 +27,10 @@ from zerojax.processes.sealed import Channel, Seal
 
 _LOG = logging.getLogger("zerojax")
 _GRACE = 3.0  # seconds in which a process may end by itself when the job ends
+_HERE = ("zerojax.processes.monitor", "zerojax.processes.exchange", "zerojax.processes.agreement")
 _PAUSE = 0.02  # seconds in which calls that nobody waits for are collected
-_LIBRARIES = tuple(filter(None, map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))))
+_STDLIB = f"{sysconfig.get_path('stdlib')}{os.sep}"
+_PACKAGES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 _member: "Member | None" = None
 
 
@@ -38,17 +40,29 @@ def start(channels: Mapping[int, Channel], process: int, heartbeat: float,
 
     Args:
       channels: the connection to process 0, or, in process 0, those to all others.
-      heartbeat, watchdog: see `Hub`.
+      heartbeat: seconds after which jax aborts the processes if one of them does not answer. Calls
+        that others have not made are reported after half of it.
+      watchdog: see `Hub`.
     """
     global _member
+    forget = []
     if process == 0:
         ours, theirs = _pair()
-        Hub({0: theirs, **channels}, heartbeat, watchdog).start()
+        hub = Hub({0: theirs, **channels}, heartbeat / 2, watchdog)
+        hub.start()
+        forget.append(hub.forget)
     else:
         ours = channels[0]
     # process 0 ends last, because jax aborts the others when it does
     _member = Member(ours, grace=_GRACE if process else _GRACE + 1)
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=functools.partial(_forget, forget))
+    threading.Thread(target=_leave_at_the_end, name="zerojax end", daemon=True).start()
+
+
+def _leave_at_the_end() -> None:
+    """Reports the end of the program, before threads that are no daemons delay it."""
+    threading.main_thread().join()
+    left()
 
 
 def _pair() -> tuple[Channel, Channel]:
@@ -63,29 +77,35 @@ def is_running() -> bool:
     return _member is not None
 
 
-def _forget() -> None:
-    """Closes the connection in a forked child, such as a data loader's, which would keep it open.
-    """
+def _forget(others: list[Callable[[], None]]) -> None:
+    """Closes the connections in a forked child, such as a data loader's, which would keep them."""
     global _member
     if _member is not None:
         _member.channel.close()
         _member = None
+        for forget in others:
+            forget()
 
 
-def called(members: Members) -> None:
-    """Reports a call that these processes make, and does not wait."""
+def called(members: Members, key: str) -> None:
+    """Reports a call that these processes make, and does not wait.
+
+    Args:
+      members: the processes; () for all.
+      key: what is called. It must be the same for all.
+    """
     if _member is not None:
-        _member.report(_call(members), waits=False)
+        _member.report(_call(members, key), waits=False)
 
 
 def meet(members: Members) -> None:
-    """Reports a call, and waits until all of these processes have made it.
+    """Reports an exchange between these processes, and waits until all have begun it.
 
     Raises:
       ClusterError: others have made another call, or have ended.
     """
     if _member is not None:
-        _member.meet(_call(members))
+        _member.meet(_call(members, ""))
 
 
 def barrier(tag: str) -> None:
@@ -103,7 +123,7 @@ def barrier(tag: str) -> None:
 def failed(text: str) -> None:
     """Reports an error that ends this process."""
     if _member is not None:
-        _member.leave(["failed", text.split("\n")[0]])
+        _member.leave(["failed", text])
 
 
 def left() -> None:
@@ -124,7 +144,9 @@ class Member:
         self._grace = grace
         self._table: dict[Call, int] = {}
         self._number = 0
+        self._lock = threading.Lock()
         self._left = False
+        self._may_close = False  # process 0 has left
         self._trouble = ""  # why the job ends
         self._out: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
         self._urgent = threading.Event()
@@ -137,20 +159,26 @@ class Member:
 
     def report(self, call: Call, waits: bool) -> int:
         """Reports a call; returns its number."""
-        if call not in self._table:
-            self._table[call] = len(self._table)
-            self._out.put(["name", call.members, call.name, call.place])
-        self._number += 1
-        self._out.put(["call", self._table[call], waits])
+        with self._lock:
+            if call not in self._table:
+                self._table[call] = len(self._table)
+                self._out.put(["name", *call])
+            self._number += 1
+            self._out.put(["call", self._table[call], waits])
+            number = self._number
         if waits:
             self._urgent.set()
-        return self._number
+        return number
 
     def meet(self, call: Call) -> None:
         number = self.report(call, waits=True)
-        with self._news:
-            self._news.wait_for(lambda: self._trouble or number in self._answers)
-            trouble = self._answers.pop(number, "") or self._trouble
+        try:
+            with self._news:
+                self._news.wait_for(lambda: self._trouble or number in self._answers)
+                trouble = self._answers.pop(number, "") or self._trouble
+        except BaseException:  # such as Ctrl-C in a notebook
+            self._out.put(["withdrawn", number])
+            raise
         if trouble:
             raise ClusterError(trouble)
 
@@ -159,26 +187,28 @@ class Member:
         self._urgent.set()
         with self._news:
             self._news.wait_for(lambda: self._trouble or self._passed[tag])
-            self._passed[tag] -= 1
+            self._passed -= collections.Counter([tag])  # drops it at 0
         if self._trouble:
             raise ClusterError(self._trouble)
 
     def leave(self, message: list[Any]) -> None:
-        self._left = True
-        self._out.put(message)
-        self._urgent.set()
+        with self._lock:
+            is_first, self._left = not self._left, True
+        if is_first:
+            self._out.put(message)
+            self._urgent.set()
         self._sent.wait(1)
 
     def _send(self) -> None:
         """Sends what is to be sent, in batches."""
         try:
-            while not self._sent.is_set():
+            while True:
                 batch = [self._out.get()]
+                self._urgent.clear()
                 while not self._out.empty():
                     batch.append(self._out.get())
-                self._urgent.clear()
                 self.channel.send(batch)
-                if batch[-1][0] in ("left", "failed"):
+                if any(kind in ("left", "failed") for kind, *_ in batch):
                     self._sent.set()
                 self._urgent.wait(_PAUSE)
         except OSError:  # process 0 has ended
@@ -190,18 +220,21 @@ class Member:
                 for kind, *arguments in self.channel.receive():
                     getattr(self, f"_take_{kind}")(*arguments)
         except EOFError:
-            if not self._left:
-                self._take_end("process 0 was killed, or aborted.", False)
+            if not self._left and not self._may_close:
+                self._take_end("process 0 was killed, aborted or disconnected.", False)
 
     def _take_answer(self, number: int, trouble: str) -> None:
         with self._news:
-            self._answers = {number: trouble}  # one call at a time waits
+            self._answers[number] = trouble
             self._news.notify_all()
 
     def _take_barrier(self, tag: str) -> None:
         with self._news:
             self._passed[tag] += 1
             self._news.notify_all()
+
+    def _take_left(self) -> None:
+        self._may_close = True
 
     def _take_note(self, text: str) -> None:
         _LOG.warning("%s", text)
@@ -214,22 +247,21 @@ class Member:
         ending.soon(text, stacks, self._grace)
 
 
-def _call(members: Members) -> Call:
-    """Returns the call of the user's program that led here."""
-    inner, frame = _of_user(sys._getframe(2))
-    name = inner.co_qualname.removesuffix(".__call__").removesuffix(".__next__")
-    place = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
-    return Call(members, name, place)
+def _call(members: Members, key: str) -> Call:
+    """Returns the call of the user's program that led here.
 
-
-def _of_user(frame: FrameType) -> tuple[CodeType, FrameType]:
-    """Returns the outermost function of zerojax on the stack below the user's frame, and that."""
-    inner = frame.f_code
+    Args:
+      key: what is called; by default, the function of zerojax that exchanges data.
+    """
+    frame, called, exchanging = sys._getframe(2), "", ""
     while frame.f_back is not None and _is_library(frame.f_code, _module(frame)):
         if _module(frame).startswith("zerojax."):
-            inner = frame.f_code
+            called = frame.f_code.co_qualname
+            exchanging = exchanging or called * (_module(frame) not in _HERE)
         frame = frame.f_back
-    return inner, frame
+    place = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+    name = called.removesuffix(".__call__").removesuffix(".__next__")
+    return Call(members, name, place, key or exchanging)
 
 
 def _module(frame: FrameType) -> str:
@@ -238,4 +270,6 @@ def _module(frame: FrameType) -> str:
 
 @functools.cache
 def _is_library(code: CodeType, module: str) -> bool:
-    return is_internal(module) or code.co_filename.startswith(_LIBRARIES)
+    file = code.co_filename
+    return (is_internal(module) or file.startswith((_STDLIB, "<frozen "))
+            or any(packages in file for packages in _PACKAGES))

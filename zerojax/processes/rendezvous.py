@@ -8,6 +8,7 @@ All that is sent is sealed with the job's secret. Needs no jax.
 
 import contextlib
 import dataclasses
+import errno
 import ipaddress
 import selectors
 import socket
@@ -184,8 +185,14 @@ class _Guests(contextlib.AbstractContextManager):
                 self._drop(guest)
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # it has left already
+        try:
             connection, _ = self.server.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self.trouble = (f"process 0 may not open more files ({error.strerror}), and needs "
+                                f"one for each of {self.processes} processes; raise `ulimit -n`.")
+            return
+        with contextlib.suppress(OSError):  # it has left already
             connection.setblocking(False)
             guest = _Guest(connection)
             self.selector.register(connection, selectors.EVENT_READ, guest)

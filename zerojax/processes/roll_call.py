@@ -1,7 +1,7 @@
 """The calls that processes must make together, compared in the order in which each makes them.
 
 The n-th call of each group of processes is a round: it is complete when every member has made its
-own, which must have the same name. Needs no jax.
+own, and all must be the same. Needs no jax.
 """
 
 import collections
@@ -18,14 +18,16 @@ class Call(NamedTuple):
     """A call that several processes must make.
 
     Attributes:
-      members: the processes.
-      name: the function of zerojax, such as "Checkpointer.save".
+      members: the processes; () for all.
+      name: the function of zerojax that the user's program called, such as "Checkpointer.save".
       place: the line of the user's program, such as "train.py:40".
+      key: what must be equal: where zerojax exchanges data, or the function that is called.
     """
 
     members: Members
     name: str
     place: str
+    key: str
 
     def __str__(self) -> str:
         return f"{self.name} at {self.place}"
@@ -47,30 +49,40 @@ class Made(NamedTuple):
     at: float
 
 
-@dataclasses.dataclass
-class _Group:
+@dataclasses.dataclass(eq=False)
+class Group:
     """The calls of some members that others have not made yet.
 
     Attributes:
       open: the calls by process, oldest first.
       behind: the processes that have none.
-      reported: whether `late` has reported the oldest round.
+      is_reported: whether `RollCall.late` has reported the oldest round.
     """
 
     open: dict[int, collections.deque[Made]]
     behind: set[int]
-    reported: bool = False
+    is_reported: bool = False
 
     def add(self, process: int, made: Made) -> dict[int, Made] | None:
-        """Returns the round that a call completes, if it completes one."""
+        """Notes a call; returns the calls of all members, by process, if it is the last of them."""
         self.open[process].append(made)
         self.behind.discard(process)
         if self.behind:
             return None
-        self.reported = False
+        self.is_reported = False
         complete = {p: calls.popleft() for p, calls in self.open.items()}
         self.behind = {p for p, calls in self.open.items() if not calls}
         return complete
+
+    def withdraw(self, process: int, number: int) -> bool:
+        """Forgets a call; returns whether it was still open."""
+        calls = self.open[process]
+        if not calls or calls[-1].number != number:
+            return False
+        calls.pop()
+        if not calls:
+            self.behind.add(process)
+        return True
 
     def oldest(self) -> dict[int, Made]:
         """Returns the calls of the oldest round that is not complete, by process."""
@@ -81,64 +93,93 @@ class RollCall:
     """The calls of all processes of a job.
 
     Attributes:
+      everyone: all processes.
       last: the last call of each process that has made one.
-      left: the processes that have ended, and make no more calls.
+      waiting: the processes that wait until others make their call.
+      left: the processes that have reported their end, and when. They may call again, because a
+        function of `atexit` may.
     """
 
-    def __init__(self):
+    def __init__(self, everyone: Members):
+        self.everyone = everyone
         self.last: dict[int, Made] = {}
-        self.left: set[int] = set()
-        self._groups: dict[Members, _Group] = {}
+        self.waiting: set[int] = set()
+        self.left: dict[int, float] = {}
+        self._began: float | None = None  # the time of the first call
+        self._groups: dict[Members, Group] = {}
 
-    def add(self, process: int, made: Made) -> dict[int, Made] | None:
-        """Notes a call; returns the calls of all members, by process, if it is the last of them."""
-        self.last[process] = made
-        members = made.call.members
+    def group(self, members: Members) -> Group:
+        """Returns the group of some processes; () means all."""
         if members not in self._groups:
-            empty = {p: collections.deque() for p in members}
-            self._groups[members] = _Group(empty, set(members))
-        return self._groups[members].add(process, made)
+            all_of = members or self.everyone
+            empty = {p: collections.deque() for p in all_of}
+            self._groups[members] = Group(empty, set(all_of))
+        return self._groups[members]
 
-    def never(self) -> str:
-        """Returns why a call can never be complete, or ""."""
+    def add(self, process: int, group: Group, made: Made) -> dict[int, Made] | None:
+        """Notes a call; see `Group.add`. A process that has left is back."""
+        self.left.pop(process, None)
+        self.last[process] = made
+        self._began = made.at if self._began is None else self._began
+        if made.waits:
+            self.waiting.add(process)
+        return group.add(process, made)
+
+    def never(self, gone: set[int]) -> str:
+        """Returns why a call can never be complete without some processes, or ""."""
         for group in self._groups.values():
-            gone = group.behind & self.left
-            if gone and (made := group.oldest()):
-                return (f"{naming.named(gone)} ended, but {_calls(made)}, a call that "
-                        f"{naming.named(group.open)} must make together. {self._last(gone)}")
+            missing = group.behind & gone
+            if missing and (made := group.oldest()):
+                return (f"{naming.named(missing)} ended, but {_calls(made)}, a call that "
+                        f"{naming.named(group.open)} must make together. "
+                        f"{self.last_calls(missing)}")
         return ""
 
     def late(self, now: float, seconds: float) -> dict[Members, str]:
         """Returns a text for each round that began more than `seconds` ago, once, by members."""
         texts = {}
-        for members, group in self._groups.items():
+        for group in self._groups.values():
             made = group.oldest()
-            if made and not group.reported and now - min(m.at for m in made.values()) > seconds:
-                group.reported = True
-                texts[members] = (f"{_calls(made)}, more than {seconds:g} s ago, and "
-                                  f"{naming.named(group.behind)} did not, although all must. "
-                                  f"{self._last(group.behind)}")
+            if made and not group.is_reported and now - min(m.at for m in made.values()) > seconds:
+                group.is_reported = True
+                texts[tuple(group.open)] = (
+                    f"{_calls(made)}, more than {seconds:g} s ago, and "
+                    f"{naming.named(group.behind)} did not, although all must. "
+                    f"{self.last_calls(group.behind)}")
         return texts
 
     def silent(self, now: float, seconds: float) -> str:
-        """Returns a text if a process has made no call for some seconds, or ""."""
-        quiet = [p for p, made in self.last.items()
-                 if p not in self.left and now - made.at > seconds]
+        """Returns a text if a process has made no call for some seconds, or "".
+
+        Those that wait for others, or have left, are not to blame. The time begins with the first
+        call of any process.
+        """
+        if self._began is None:
+            return ""
+        since = {p: self.last[p].at if p in self.last else self._began for p in self.everyone
+                 if p not in self.left and p not in self.waiting}
+        quiet = [p for p, at in since.items() if now - at > seconds]
         if not quiet:
             return ""
         return (f"{naming.named(quiet)} made no call of zerojax for more than {seconds:g} s. "
-                f"{self._last(self.last)}")
+                f"{self.last_calls(self.everyone)}")
 
-    def _last(self, processes: Iterable[int]) -> str:
+    def last_calls(self, processes: Iterable[int]) -> str:
+        """Returns a sentence with the last call of each process."""
         texts = {p: str(self.last[p].call) if p in self.last else "none" for p in processes}
         return f"Last calls: {naming.by_value(texts)}."
 
 
 def difference(complete: Mapping[int, Made]) -> str:
-    """Returns a text if the calls of a round have different names, or ""."""
-    if len({made.call.name for made in complete.values()}) == 1:
+    """Returns a text if the calls of a round differ, or "".
+
+    A call that waits is one before the first compilation, and differs from a later one.
+    """
+    if len({(made.call.key, made.waits) for made in complete.values()}) == 1:
         return ""
-    texts = {p: str(made.call) for p, made in complete.items()}
+    several = len({made.waits for made in complete.values()}) > 1
+    texts = {p: f"{made.call}{' (the first)' * (several and made.waits)}"
+             for p, made in complete.items()}
     return (f"the processes are at different calls: {naming.by_value(texts)}. All of them must "
             "make the same calls in the same order; move calls out of branches that depend on "
             "jax.process_index().")
@@ -146,7 +187,7 @@ def difference(complete: Mapping[int, Made]) -> str:
 
 def _calls(made: Mapping[int, Made]) -> str:
     """Returns the calls as the beginning of a sentence."""
-    by_call: dict[Call, list[int]] = {}
+    by_call: dict[str, list[int]] = {}
     for process, m in made.items():
-        by_call.setdefault(m.call, []).append(process)
+        by_call.setdefault(str(m.call), []).append(process)
     return "; ".join(f"{naming.named(where)} called {call}" for call, where in by_call.items())

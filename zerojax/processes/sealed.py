@@ -16,6 +16,8 @@ import socket
 import threading
 from typing import Any
 
+from zerojax.errors import ClusterError
+
 SECRET = "ZEROJAX_SECRET"  # the variable that all processes of a job have in common
 LONGEST = 2**24  # bytes of a line
 
@@ -44,7 +46,7 @@ class Seal:
 
     def __init__(self, server: bytes, client: bytes, is_server: bool, secret: str | None = None):
         secret = os.environ.get(SECRET, "") if secret is None else secret
-        self._key = _mac(secret.encode(), b"zerojax %b %b" % (server, client)).encode()
+        self._key = _mac(os.fsencode(secret), b"zerojax %b %b" % (server, client)).encode()
         self._sides = (b"server", b"client") if is_server else (b"client", b"server")
         self._numbers = (itertools.count(), itertools.count())
 
@@ -73,6 +75,20 @@ def _mac(key: bytes, text: bytes) -> str:
     return hmac.new(key, text, hashlib.sha256).hexdigest()
 
 
+def check_secret() -> None:
+    """Raises `ClusterError` for an empty secret, such as one that was not mounted."""
+    if os.environ.get(SECRET) == "":
+        raise ClusterError(f"${SECRET} is set, but empty; give all processes of the job the same "
+                           "random text, or unset it.")
+
+
+def _keep(connection: socket.socket) -> None:
+    """Sends small lines at once, and keeps an idle connection alive in networks that drop those."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)  # seconds
+
+
 class Channel:
     """Sealed JSON values over a connection. Any thread may send, and one may receive.
 
@@ -82,6 +98,8 @@ class Channel:
 
     def __init__(self, connection: socket.socket, seal: Seal, received: bytes = b""):
         connection.settimeout(None)
+        if connection.family != socket.AF_UNIX:
+            _keep(connection)
         self.connection = connection
         self._seal = seal
         self._received = received

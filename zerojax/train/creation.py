@@ -65,7 +65,8 @@ def create(policy: Policy, prepare: Callable[[], Maker], *args: Any) -> Any:
                 "arguments": fingerprint.values(args),
                 "program": fingerprint.of_program(maker.jitted(), *args)}
 
-    return agreement.before(policy, "zero.init", prepare, fields).jitted()(*args)
+    made, _ = agreement.before(policy, "zero.init", prepare, fields)
+    return made.jitted()(*args)
 
 
 def maker(policy: Policy, init_fn: Callable, tx: Any, args: tuple, trainable: Any,
