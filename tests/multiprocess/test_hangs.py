@@ -47,8 +47,8 @@ def test_a_program_of_ones_own_that_waits_is_ended_by_the_watchdog(tmp_path):
     with job(tmp_path, "own program") as both:
         both.wait(90)
         errors = [process.err for process in both]
-    text = (f"process.* made no call of zerojax for more than {WATCHDOG} s. Last calls: Feed at "
-            "hangs.py:\\d+ on processes 0-1. The watchdog ends the job.")
+    text = (f"process.* made no call of zerojax for more than {WATCHDOG} s. Last calls: .* on "
+            "process.* The watchdog ends the job.")
     assert all(re.search(text, error) for error in errors), errors
     waits = [re.search(r"hangs\.py\", line \d+ in (\S+)", error)[1] for error in errors]
     assert waits == ["<lambda>", "main"]
