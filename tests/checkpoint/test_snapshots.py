@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -13,7 +14,8 @@ import pytest
 import states
 
 import zerojax as zj
-from zerojax.checkpoint import host_copies, slots
+from zerojax.checkpoint import host_copies, manifest, slots, warm
+from zerojax.processes import exchange
 
 
 @pytest.fixture
@@ -267,6 +269,84 @@ def test_a_run_that_continues_from_an_earlier_step_forgets_later_snapshots(tmp_p
     assert restored(tmp_path).step == 2
 
 
+def test_going_back_within_a_run(tmp_path, base):
+    """Such as after a spike of the loss: steps of the old branch are never used, nor mixed."""
+    def state(step, seed):
+        return states.state(seed=seed, step=step)
+
+    killed_after(tmp_path, state(10, 1), state(20, 2), state(15, 3))
+    assert states.bits(restored(tmp_path).state) == states.bits(state(15, 3))
+    killed_after(tmp_path, state(10, 1), state(20, 2), state(15, 3), state(20, 4))
+    assert states.bits(restored(tmp_path).state) == states.bits(state(20, 4))
+
+
+def test_the_data_position_of_each_process(tmp_path, base):
+    """Positions that were equal at the first snapshot may differ later."""
+    killed_after(tmp_path, states.state(step=1))
+    (header,) = (json.loads(p.read_text()) for p in files(base, "0-*.json"))
+    of = {n: header | {"process": n, "processes": 2, "position": {"next": n}} for n in (0, 1)}
+    snapshot = warm.Snapshot(header["step"], header["attempt"])
+    both = {pathlib.Path(str(n)): h for n, h in of.items()}
+    found = warm.manifest_of(exchange.Alone(), both, snapshot)
+    assert found.data_states == ({"next": 0}, {"next": 1})
+    one = {path: h | {"is_alike": False} for path, h in both.items() if h["process"] == 0}
+    with pytest.raises(zj.CorruptCheckpointError, match="position in the data of process 1 was in"):
+        warm.manifest_of(exchange.Alone(), one, snapshot)
+    one = {path: h | {"is_alike": True} for path, h in one.items()}
+    assert warm.manifest_of(exchange.Alone(), one, snapshot).data_states == ({"next": 0},)
+
+
+def test_a_whole_copy_on_the_host_takes_the_place_of_a_damaged_one(tmp_path, base):
+    """Two processes of a host may hold the same part."""
+    killed_after(tmp_path, states.state(seed=1, step=1))
+    header, data = newest(base)
+    values = json.loads(header.read_text())
+    values.pop("digest")
+    values["process"] = 1
+    values["digest"] = manifest.sha256(values)
+    header.with_name("1-0.json").write_text(json.dumps(values))
+    header.with_name("1-0.data").write_bytes(data.read_bytes())
+    data.write_bytes(bytes(data.stat().st_size))
+    assert states.bits(restored(tmp_path).state) == states.bits(states.state(seed=1, step=1))
+
+
+def test_metrics_may_change_after_a_save(tmp_path, base):
+    loss = np.float32([1.5])
+    with pytest.raises(Killed), opened(tmp_path) as checkpoints:
+        metrics = {"loss": loss[0:1].reshape(())}
+        checkpoints.save(states.state(step=1), step=1, metrics=metrics)
+        loss[:] = metrics["more"] = 9
+        raise Killed
+    assert restored(tmp_path).metrics == {"loss": 1.5}
+
+
+@pytest.mark.parametrize("step", [4.0, True, -1, np.int64(4)], ids=repr)
+def test_steps_that_are_no_numbers(tmp_path, base, step):
+    with opened(tmp_path) as checkpoints, pytest.raises(zj.CheckpointError,
+                                                        match="write a whole number, 0 or more"):
+        checkpoints.save(states.state(step=4), step=step)
+
+
+def test_a_step_that_is_not_the_states(tmp_path, base):
+    """It is noticed when the copies are there, because nothing waits for the device."""
+    checkpoints = opened(tmp_path)
+    checkpoints.save(states.state(step=7), step=9)
+    with pytest.raises(zj.CheckpointError, match="given step=9 and a state of step 7"):
+        checkpoints.wait()
+    checkpoints.close()
+
+
+def test_an_end_that_fails_keeps_the_memory(tmp_path, base, monkeypatch):
+    """Such as one at which another process is missing."""
+    checkpoints = opened(tmp_path)
+    checkpoints.save(states.state(seed=1, step=1))
+    checkpoints.wait()
+    monkeypatch.setattr(checkpoints, "_wait", lambda: (_ for _ in ()).throw(OSError("gone")))
+    with pytest.raises(OSError, match="gone"):
+        checkpoints.close()
+    assert restored(tmp_path).step == 1
+
+
 def test_the_end_frees_the_memory(tmp_path, base):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(states.state(step=1))
@@ -296,6 +376,7 @@ def test_a_full_shared_memory_is_an_error_before_anything_is_written(tmp_path, s
     with pytest.raises(zj.CheckpointError, match=r"two snapshots of this process take 2 x 586\.0 "
                                                  r"KiB, and .* has .* left\. Enlarge it"):
         checkpoints.save(state, step=1)
+    assert not files(small, "*.data")
     checkpoints.close()
     assert list(small.iterdir()) == []
 

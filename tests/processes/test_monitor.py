@@ -228,7 +228,7 @@ def test_an_error_is_reported_to_the_others(threads, ends, process):
 def test_a_process_that_is_killed_ends_the_others(threads, ends):
     job = Job()
     job.members[1].report(job.call("train_step", 7), waits=False)
-    waits = threads.submit(job.members[2].barrier, "snapshot 3")
+    waits = threads.submit(job.members[2].barrier, "snapshot 3", "")
     time.sleep(0.1)
     job.members[1].channel.connection.shutdown(2)
     text = ("process 1 was killed, aborted or disconnected. Last calls: train_step at train.py:7 "
@@ -251,9 +251,18 @@ def test_the_watchdog_ends_all_with_their_stacks(threads, ends):
     assert set(ends) == {(text, True, 0.0)}
 
 
+def test_a_barrier_compares_values(threads, ends):
+    job = Job(2)
+    both = [threads.submit(member.barrier, "snapshot 3", f"step {number}")
+            for number, member in enumerate(job.members, 7)]
+    assert {error_of(future) for future in both} == {
+        "the processes differ at the snapshot 3: step 7 on process 0; step 8 on process 1."}
+    assert not ends
+
+
 def test_a_barrier_that_a_process_has_left_ends_all(threads, ends):
     job = Job(2)
-    waits = threads.submit(job.members[0].barrier, "snapshot 3")
+    waits = threads.submit(job.members[0].barrier, "snapshot 3", "")
     job.members[1].leave(["left"])
     assert error_of(waits) == ("process 1 ended before the snapshot 3, which all must make.")
     wait_until(lambda: len(ends) == 2)
@@ -273,7 +282,7 @@ def test_process_0_may_end_first(ends):
     job = Job(2)
     job.members[0].leave(["left"])
     wait_until(lambda: job.members[1]._may_close)
-    for channel in job.hub.channels.values():
+    for channel in list(job.hub.channels.values()):
         channel.connection.shutdown(2)
     time.sleep(0.3)
     assert not ends
@@ -282,13 +291,14 @@ def test_process_0_may_end_first(ends):
 def test_threads_meet_at_barriers_of_different_names(threads, ends):
     job = Job()
     names = ["snapshot 1", "snapshot 2"]
-    waits = [threads.submit(member.barrier, name) for member in job.members[:2] for name in names]
+    waits = [threads.submit(member.barrier, name, "")
+             for member in job.members[:2] for name in names]
     done, _ = concurrent.futures.wait(waits, 0.05)
     assert not done
     for name in reversed(names):
-        job.members[2].barrier(name)
+        job.members[2].barrier(name, "")
     assert [future.result(20) for future in waits] == [None] * 4
-    again = [threads.submit(member.barrier, names[0]) for member in job.members]
+    again = [threads.submit(member.barrier, names[0], "") for member in job.members]
     assert [future.result(20) for future in again] == [None] * 3 and not ends
 
 
@@ -324,7 +334,7 @@ def test_the_call_is_that_of_the_users_line():
 
 def test_a_process_that_is_alone_reports_nothing():
     assert monitor._member is None
-    monitor.called((0,), ""), monitor.meet((0,)), monitor.barrier("a"), monitor.left()
+    monitor.called((0,), ""), monitor.meet((0,)), monitor.barrier("a", ""), monitor.left()
     monitor.failed("nothing")
 
 

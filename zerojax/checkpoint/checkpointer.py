@@ -80,7 +80,6 @@ class Checkpointer:
         self._locked = False
         self._group = exchange.everyone()
         folder.check_shared(self.directory, self._group)
-        self._on_disk: int | None = None  # the newest step, once it is known
         self._snapshots = (Snapshots(self.directory, self._group, snapshot_every, zero)
                            if memory else None)
 
@@ -134,13 +133,10 @@ class Checkpointer:
     def _snapshot(self, snapshots: Snapshots, state: Any, step: int | None, data_state: Any,
                   metrics: Any) -> int:
         """Takes a snapshot if it is due, for which processes do not wait; returns the step."""
-        step = writing.step_of(state, None) if step is None else step
+        step = writing.step_of(state, None) if step is None else writing.whole(step)
         if snapshots.is_due(step):
             writing.check_arrays(state)
-            on_disk = self._on_disk
-            if on_disk is None:
-                on_disk = self._on_disk = max(self._group.of_first(self.steps()), default=-1)
-            snapshots.take(step, state, data_state, metrics, on_disk)
+            snapshots.take(step, state, data_state, metrics)
         return step
 
     def _ready(self, state: Any, step: int | None, data_state: Any, metrics: Any,
@@ -250,7 +246,6 @@ class Checkpointer:
     def _wait(self):
         if self._manager:
             self._attempt(self._manager.wait_until_finished)
-        self._on_disk = self._on_disk if self._begun is None else self._begun
         self._begun = None
 
     def steps(self) -> list[int]:
@@ -334,9 +329,9 @@ class Checkpointer:
         found = [(step, True, functools.partial(restoring.from_disk, group, self.directory, step))
                  for step in on_disk]
         if self._snapshots is not None:
-            headers = self._snapshots.headers(max(on_disk, default=-1))
+            headers = self._snapshots.headers()
             found += [(s.step, False, functools.partial(restoring.from_memory, group, headers, s))
-                      for s in warm.available(group, headers)]
+                      for s in warm.available(group, headers, max(on_disk, default=-1))]
         return sorted(found, key=lambda one: (-one[0], one[1]))
 
     def verify(self, step: int) -> Manifest:
@@ -371,6 +366,9 @@ class Checkpointer:
     def _close(self, wait: Callable[[], None], keep: bool):
         try:
             wait()
+        except BaseException:
+            keep = True
+            raise
         finally:
             with contextlib.ExitStack() as ends:  # each of them, whatever the others raise
                 if self._snapshots is not None:

@@ -118,8 +118,17 @@ class Slots:
         Raises:
           CheckpointError: the shared memory is full.
         """
-        for number in (0, 1):
-            self._memory(number, total)
+        try:
+            for number in (0, 1):
+                self._memory(number, total)
+        except CheckpointError:
+            self._unlink(f"{self.process}-[01].*")
+            raise
+
+    def _unlink(self, pattern: str) -> None:
+        """Removes files, headers first: a header without its data would look damaged."""
+        for path in sorted(self.folder.glob(pattern), key=lambda path: path.suffix != ".json"):
+            path.unlink(missing_ok=True)
 
     def _memory(self, number: int, total: int) -> np.memmap:
         if number not in self._maps or self._maps[number].size != total:
@@ -153,11 +162,10 @@ class Slots:
 
         Of those, each process removes its share.
         """
-        for path in self.folder.glob("*-*.*"):
-            owner = path.name.partition("-")[0]
-            is_old = owner.isdecimal() and int(owner) >= processes
-            if is_old and int(owner) % processes == self.process:
-                path.unlink(missing_ok=True)
+        owners = {path.name.partition("-")[0] for path in self.folder.glob("*-[01].*")}
+        for owner in filter(str.isdecimal, owners):
+            if int(owner) >= processes and int(owner) % processes == self.process:
+                self._unlink(f"{owner}-[01].*")
 
     def release(self) -> None:
         """Unlocks the slots, which keep their snapshots for the next start."""
@@ -168,11 +176,10 @@ class Slots:
 
     def remove(self) -> None:
         """Frees the memory, and unlocks the slots."""
-        for path in self.folder.glob(f"{self.process}[-.]*"):
-            path.unlink(missing_ok=True)
+        self._unlink(f"{self.process}[-.]*")
         self.release()
         with contextlib.suppress(OSError):  # other processes have slots, or have removed it
-            if [path.name for path in self.folder.iterdir()] == [_ABOUT]:
+            if all(path.name.startswith(_ABOUT) for path in self.folder.iterdir()):
                 shutil.rmtree(self.folder)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from zerojax import errors
+from zerojax.checkpoint import directory as folder
 from zerojax.checkpoint import entries, host_copies, json_values, warm, writing
 from zerojax.checkpoint.manifest import Manifest, optimizer_kinds, sha256
 from zerojax.checkpoint.slots import Slots
@@ -53,13 +54,15 @@ class Snapshots:
                                   "to keep snapshots; jax.distributed.initialize() alone does not "
                                   "connect them.")
         self.every, self.group, self._zero = every, group, zero
-        self.run, self._attempt = group.of_first(
-            [_run_id(directory) if group.first else "", uuid.uuid4().hex])
+        own = group.everywhere(lambda: _run_id(directory) if group.first else "")
+        self.run, self._attempt = group.of_first([own, uuid.uuid4().hex])
+        self._directory = directory
         self.slots = group.everywhere(lambda: Slots(str(directory), group.process),
                                       [CheckpointError])
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "zerojax snapshots")
         self._pending: concurrent.futures.Future | None = None
         self._step = -1  # of the last snapshot
+        self._taken = 0
         self._steps = {0: -1, 1: -1}  # of the slots
         self._about: Manifest | None = None  # of the shapes
         self._shapes: dict[str, Any] = {}
@@ -69,13 +72,10 @@ class Snapshots:
     def is_due(self, step: int) -> bool:
         return step % self.every == 0 and step != self._step
 
-    def take(self, step: int, state: Any, data_state: Any, metrics: Any, on_disk: int) -> None:
+    def take(self, step: int, state: Any, data_state: Any, metrics: Any) -> None:
         """Starts a snapshot. The next step may reuse the memory of the state at once.
 
         Waits for the snapshot before, if it is still being written, and for no device.
-
-        Args:
-          on_disk: the newest step on disk, or -1.
 
         Raises:
           CheckpointError: the shared memory is full, or the snapshot before has failed.
@@ -86,13 +86,16 @@ class Snapshots:
         position = json_values.encoded("data_state", writing.position_of(data_state))
         arrays = writing.arrays(leaves)
         if self._is_alike is None:
-            self._begin(step, arrays, position)
+            self._begin(arrays, position)
+        if step <= self._step or not self._taken:
+            self._abandon(step)
         about = self._described(step, state, leaves)
-        header = {"run": self.run, "attempt": self._attempt, "step": step, "on_disk": on_disk,
+        header = {"format": warm.FORMAT, "run": self.run, "attempt": self._attempt, "step": step,
                   "process": self.group.process, "processes": self.group.size,
                   "position": position, "is_alike": self._is_alike}
         copies = host_copies.started(arrays)
-        self._step = step
+        metrics = jax.tree.map(lambda x: np.array(x) if isinstance(x, np.ndarray) else x, metrics)
+        self._step, self._taken = step, self._taken + 1
         self._pending = self._writer.submit(self._write, header, about, metrics, copies)
 
     def _warn_if_busy(self, step: int) -> None:
@@ -101,17 +104,25 @@ class Snapshots:
             errors.warn(f"step {step} waits until the snapshot of step {self._step} is written; a "
                         f"snapshot_every of more than {self.every} would avoid that.")
 
-    def _begin(self, step: int, arrays: Mapping[str, Any], position: Any) -> None:
-        """Allocates the memory, and removes snapshots of an abandoned run: later ones than this."""
+    def _begin(self, arrays: Mapping[str, Any], position: Any) -> None:
+        """Allocates the memory, and compares the positions of the processes in their data."""
         _, total = _placed(arrays)
         self.group.everywhere(lambda: self.slots.allocate(total), [CheckpointError])
+        positions = self.group.shared(position).values()
+        self._is_alike = all(other == position for other in positions)
+
+    def _abandon(self, step: int) -> None:
+        """Removes the snapshots of this step and later ones: a run that went back made them.
+
+        The new ones have another identity, so that parts of both are never mixed.
+        """
+        self._attempt = f"{self._attempt}/{step}"
+        self._steps = {0: -1, 1: -1}
         for number, header in self.slots.headers():
             if header.get("run") == self.run and header.get("step", step) < step:
                 self._steps[number] = header["step"]
             else:
                 self.slots.clear(number)
-        positions = self.group.shared(position).values()
-        self._is_alike = all(other == position for other in positions)
 
     def _described(self, step: int, state: Any, leaves: Mapping[str, Any]) -> Manifest:
         """Returns the manifest without digests, because the parts have their own."""
@@ -127,25 +138,30 @@ class Snapshots:
     def _write(self, header: dict[str, Any], about: Manifest, metrics: Any,
                copies: dict[str, Any]) -> None:
         """Writes a snapshot over the older one, and waits until all processes have theirs."""
+        _check_step(header["step"], copies)
         placed, total = _placed(copies)
         views = [_bytes(np.asarray(part)) for x in copies.values()
                  for _, part in host_copies.parts(x)]
         for part, view in zip(itertools.chain(*placed.values()), views, strict=True):
             part.append(zlib.crc32(view.data))
         manifest = dataclasses.replace(about, metrics=jax.device_get(metrics))
-        header |= {"manifest": manifest.to_json(), "parts": placed}
+        on_disk = folder.steps(self._directory) if self.group.first else []
+        header |= {"manifest": manifest.to_json(), "parts": placed,
+                   "on_disk": max(on_disk, default=-1)}
         header["digest"] = sha256(header)
         number = min(self._steps, key=lambda n: self._steps[n])
         offsets = [part[1] for part in itertools.chain(*placed.values())]
         self._steps[number] = -1
         self.slots.write(number, header, views, offsets, total)
         self._steps[number] = header["step"]
-        monitor.barrier(f"snapshot {header['step']}")
+        copies.clear()  # the other processes may take long
+        views.clear()
+        monitor.barrier(f"snapshot {self._taken}", f"step {header['step']}")
         self.slots.remove_others(self.group.size)
 
-    def headers(self, on_disk: int) -> Mapping[pathlib.Path, warm.Header]:
+    def headers(self) -> Mapping[pathlib.Path, warm.Header]:
         """Returns the headers of the snapshots on this host; see `warm.here`."""
-        return warm.here(self.slots.folder, self.run, on_disk)
+        return warm.here(self.slots.folder, self.run)
 
     def wait(self) -> None:
         """Waits until the snapshot that was started last is whole on all hosts.
@@ -186,8 +202,18 @@ def _run_id(directory: epath.Path) -> str:
     """Returns the identity of the run that saves into a directory, which a restart finds again."""
     path = directory / _RUN
     if not path.exists():
-        path.write_text(uuid.uuid4().hex)
+        new = directory / f"{_RUN}-{uuid.uuid4().hex}"
+        new.write_text(uuid.uuid4().hex)
+        new.rename(path)
     return path.read_text().strip()
+
+
+def _check_step(step: int, copies: Mapping[str, Any]) -> None:
+    """Checks, when the copies are there, that a step is the state's own."""
+    own = copies.get("step")
+    if own is not None and np.size(own) == 1 and int(np.asarray(own)) != step:
+        raise CheckpointError(f"save was given step={step} and a state of step {int(own)}; give "
+                              "the state's own step.")
 
 
 def _shape(x: Any) -> Any:

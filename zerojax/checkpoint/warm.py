@@ -24,6 +24,7 @@ from zerojax.errors import CorruptCheckpointError
 from zerojax.layout import padded, rules
 from zerojax.processes.exchange import Group
 
+FORMAT = 1
 _NOBODY = np.uint32(2**32 - 1)
 Header = Mapping[str, Any]
 Bounds = tuple[tuple[int, int], ...]  # the first index of each dimension, and that after the last
@@ -36,32 +37,38 @@ class Snapshot(NamedTuple):
     attempt: str
 
 
-def here(folder: pathlib.Path, run: str, on_disk: int) -> dict[pathlib.Path, Header]:
+def here(folder: pathlib.Path, run: str) -> dict[pathlib.Path, Header]:
     """Returns the headers of all processes' snapshots in the memory of this host, by file.
 
     Args:
       run: the identity of the run; snapshots of others are left out.
-      on_disk: the newest step on disk, or -1. If a snapshot was taken when a later step was on
-        disk, all are left out: the user has moved that step away, to continue from an earlier one.
     """
     found = {}
     for path in sorted(folder.glob("*-[01].json")):
         try:
             header = slots.read_header(path)
             digest = header.pop("digest")
-            if digest == sha256(header) and header["run"] == run:
+            if digest == sha256(header) and (header["format"], header["run"]) == (FORMAT, run):
                 found[path] = header
         except (OSError, ValueError, KeyError, TypeError):
             continue  # it is being replaced, or damaged
-    has_moved = any(header["on_disk"] > on_disk for header in found.values())
-    return {} if has_moved else found
+    return found
 
 
-def available(group: Group, headers: Mapping[pathlib.Path, Header]) -> list[Snapshot]:
-    """Returns the snapshots of which any host has a part, newest first."""
-    mine = sorted({(h["step"], h["attempt"]) for h in headers.values()})
-    return sorted({Snapshot(*s) for all_of in group.shared(mine).values() for s in all_of},
-                  reverse=True)
+def available(group: Group, headers: Mapping[pathlib.Path, Header],
+              on_disk: int) -> list[Snapshot]:
+    """Returns the snapshots of which any host has a part, newest first.
+
+    Args:
+      on_disk: the newest step on disk, or -1. If a snapshot was taken when a later step was on
+        disk, all are left out: the user has moved that step away, to continue from an earlier one.
+    """
+    newest = max((h["on_disk"] for h in headers.values()), default=-1)
+    mine = [newest, sorted({(h["step"], h["attempt"]) for h in headers.values()})]
+    shared = group.shared(mine).values()
+    if max(newest for newest, _ in shared) > on_disk:
+        return []
+    return sorted({Snapshot(*s) for _, all_of in shared for s in all_of}, reverse=True)
 
 
 def manifest_of(group: Group, headers: Mapping[pathlib.Path, Header],
@@ -78,12 +85,13 @@ def manifest_of(group: Group, headers: Mapping[pathlib.Path, Header],
     holder = min(p for p, has in group.shared(bool(mine)).items() if has)
     about = [mine[0]["manifest"], mine[0]["processes"], mine[0]["is_alike"]] if mine else None
     values, processes, is_alike = group.shared(about if group.process == holder else None)[holder]
-    if len(positions) < processes and not is_alike:
+    found = [json_values.decoded(positions[p]) for p in sorted(positions)]
+    are_equal = all(position == found[0] for position in found)
+    if len(found) < processes and not (is_alike and are_equal):
         gone = sorted(set(range(processes)) - positions.keys())
         raise CorruptCheckpointError(f"the position in the data of process {gone[0]} was in the "
                                      "memory of a host that does not have it any more")
-    found = [json_values.decoded(positions[p]) for p in sorted(positions)]
-    states = tuple(found[:1] if is_alike else found)
+    states = tuple(found[:1] if are_equal else found)
     return dataclasses.replace(Manifest.from_json(values), data_states=states)
 
 
@@ -124,7 +132,7 @@ class _Parts:
 
     def __init__(self, headers: Mapping[pathlib.Path, Header]):
         self.damaged: dict[str, str] = {}
-        self._by_path: dict[str, dict[Bounds, Callable[[], np.ndarray | None]]] = {}
+        self._by_path: dict[str, dict[Bounds, list[Callable[[], np.ndarray | None]]]] = {}
         for file, header in headers.items():
             try:
                 data = slots.read_data(file.with_suffix(".data"))
@@ -135,7 +143,7 @@ class _Parts:
                 for bounds, *rest in parts:
                     place = tuple((start, stop) for start, stop in bounds)
                     read = functools.cache(functools.partial(self._read, path, data, *rest))
-                    self._by_path.setdefault(path, {}).setdefault(place, read)
+                    self._by_path.setdefault(path, {}).setdefault(place, []).append(read)
 
     def _read(self, path: str, data: np.ndarray, offset: int, size: int,
               check: int) -> np.ndarray | None:
@@ -153,9 +161,10 @@ class _Parts:
         region = np.zeros([stop - start for start, stop in bounds], entry.dtype)
         wanted = _common(bounds, tuple((0, n) for n in entry.shape))
         left = _volume(wanted)
-        for place, read in self._by_path.get(path, {}).items():
+        for place, copies in self._by_path.get(path, {}).items():
             both = _common(wanted, place)
-            if left and _volume(both) and (part := read()) is not None:
+            whole_copies = (part for read in copies if (part := read()) is not None)
+            if left and _volume(both) and (part := next(whole_copies, None)) is not None:
                 shape = [stop - start for start, stop in place]
                 whole = part.view(entry.dtype).reshape(shape)
                 region[_within(both, bounds)] = whole[_within(both, place)]
@@ -207,6 +216,8 @@ class _Draft:
     def complete(self) -> None:
         """Copies regions from other devices that have them; all processes of the mesh call it."""
         sharding = self.stored.sharding
+        if not self.regions:  # no device of this process takes part
+            return
         if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
             return
         spec = rules.full(sharding.spec, len(self.shape))

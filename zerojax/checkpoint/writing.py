@@ -47,12 +47,21 @@ def step_of(state: Any, step: int | None) -> int:
     if isinstance(own, jax.ShapeDtypeStruct):
         raise CheckpointError("save was given shapes, not arrays; give the state that a step "
                               "returned.")
-    step = int(own) if step is None else step
-    if type(step) is not int or step < 0:
-        raise CheckpointError(f"save was given step={step!r}; write a whole number, 0 or more.")
+    step = int(own) if step is None else whole(step)
     if own is not None and int(own) != step:
         raise CheckpointError(f"save was given step={step} and a state of step {int(own)}; give "
                               "the state's own step.")
+    return step
+
+
+def whole(step: Any) -> int:
+    """Returns a step.
+
+    Raises:
+      CheckpointError: it is not a whole number.
+    """
+    if type(step) is not int or step < 0:
+        raise CheckpointError(f"save was given step={step!r}; write a whole number, 0 or more.")
     return step
 
 

@@ -5,13 +5,13 @@ Each process sends batches of messages, which are lists of a kind and its argume
     ["name", members, name, place, key]   the next entry of its table of calls; no members: all
     ["call", entry, waits]                a call
     ["withdrawn", number]                 the process does not wait for that call any more
-    ["barrier", tag]                      waits for all processes
+    ["barrier", tag, value]               waits for all processes, which have the same value
     ["left"], ["failed", text]            makes no more calls, because of an error
 
 and the hub sends
 
     ["answer", number, trouble]           all have made that call, or why they have not
-    ["barrier", tag]                      all have come
+    ["barrier", tag, trouble]             all have come, perhaps with other values
     ["note", text]                        for the log
     ["left"]                              process 0 makes no more calls, and may end
     ["end", text, stacks]                 the job cannot continue; whether to print stacks
@@ -53,7 +53,7 @@ class Hub(threading.Thread):
         self._roll = RollCall(self.everyone)
         self._tables: dict[int, list[tuple[Group, Call]]] = {p: [] for p in channels}
         self._numbers = dict.fromkeys(channels, 0)
-        self._barriers: dict[str, set[int]] = {}
+        self._barriers: dict[str, dict[int, str]] = {}
         self._ended = False
         self._selector = selectors.DefaultSelector()
         for process, channel in channels.items():
@@ -114,12 +114,14 @@ class Hub(threading.Thread):
         if not self._roll.group(call.members).withdraw(process, number):
             self._end(f"process {process} was interrupted in {call}, which the others have made.")
 
-    def _take_barrier(self, process: int, tag: str) -> None:
-        came = self._barriers.setdefault(tag, set())
-        came.add(process)
+    def _take_barrier(self, process: int, tag: str, value: str) -> None:
+        came = self._barriers.setdefault(tag, {})
+        came[process] = value
         if len(came) == len(self.everyone):
             del self._barriers[tag]
-            self._send(came, ["barrier", tag])
+            differ = len(set(came.values())) > 1
+            trouble = f"the processes differ at the {tag}: {naming.by_value(dict(sorted(came.items())))}." * differ
+            self._send(came, ["barrier", tag, trouble])
 
     def _take_left(self, process: int) -> None:
         self._roll.left[process] = time.monotonic()
@@ -144,7 +146,7 @@ class Hub(threading.Thread):
         """Notices what the time shows: calls and barriers that others do not come to, silence."""
         gone = {p for p, at in self._roll.left.items() if now - at > _TICK}
         for tag, came in self._barriers.items():
-            if missing := gone - came:
+            if missing := gone - came.keys():
                 self._end(f"{naming.named(missing)} ended before the {tag}, which all must make.")
         if trouble := self._roll.never(gone):
             self._end(trouble)

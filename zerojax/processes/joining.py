@@ -69,8 +69,8 @@ def initialize(address: str | None = None, processes: int | None = None,
         $ZEROJAX_CONNECT_TIMEOUT; if that is not set, `initialization_timeout` for an address that a
         scheduler wrote, and 5 for any other.
       initialization_timeout: seconds within which all processes must arrive.
-      heartbeat_timeout: seconds after which all processes end if one is suspended or disconnected,
-        and after which the logger warns of a call that some processes have not made.
+      heartbeat_timeout: seconds after which all processes end if one is suspended or disconnected.
+        After half of it, the logger warns of a call that some processes have not made.
       shutdown_timeout: seconds that a finished process waits for the others.
       watchdog: seconds after which all processes print their stacks and end if one of them makes
         no call of zerojax, for example because a program of your own waits for ever. It must exceed

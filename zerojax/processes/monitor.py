@@ -6,7 +6,6 @@ the calls of training steps are reported without waiting. Does nothing in a proc
 Needs no jax.
 """
 
-import collections
 import functools
 import logging
 import os
@@ -108,16 +107,19 @@ def meet(members: Members) -> None:
         _member.meet(_call(members, ""))
 
 
-def barrier(tag: str) -> None:
+def barrier(tag: str, value: str) -> None:
     """Waits until all processes of the job have come to the barrier of this name.
 
     Any thread may wait, for several barriers at once.
 
+    Args:
+      value: what must be equal.
+
     Raises:
-      ClusterError: others have ended.
+      ClusterError: others have ended, or came with another value.
     """
     if _member is not None:
-        _member.barrier(tag)
+        _member.barrier(tag, value)
 
 
 def failed(text: str) -> None:
@@ -153,7 +155,7 @@ class Member:
         self._sent = threading.Event()  # after it has left
         self._news = threading.Condition()
         self._answers: dict[int, str] = {}  # by number of the call
-        self._passed: collections.Counter[str] = collections.Counter()  # barriers
+        self._passed: dict[str, str] = {}  # barriers, and the trouble with each
         for run in (self._send, self._receive):
             threading.Thread(target=run, name="zerojax monitor", daemon=True).start()
 
@@ -182,14 +184,14 @@ class Member:
         if trouble:
             raise ClusterError(trouble)
 
-    def barrier(self, tag: str) -> None:
-        self._out.put(["barrier", tag])
+    def barrier(self, tag: str, value: str) -> None:
+        self._out.put(["barrier", tag, value])
         self._urgent.set()
         with self._news:
-            self._news.wait_for(lambda: self._trouble or self._passed[tag])
-            self._passed -= collections.Counter([tag])  # drops it at 0
-        if self._trouble:
-            raise ClusterError(self._trouble)
+            self._news.wait_for(lambda: self._trouble or tag in self._passed)
+            trouble = self._passed.pop(tag, "") or self._trouble
+        if trouble:
+            raise ClusterError(trouble)
 
     def leave(self, message: list[Any]) -> None:
         with self._lock:
@@ -228,9 +230,9 @@ class Member:
             self._answers[number] = trouble
             self._news.notify_all()
 
-    def _take_barrier(self, tag: str) -> None:
+    def _take_barrier(self, tag: str, trouble: str) -> None:
         with self._news:
-            self._passed[tag] += 1
+            self._passed[tag] = trouble
             self._news.notify_all()
 
     def _take_left(self) -> None:
