@@ -119,8 +119,9 @@ class Hub(threading.Thread):
         came[process] = value
         if len(came) == len(self.everyone):
             del self._barriers[tag]
+            values = naming.by_value(dict(sorted(came.items())))
             differ = len(set(came.values())) > 1
-            trouble = f"the processes differ at the {tag}: {naming.by_value(dict(sorted(came.items())))}." * differ
+            trouble = f"the processes differ at the {tag}: {values}." * differ
             self._send(came, ["barrier", tag, trouble])
 
     def _take_left(self, process: int) -> None:
