@@ -61,7 +61,7 @@ def test_kill_9_at_random_moments(tmp_path, kills, seed):
     assert found["equal"] and sum(found["phases"].values()) == kills
     assert found["sources"]["memory"] > kills / 10
     assert min(found["phases"][phase] for phase in ("start", "restore", "save")) > 0
-    assert found["last"] > kills
+    assert found["last"] > kills / 5
 
 
 @pytest.mark.slow

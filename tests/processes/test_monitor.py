@@ -369,7 +369,8 @@ threading.Thread(target=print, args=("x" * 10**7,), daemon=True).start()
 time.sleep(0.5)
 sys.stderr.write("blocked")
 sys.stderr.flush()
-ending.now()
+ending.soon("the reason", False, 0.1)
+time.sleep(50)
 """
 
 

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import faulthandler
+import functools
 import os
 import sys
 import threading
@@ -10,28 +11,28 @@ import time
 import traceback
 from collections.abc import Callable
 
+_FLUSH = 0.5  # seconds for the last output
 _GRACE = 3.0  # seconds after an uncaught exception for other threads, such as a checkpoint's
 
 
 def now() -> None:
-    """Ends the process with status 1, at once."""
-    flush = threading.Thread(target=_flush, daemon=True)
-    flush.start()
-    flush.join(0.5)  # longer if nobody reads the output
-    os._exit(1)
-
-
-def _flush() -> None:
+    """Ends the process with status 1, after what it has written."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # closed, or None
             stream.flush()
+    os._exit(1)
 
 
 def _end_after(seconds: float) -> None:
-    """Ends the process after some seconds, whatever its other threads do."""
-    timer = threading.Timer(seconds, now)
-    timer.daemon = True
-    timer.start()
+    """Ends the process after some seconds, whatever its other threads do.
+
+    Raises:
+      RuntimeError: Python does not start threads any more, because the program has ended.
+    """
+    at_once = functools.partial(os._exit, 1)  # if nobody reads the output, `now` never returns
+    for timer in (threading.Timer(seconds, now), threading.Timer(seconds + _FLUSH, at_once)):
+        timer.daemon = True
+        timer.start()
 
 
 def soon(text: str, stacks: bool, grace: float) -> None:
@@ -42,10 +43,17 @@ def soon(text: str, stacks: bool, grace: float) -> None:
       stacks: whether to print the stacks of all threads too.
       grace: seconds for the process to end by itself.
     """
-    _end_after(grace)  # first, because writing waits for a reader
+    is_late = False
+    try:
+        _end_after(grace)  # first, because writing waits for a reader
+    except RuntimeError:
+        is_late = True
     write(f"zerojax: {text}")
     if stacks:
         faulthandler.dump_traceback(2, all_threads=True)
+    if is_late:
+        time.sleep(grace)
+        now()
 
 
 def write(line: str) -> None:
@@ -66,24 +74,27 @@ def on_errors(report: Callable[[str], None], leave: Callable[[], None]) -> None:
     before = sys.excepthook
     failed = threading.Event()
 
-    def fail(error):
-        failed.set()
-        _end_after(_GRACE)
-        report(" ".join(traceback.format_exception_only(error)[-1].split()))
-
     def hook(kind, error, trace):
         before(kind, error, trace)
-        fail(error)
+        failed.set()
+        _end_after(_GRACE)
+        report(_last_line(error))
 
     def end():
-        if not failed.is_set() and _uncaught() is not None:  # another hook has replaced this one
-            fail(_uncaught())
+        error = _uncaught()
+        if not failed.is_set() and error is not None:  # another hook has replaced this one
+            failed.set()
+            report(_last_line(error))
         if failed.is_set():
             now()
         leave()
 
     sys.excepthook = hook
     atexit.register(end)  # runs before jax's own function, which waits for the other processes
+
+
+def _last_line(error: BaseException) -> str:
+    return " ".join(traceback.format_exception_only(error)[-1].split())
 
 
 def _uncaught() -> BaseException | None:
