@@ -153,18 +153,24 @@ class _Parts:
         self.damaged[path] = f"a part of {path} has another checksum than its header"
         return None
 
+    def _whole(self, path: str, place: Bounds) -> np.ndarray | None:
+        """Returns the bytes of a part, of the first process that has them undamaged."""
+        reads = self._by_path.get(path, {}).get(place, ())
+        return next((part for read in reads if (part := read()) is not None), None)
+
     def region(self, path: str, entry: Entry, bounds: Bounds) -> np.ndarray | None:
         """Returns a region of an array, or None if not all of it is here.
 
-        Beyond the logical shape, a padded array has zeros.
+        Beyond the logical shape, a padded array has zeros. A region that is one part is not copied.
         """
+        if (same := self._whole(path, bounds)) is not None:
+            return same.view(entry.dtype).reshape([stop - start for start, stop in bounds])
         region = np.zeros([stop - start for start, stop in bounds], entry.dtype)
         wanted = _common(bounds, tuple((0, n) for n in entry.shape))
         left = _volume(wanted)
-        for place, copies in self._by_path.get(path, {}).items():
+        for place in self._by_path.get(path, {}):
             both = _common(wanted, place)
-            whole_copies = (part for read in copies if (part := read()) is not None)
-            if left and _volume(both) and (part := next(whole_copies, None)) is not None:
+            if left and _volume(both) and (part := self._whole(path, place)) is not None:
                 shape = [stop - start for start, stop in place]
                 whole = part.view(entry.dtype).reshape(shape)
                 region[_within(both, bounds)] = whole[_within(both, place)]
@@ -255,7 +261,7 @@ class _Draft:
     def array(self) -> Any:
         """Returns the array, in the form of its source."""
         if None in self.regions:
-            return self.regions[None]
+            return np.array(self.regions[None])
         kind = self.stored.sharding.memory_kind
         shards = [jax.device_put(region, SingleDeviceSharding(device, memory_kind=kind),
                                  may_alias=False)  # devices may have the same region
