@@ -127,14 +127,15 @@ def timed(directory, step, state, every):
     """Runs steps; returns the state, and the mean seconds in `save` and of a whole step."""
     options = {"memory": True, "snapshot_every": every} if every else {}
     with zj.Checkpointer(directory, every=10**6, **options) as saves:
-        saves.save(state, step=10**5)  # allocates the memory
+        first = int(state.step)
+        saves.save(state.replace(step=0 * state.step), step=0)  # allocates the memory
         saves.wait()
         blocked, start = 0.0, time.perf_counter()
         for number in range(1, STEPS + 1):
             state, metrics = step(state, BATCH)
             jax.block_until_ready(metrics)  # as a loop does that prints them
             before = time.perf_counter()
-            saves.save(state, step=10**5 + number)
+            saves.save(state, step=first + number)
             blocked += time.perf_counter() - before
         whole = time.perf_counter() - start
     return state, (blocked / STEPS, whole / STEPS)
