@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import disks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -357,16 +358,10 @@ def test_the_end_frees_the_memory(tmp_path, base):
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """Shared memory of 1 MB; skips the test where mounting is not permitted."""
-    path = tmp_path / "small"
-    path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path],
-                          capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
-    monkeypatch.setattr(slots, "BASE", path)
-    yield path
-    subprocess.run(["umount", "-l", path], check=True)
+    """Shared memory of 1 MB."""
+    with disks.small(tmp_path / "small", 1) as path:
+        monkeypatch.setattr(slots, "BASE", path)
+        yield path
 
 
 def test_a_full_shared_memory_is_an_error_before_anything_is_written(tmp_path, small):

@@ -256,7 +256,7 @@ def test_a_barrier_compares_values(threads, ends):
     both = [threads.submit(member.barrier, "snapshot 3", f"step {number}")
             for number, member in enumerate(job.members, 7)]
     assert {error_of(future) for future in both} == {
-        "the processes differ at the snapshot 3: step 7 on process 0; step 8 on process 1."}
+        "the processes differ at snapshot 3: step 7 on process 0; step 8 on process 1."}
     assert not ends
 
 
@@ -264,7 +264,7 @@ def test_a_barrier_that_a_process_has_left_ends_all(threads, ends):
     job = Job(2)
     waits = threads.submit(job.members[0].barrier, "snapshot 3", "")
     job.members[1].leave(["left"])
-    assert error_of(waits) == ("process 1 ended before the snapshot 3, which all must make.")
+    assert error_of(waits) == ("process 1 ended before snapshot 3, which all must make.")
     wait_until(lambda: len(ends) == 2)
 
 
@@ -407,6 +407,26 @@ def test_an_uncaught_exception_is_reported(arguments, line):
                           timeout=60)
     assert done.returncode == (arguments != ["none"])
     assert line in done.stdout and ("reported" in done.stdout) == (arguments != ["none"])
+
+
+THREAD = """
+import threading, time
+from zerojax.processes import ending
+
+def works():
+    time.sleep(1)
+    print("the thread ends", flush=True)
+
+ending.on_errors(print, lambda: print("left", flush=True))
+threading.Thread(target=works).start()
+"""
+
+
+def test_the_end_is_reported_before_other_threads_end():
+    """Python calls the functions of `atexit` only after them."""
+    done = subprocess.run([sys.executable, "-c", THREAD], capture_output=True, text=True,
+                          timeout=60)
+    assert done.stdout.split("\n")[:2] == ["left", "the thread ends"]
 
 
 def test_a_forked_child_keeps_no_connection(ends):

@@ -16,10 +16,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from zerojax.checkpoint import directory as folder
-from zerojax.checkpoint import entries, lock, reading, restoring, warm, writing
+from zerojax.checkpoint import entries, lock, reading, restoring, writing
 from zerojax.checkpoint.manifest import Manifest
 from zerojax.checkpoint.restoring import KINDS, Restored
-from zerojax.checkpoint.snapshots import Snapshots
+from zerojax.checkpoint.snapshots import Found, NoSnapshots, Snapshots
 from zerojax.checkpoint.target import MODEL
 from zerojax.errors import CheckpointError, CorruptCheckpointError
 from zerojax.policy import Policy
@@ -81,7 +81,7 @@ class Checkpointer:
         self._group = exchange.everyone()
         folder.check_shared(self.directory, self._group)
         self._snapshots = (Snapshots(self.directory, self._group, snapshot_every, zero)
-                           if memory else None)
+                           if memory else NoSnapshots())
 
     def save(self, state: Any, *, step: int | None = None, data_state: Any = None,
              metrics: Any = None, force: bool = False) -> bool:
@@ -106,8 +106,7 @@ class Checkpointer:
           ClusterError: the states of the processes have different steps.
         """
         self._raise_earlier_failure()
-        if self._snapshots is not None:
-            step = self._snapshot(self._snapshots, state, step, data_state, metrics)
+        step = self._snapshots.save(state, step, data_state, metrics)
         if step is not None and not self._is_due(step, force):
             return False
         step = self._group.everywhere(
@@ -127,29 +126,20 @@ class Checkpointer:
         has_ended = self._manager and not self._manager.is_saving_in_progress()
         if has_ended and self._group.size == 1:
             self._wait()
-        if self._snapshots is not None:
-            self._snapshots.raise_failure()
-
-    def _snapshot(self, snapshots: Snapshots, state: Any, step: int | None, data_state: Any,
-                  metrics: Any) -> int:
-        """Takes a snapshot if it is due, for which processes do not wait; returns the step."""
-        step = writing.step_of(state, None) if step is None else writing.whole(step)
-        if snapshots.is_due(step):
-            writing.check_arrays(state)
-            snapshots.take(step, state, data_state, metrics)
-        return step
+        self._snapshots.raise_failure()
 
     def _ready(self, state: Any, step: int | None, data_state: Any, metrics: Any,
                force: bool) -> int:
         if self._group.size > 1:
             self._wait()
         step = writing.checked_step(state, step, data_state, metrics)
-        if self._is_due(step, force):
+        if self._is_due(step, force) and self._group.first:
             self._lock()
+            folder.check_writable(self.directory)
         return step
 
     def _lock(self):
-        if self._group.first and not self._locked:
+        if not self._locked:
             lock.take(self.directory)
             self._locked = True
 
@@ -240,8 +230,7 @@ class Checkpointer:
 
     def _wait_for_all(self):
         self._wait()
-        if self._snapshots is not None:
-            self._snapshots.wait()
+        self._snapshots.wait()
 
     def _wait(self):
         if self._manager:
@@ -320,18 +309,15 @@ class Checkpointer:
                                   'run, write if_none="none", which returns None.')
         return None
 
-    def _candidates(self) -> list[tuple[int, bool, Callable[..., Restored]]]:
+    def _candidates(self) -> Found:
         """Returns the steps to restore from, newest first, whether each is on disk, and its reader.
 
         Memory is faster, so that snapshots come before the same step on disk.
         """
-        on_disk, group = self._group.of_first(self.steps()), self._group
-        found = [(step, True, functools.partial(restoring.from_disk, group, self.directory, step))
-                 for step in on_disk]
-        if self._snapshots is not None:
-            headers = self._snapshots.headers()
-            found += [(s.step, False, functools.partial(restoring.from_memory, group, headers, s))
-                      for s in warm.available(group, headers, max(on_disk, default=-1))]
+        steps = self._group.of_first(self.steps())
+        found: Found = [(step, True, functools.partial(restoring.from_disk, self._group,
+                                                       self.directory, step)) for step in steps]
+        found += self._snapshots.found(max(steps, default=-1))
         return sorted(found, key=lambda one: (-one[0], one[1]))
 
     def verify(self, step: int) -> Manifest:
@@ -359,7 +345,7 @@ class Checkpointer:
         A context that is left by an error, or by `Preemption.exit`, keeps the snapshots.
 
         Raises:
-          CheckpointError: the save failed.
+          CheckpointError: the save failed. The snapshots are kept.
         """
         self._close(self.wait, keep=False)
 
@@ -371,12 +357,11 @@ class Checkpointer:
             raise
         finally:
             with contextlib.ExitStack() as ends:  # each of them, whatever the others raise
-                if self._snapshots is not None:
-                    ends.callback(self._snapshots.close, keep)
+                ends.callback(self._snapshots.close, keep)
                 ends.callback(self._unlock)
                 if self._manager:
                     ends.callback(self._manager.close)
-                self._manager = self._snapshots = None
+                self._manager, self._snapshots = None, NoSnapshots()
 
     def __enter__(self) -> "Checkpointer":
         return self

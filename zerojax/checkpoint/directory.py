@@ -97,6 +97,19 @@ def check_shared(path: epath.Path, group: Group) -> None:
             own.unlink()
 
 
+def check_writable(path: epath.Path) -> None:
+    """Checks that files can be created in a directory now.
+
+    Orbax's threads wait for 5 minutes for a step's directory that cannot be created.
+
+    Raises:
+      CheckpointError: they cannot.
+    """
+    probe = path / f".zerojax-{uuid.uuid4().hex}"
+    _check_writable(probe)
+    probe.unlink()
+
+
 def _check_writable(probe: epath.Path):
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)

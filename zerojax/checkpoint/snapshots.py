@@ -8,11 +8,11 @@ state together from the parts.
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
-import pathlib
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,8 +21,9 @@ from etils import epath
 
 from zerojax import errors
 from zerojax.checkpoint import directory as folder
-from zerojax.checkpoint import entries, host_copies, json_values, warm, writing
+from zerojax.checkpoint import entries, host_copies, json_values, restoring, warm, writing
 from zerojax.checkpoint.manifest import Manifest, optimizer_kinds, sha256
+from zerojax.checkpoint.restoring import Restored
 from zerojax.checkpoint.slots import Slots
 from zerojax.errors import CheckpointError, ZeroError
 from zerojax.layout import padded
@@ -34,7 +35,31 @@ _RUN = ".zerojax-run"  # the file in the directory of checkpoints that tells run
 _ALIGN = 64  # bytes
 
 
-class Snapshots:
+Found = list[tuple[int, bool, Callable[..., Restored]]]  # step, whether it is on disk, its reader
+
+
+class NoSnapshots:
+    """Keeps nothing in memory. `Snapshots` has the same methods."""
+
+    def save(self, state: Any, step: int | None, data_state: Any, metrics: Any) -> int | None:
+        """Returns the step that was given."""
+        return step
+
+    def found(self, on_disk: int) -> Found:
+        """Returns the snapshots to restore from."""
+        return []
+
+    def wait(self) -> None:
+        """Waits for the snapshot in progress."""
+
+    def raise_failure(self) -> None:
+        """Raises the error of a snapshot that has failed."""
+
+    def close(self, keep: bool) -> None:
+        """Frees the memory, unless it is to be kept."""
+
+
+class Snapshots(NoSnapshots):
     """The snapshots of a job beside its directory of checkpoints.
 
     Args:
@@ -69,17 +94,24 @@ class Snapshots:
         self._is_alike: bool | None = None  # whether all processes have the same data position
         self._has_warned = False
 
-    def is_due(self, step: int) -> bool:
-        return step % self.every == 0 and step != self._step
+    def save(self, state: Any, step: int | None, data_state: Any, metrics: Any) -> int:
+        """Starts a snapshot if the step is due; returns the step.
 
-    def take(self, step: int, state: Any, data_state: Any, metrics: Any) -> None:
-        """Starts a snapshot. The next step may reuse the memory of the state at once.
-
-        Waits for the snapshot before, if it is still being written, and for no device.
+        The next step may reuse the memory of the state at once. Waits for the snapshot before, if
+        it is still being written, and for a device only if no step is given.
 
         Raises:
-          CheckpointError: the shared memory is full, or the snapshot before has failed.
+          StateError: the state's arrays were deleted.
+          CheckpointError: the state cannot be saved, the shared memory is full, or the snapshot
+            before has failed.
         """
+        step = writing.step_of(state, None) if step is None else writing.whole(step)
+        if step % self.every == 0 and step != self._step:
+            writing.check_arrays(state)
+            self._take(step, state, data_state, metrics)
+        return step
+
+    def _take(self, step: int, state: Any, data_state: Any, metrics: Any) -> None:
         self._warn_if_busy(step)
         self.wait()
         leaves = entries.by_path(state)
@@ -159,9 +191,15 @@ class Snapshots:
         monitor.barrier(f"snapshot {self._taken}", f"step {header['step']}")
         self.slots.remove_others(self.group.size)
 
-    def headers(self) -> Mapping[pathlib.Path, warm.Header]:
-        """Returns the headers of the snapshots on this host; see `warm.here`."""
-        return warm.here(self.slots.folder, self.run)
+    def found(self, on_disk: int) -> Found:
+        """Returns the snapshots of which the hosts have parts, newest first.
+
+        Args:
+          on_disk: the newest step on disk, or -1.
+        """
+        headers = warm.here(self.slots.folder, self.run)
+        return [(s.step, False, functools.partial(restoring.from_memory, self.group, headers, s))
+                for s in warm.available(self.group, headers, on_disk)]
 
     def wait(self) -> None:
         """Waits until the snapshot that was started last is whole on all hosts.

@@ -266,7 +266,8 @@ class _Draft:
         shards = [jax.device_put(region, SingleDeviceSharding(device, memory_kind=kind),
                                  may_alias=False)  # devices may have the same region
                   for device, region in self.regions.items()]
-        array = jax.make_array_from_single_device_arrays(self.shape, self.stored.sharding, shards)
+        array = jax.make_array_from_single_device_arrays(self.shape, self.stored.sharding, shards,
+                                                         dtype=self.dtype)
         is_padded = padded.is_padded(self.source)
         return padded.Padded(array, self.source.shape) if is_padded else array
 

@@ -68,8 +68,9 @@ def on_errors(report: Callable[[str], None], leave: Callable[[], None]) -> None:
     Notebooks do not use sys.excepthook, so a cell that fails ends nothing.
 
     Args:
-      report: takes the exception's text.
-      leave: is called at the end of the program, if there was no such exception.
+      report: takes the last line of the exception.
+      leave: is called at the end of the program, if there was no such exception. Either may be
+        called twice.
     """
     before = sys.excepthook
     failed = threading.Event()
@@ -80,17 +81,26 @@ def on_errors(report: Callable[[str], None], leave: Callable[[], None]) -> None:
         _end_after(_GRACE)
         report(_last_line(error))
 
-    def end():
+    def tell():
         error = _uncaught()
         if not failed.is_set() and error is not None:  # another hook has replaced this one
             failed.set()
             report(_last_line(error))
+        elif not failed.is_set():
+            leave()
+
+    def end():
+        tell()
         if failed.is_set():
             now()
-        leave()
+
+    def watch():
+        threading.main_thread().join()  # ends before threads that are no daemons, which delay `end`
+        tell()
 
     sys.excepthook = hook
     atexit.register(end)  # runs before jax's own function, which waits for the other processes
+    threading.Thread(target=watch, name="zerojax end", daemon=True).start()
 
 
 def _last_line(error: BaseException) -> str:

@@ -121,7 +121,7 @@ class Hub(threading.Thread):
             del self._barriers[tag]
             values = naming.by_value(dict(sorted(came.items())))
             differ = len(set(came.values())) > 1
-            trouble = f"the processes differ at the {tag}: {values}." * differ
+            trouble = f"the processes differ at {tag}: {values}." * differ
             self._send(came, ["barrier", tag, trouble])
 
     def _take_left(self, process: int) -> None:
@@ -148,7 +148,7 @@ class Hub(threading.Thread):
         gone = {p for p, at in self._roll.left.items() if now - at > _TICK}
         for tag, came in self._barriers.items():
             if missing := gone - came.keys():
-                self._end(f"{naming.named(missing)} ended before the {tag}, which all must make.")
+                self._end(f"{naming.named(missing)} ended before {tag}, which all must make.")
         if trouble := self._roll.never(gone):
             self._end(trouble)
         for members, text in self._roll.late(now, self.patience).items():

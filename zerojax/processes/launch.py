@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import IO
+from typing import IO, TextIO
 
 from zerojax.errors import ClusterError
 from zerojax.processes import naming
@@ -170,8 +170,8 @@ class _Job:
                                  stderr=subprocess.PIPE, start_new_session=True)
         self.running[process] = child
         prefix = f"[{process}] "
-        self._read(child.stdout, sys.stdout, prefix, None)
-        self._read(child.stderr, sys.stderr, prefix, self.tails[process])
+        self._read(child.stdout, _OUT, prefix, None)
+        self._read(child.stderr, _ERR, prefix, self.tails[process])
         threading.Thread(target=self._await, args=(process, child), daemon=True).start()
 
     def _read(self, *arguments) -> None:
@@ -247,19 +247,34 @@ class _Job:
         return 128 - status if status < 0 else status
 
 
-def _say(text: str) -> None:
-    """Writes a line to standard error, and waits only a moment for its reader.
+class _Stream:
+    """Standard output or standard error of the launcher, without Python's buffers.
 
-    A signal may have interrupted another line, and a closed pipe is no error.
+    Python locks and flushes them when the launcher ends, which a reader that stops or leaves would
+    delay or turn into an error.
     """
-    rest = f"zerojax launch: {text}\n".encode(errors="backslashreplace")
 
-    def write(rest: bytes):
-        with contextlib.suppress(OSError):
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream  # None if the launcher was started without it
+        self._lock = threading.Lock()
+
+    def write(self, text: str) -> None:
+        """Writes a text whole, or drops it if the reader has left: the job goes on."""
+        if self._stream is None:
+            return
+        rest = text.encode(self._stream.encoding, errors="backslashreplace")
+        with contextlib.suppress(OSError), self._lock:
             while rest:
-                rest = rest[os.write(2, rest):]
+                rest = rest[os.write(self._stream.fileno(), rest):]
 
-    writer = threading.Thread(target=write, args=(rest,), daemon=True)
+
+_OUT, _ERR = _Stream(sys.__stdout__), _Stream(sys.__stderr__)
+
+
+def _say(text: str) -> None:
+    """Writes a line to standard error, and waits only a moment for its reader."""
+    line = f"zerojax launch: {text}\n"
+    writer = threading.Thread(target=_ERR.write, args=(line,), daemon=True)
     writer.start()
     writer.join(_OUTPUT)
 
@@ -281,7 +296,7 @@ def _traceback(tail: Iterable[str]) -> list[str]:
     return lines[begin:]
 
 
-def _forward(source: IO[bytes], sink: IO[str], prefix: str, tail: collections.deque | None):
+def _forward(source: IO[bytes], sink: _Stream, prefix: str, tail: collections.deque | None):
     """Writes the lines of a process to a stream of the launcher, each with a prefix.
 
     A line ends in a newline, or in a carriage return, like a progress bar.
@@ -295,13 +310,8 @@ def _forward(source: IO[bytes], sink: IO[str], prefix: str, tail: collections.de
     _write([rest] if rest else [], sink, prefix, tail)
 
 
-def _write(lines: Sequence[bytes], sink, prefix: str, tail: collections.deque | None):
-    """Writes whole lines. Drops what nobody reads, because the process would wait for a reader."""
+def _write(lines: Sequence[bytes], sink: _Stream, prefix: str, tail: collections.deque | None):
     texts = [line.decode(errors="replace") for line in lines]
     if tail is not None:
         tail.extend(texts)
-    with contextlib.suppress(OSError, ValueError):
-        encoding = sink.encoding or "utf-8"
-        text = "".join(f"{prefix}{text}\n" for text in texts)
-        sink.buffer.write(text.encode(encoding, errors="backslashreplace"))
-        sink.flush()
+    sink.write("".join(f"{prefix}{text}\n" for text in texts))

@@ -55,13 +55,6 @@ def start(channels: Mapping[int, Channel], process: int, heartbeat: float,
     # process 0 ends last, because jax aborts the others when it does
     _member = Member(ours, grace=_GRACE if process else _GRACE + 1)
     os.register_at_fork(after_in_child=functools.partial(_forget, forget))
-    threading.Thread(target=_leave_at_the_end, name="zerojax end", daemon=True).start()
-
-
-def _leave_at_the_end() -> None:
-    """Reports the end of the program, before threads that are no daemons delay it."""
-    threading.main_thread().join()
-    left()
 
 
 def _pair() -> tuple[Channel, Channel]:
