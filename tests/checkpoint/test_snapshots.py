@@ -414,3 +414,10 @@ def test_each_part_is_kept_once():
     for x in jax.tree.leaves({"w": state.params["w"], "odd": state.params["odd"]}):
         parts = list(host_copies.parts(x))
         assert sum(part.size for _, part in parts) == x.size
+
+
+def test_copies_are_in_the_memory_of_the_host():
+    x, y = jnp.ones(4), states.state().params["w"]
+    copies = host_copies.started({"x": x, "y": y})
+    assert {copy.sharding.memory_kind for copy in copies.values()} == {"pinned_host"}
+    assert states.bits(copies["y"]) == states.bits(y)

@@ -186,21 +186,23 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 sleeps = subprocess.Popen(["sleep", "300"])
 print("up", file=sys.stderr, flush=True)
 while True:
-    print("x" * 1000)
+    print("x" * 1000, file=sys.STREAM)
 """
 
 
-def test_one_signal_ends_processes_that_ignore_it(tmp_path):
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_one_signal_ends_processes_that_ignore_it(tmp_path, stream):
     """Also if nobody reads the output, and they have started other programs."""
-    (tmp_path / "script.py").write_text(STUBBORN)
+    (tmp_path / "script.py").write_text(STUBBORN.replace("STREAM", stream))
     with subprocess.Popen(command("-n", 2, "--devices", 1, "--grace", 0.5, tmp_path / "script.py"),
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
         assert [launcher.stderr.readline()[4:] for _ in range(2)] == ["up\n"] * 2
         sleeps = [child for process in children_of(launcher.pid) for child in children_of(process)]
+        time.sleep(1)  # the pipe is full
         launcher.terminate()
         assert launcher.wait(5) == 143
-        assert ("zerojax launch: killed processes 0-1 after 0.5 s; --grace sets another limit"
-                in launcher.stderr.read())
+        last = "zerojax launch: killed processes 0-1 after 0.5 s; --grace sets another limit"
+        assert (last in launcher.stderr.read()) == (stream == "stdout")
         assert len(sleeps) == 2 and not any(map(is_running, sleeps))
 
 
@@ -210,11 +212,13 @@ def children_of(pid):
 
 def test_a_process_that_cannot_be_killed_is_given_up(tmp_path, monkeypatch, capfd):
     """SIGKILL has no effect as long as the process is inside a system call of some drivers."""
-    script = "if me: sys.exit(3)\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(8)"
+    end = tmp_path / "end"
+    script = ("if me: sys.exit(3)\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(8)\n"
+              f"open({str(end)!r}, 'w')")
     (tmp_path / "script.py").write_text(HEAD + script)
     monkeypatch.setattr(launch, "_signal_all", lambda child, number: None)
     plan = launch.Launch([sys.executable, str(tmp_path / "script.py")], [2], devices=1)
-    assert launch.launch(plan) == 3
+    assert launch.launch(plan) == 3 and not end.exists()
     assert "zerojax launch: process 0 cannot be killed" in capfd.readouterr().err
 
 

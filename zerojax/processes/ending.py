@@ -11,16 +11,18 @@ import time
 import traceback
 from collections.abc import Callable
 
+from zerojax.processes.outcome import Outcome, status_of
+
 _FLUSH = 0.5  # seconds for the last output
 _GRACE = 3.0  # seconds after an uncaught exception for other threads, such as a checkpoint's
 
 
-def now() -> None:
-    """Ends the process with status 1, after what it has written."""
+def now(status: int = 1) -> None:
+    """Ends the process, after what it has written."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # closed, or None
             stream.flush()
-    os._exit(1)
+    os._exit(status)
 
 
 def _end_after(seconds: float) -> None:
@@ -63,53 +65,54 @@ def write(line: str) -> None:
 
 
 def on_errors(report: Callable[[str], None], leave: Callable[[], None]) -> None:
-    """Ends the process after an uncaught exception, which Python passes to sys.excepthook.
+    """Ends the process after an uncaught exception, or `sys.exit` with an error.
 
-    Notebooks do not use sys.excepthook, so a cell that fails ends nothing.
+    A cell of a notebook that fails ends nothing.
 
     Args:
       report: takes the last line of the exception.
-      leave: is called at the end of the program, if there was no such exception. Either may be
-        called twice.
+      leave: is called at the end of the program, if there was no error. Either may be called by
+        several threads.
     """
-    before = sys.excepthook
-    failed = threading.Event()
+    end = _End(report, leave)
+    atexit.register(end.at_exit)  # runs before jax's own function, which waits for other processes
+    # Threads that are no daemons delay atexit. If nobody reads the output, `now` never returns.
+    for seconds, act in ((_GRACE, now), (_GRACE + _FLUSH, os._exit)):
+        threading.Thread(target=end.watch, args=(seconds, act), name="zerojax end",
+                         daemon=True).start()
 
-    def hook(kind, error, trace):
-        before(kind, error, trace)
-        failed.set()
-        _end_after(_GRACE)
-        report(_last_line(error))
 
-    def tell():
-        error = _uncaught()
-        if not failed.is_set() and error is not None:  # another hook has replaced this one
-            failed.set()
-            report(_last_line(error))
-        elif not failed.is_set():
-            leave()
+class _End:
+    """The end of the program; see `on_errors`."""
 
-    def end():
-        tell()
-        if failed.is_set():
-            now()
+    def __init__(self, report: Callable[[str], None], leave: Callable[[], None]):
+        self.report, self.leave = report, leave
+        self.outcome = Outcome()
 
-    def watch():
-        threading.main_thread().join()  # ends before threads that are no daemons, which delay `end`
-        tell()
+    def tell(self) -> int:
+        """Reports the end of the main thread; returns the exit status."""
+        error = self.outcome.error()
+        if error is None:
+            self.leave()
+            return 0
+        self.report(_last_line(error))
+        return status_of(error)
 
-    sys.excepthook = hook
-    atexit.register(end)  # runs before jax's own function, which waits for the other processes
-    threading.Thread(target=watch, name="zerojax end", daemon=True).start()
+    def at_exit(self) -> None:
+        if status := self.tell():
+            now(status)
+
+    def watch(self, seconds: float, end: Callable[[int], None]) -> None:
+        """Ends the process some seconds after an error has ended the main thread."""
+        threading.main_thread().join()
+        limit = time.monotonic() + seconds
+        if status := self.tell():
+            time.sleep(max(0, limit - time.monotonic()))
+            end(status)
 
 
 def _last_line(error: BaseException) -> str:
     return " ".join(traceback.format_exception_only(error)[-1].split())
-
-
-def _uncaught() -> BaseException | None:
-    """Returns the exception that ends the program, except in an interactive one."""
-    return None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
 
 
 def with_launcher() -> None:

@@ -14,6 +14,7 @@ and the hub sends
     ["barrier", tag, trouble]             all have come, perhaps with other values
     ["note", text]                        for the log
     ["left"]                              process 0 makes no more calls, and may end
+    ["noted"]                             the others know that this process makes no more calls
     ["end", text, stacks]                 the job cannot continue; whether to print stacks
 
 Needs no jax.
@@ -128,10 +129,13 @@ class Hub(threading.Thread):
         self._roll.left[process] = time.monotonic()
         if process == 0:
             self._send(self.everyone[1:], ["left"])
+        self._send([process], ["noted"])
 
     def _take_failed(self, process: int, text: str) -> None:
         self._roll.left[process] = time.monotonic()
         self._end(f"process {process} failed: {text}", but=[process])
+        if process != 0:  # process 0 waits for the end of the others, which its own would abort
+            self._send([process], ["noted"])
 
     def _lose(self, process: int) -> None:
         """Notes that a process has ended, which ends the job if it did not announce it."""
@@ -142,6 +146,8 @@ class Hub(threading.Thread):
             self._roll.left[process] = time.monotonic()
             self._end(f"process {process} was killed, aborted or disconnected. "
                       f"{self._roll.last_calls([process])}")
+        if self.channels.keys() == {0}:
+            self._send([0], ["noted"])
 
     def _look(self, now: float) -> None:
         """Notices what the time shows: calls and barriers that others do not come to, silence."""

@@ -23,13 +23,13 @@ from typing import IO, TextIO
 
 from zerojax.errors import ClusterError
 from zerojax.processes import naming
+from zerojax.processes.outcome import PREEMPTED
 from zerojax.processes.sealed import SECRET
 
 GRACE = 4.0  # seconds between a signal and SIGKILL
 _AFTER_FAILURE = 1.0  # the same after one process has failed, when the others cannot save any more
 _OUTPUT = 0.5  # seconds for the last output, and for SIGKILL to take effect
 TAIL = 400  # lines of standard error that are kept of each process
-PREEMPTED = 75  # the exit status of a run that received a signal, and saved
 _TRACEBACK = re.compile(r"\s*(\+ Exception Group )?Traceback \(most recent call last\)")
 _LED_TO = ("The above exception was the direct cause", "During handling of the above exception")
 _LINE = re.compile(rb"([^\r\n]*)(\r?\n|\r)")

@@ -145,7 +145,7 @@ class Member:
         self._trouble = ""  # why the job ends
         self._out: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
         self._urgent = threading.Event()
-        self._sent = threading.Event()  # after it has left
+        self._noted = threading.Event()  # by the hub, that this process has left
         self._news = threading.Condition()
         self._answers: dict[int, str] = {}  # by number of the call
         self._passed: dict[str, str] = {}  # barriers, and the trouble with each
@@ -192,7 +192,7 @@ class Member:
         if is_first:
             self._out.put(message)
             self._urgent.set()
-        self._sent.wait(1)
+        self._noted.wait(self._grace)
 
     def _send(self) -> None:
         """Sends what is to be sent, in batches."""
@@ -203,11 +203,9 @@ class Member:
                 while not self._out.empty():
                     batch.append(self._out.get())
                 self.channel.send(batch)
-                if any(kind in ("left", "failed") for kind, *_ in batch):
-                    self._sent.set()
                 self._urgent.wait(_PAUSE)
         except OSError:  # process 0 has ended
-            self._sent.set()
+            self._noted.set()
 
     def _receive(self) -> None:
         try:
@@ -215,6 +213,7 @@ class Member:
                 for kind, *arguments in self.channel.receive():
                     getattr(self, f"_take_{kind}")(*arguments)
         except EOFError:
+            self._noted.set()
             if not self._left and not self._may_close:
                 self._take_end("process 0 was killed, aborted or disconnected.", False)
 
@@ -230,6 +229,9 @@ class Member:
 
     def _take_left(self) -> None:
         self._may_close = True
+
+    def _take_noted(self) -> None:
+        self._noted.set()
 
     def _take_note(self, text: str) -> None:
         _LOG.warning("%s", text)

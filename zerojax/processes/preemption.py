@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from zerojax.errors import CheckpointError, ClusterError
 from zerojax.processes import exchange
+from zerojax.processes.outcome import PREEMPTED
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -41,7 +42,7 @@ class Preemption:
     (2, True)
     """
 
-    status = 75
+    status = PREEMPTED
 
     def __init__(self):
         self.requested = False

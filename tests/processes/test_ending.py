@@ -1,0 +1,124 @@
+"""The end of a process, in programs of its own."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def ended(program, *arguments):
+    """Returns a program that has ended."""
+    return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True,
+                          text=True, timeout=60)
+
+
+SOON = """
+import sys, threading, time
+from zerojax.processes import ending
+
+def waits_for_ever():
+    time.sleep(100)
+
+threading.Thread(target=waits_for_ever, daemon=True).start()
+sys.stderr = None
+ending.soon("the reason", sys.argv[1] == "stacks", 0.5)
+time.sleep(50)
+"""
+
+
+@pytest.mark.parametrize("stacks", ["stacks", "none"])
+def test_the_reason_and_the_stacks_are_printed(stacks):
+    """To standard error itself: a program may have replaced sys.stderr."""
+    done = ended(SOON, stacks)
+    assert done.returncode == 1 and done.stderr.startswith("zerojax: the reason\n")
+    assert ("in waits_for_ever" in done.stderr) == (stacks == "stacks")
+
+
+BLOCKED = """
+import sys, threading, time
+from zerojax.processes import ending
+
+threading.Thread(target=print, args=("x" * 10**7,), daemon=True).start()
+time.sleep(0.5)
+sys.stderr.write("blocked")
+sys.stderr.flush()
+ending.soon("the reason", False, 0.1)
+time.sleep(50)
+"""
+
+
+def test_a_process_ends_although_nobody_reads_its_output():
+    with subprocess.Popen([sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        assert process.stderr.read(7) == b"blocked"
+        assert process.wait(20) == 1
+
+
+ENDS = """
+import code, os, sys, threading  # the console shows errors like a notebook
+from zerojax.processes import ending
+
+class Odd(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+def shown(error):
+    code.InteractiveConsole(dict(error=error)).push("raise error")
+
+def caught():
+    try:
+        sys.exit(4)
+    except SystemExit:
+        pass
+
+def a_thread_exits():
+    thread = threading.Thread(target=sys.exit, args=[4])
+    thread.start(), thread.join()
+
+def main():
+    BODY
+
+def say(line):
+    os.write(1, f"{line}\\n".encode())  # several threads do
+
+ending.on_errors(lambda text: say(f"reported: {text}"), lambda: say("left"))
+main()
+"""
+
+
+@pytest.mark.parametrize("body, status, line", [
+    ("raise Odd()", 1, "reported: Odd: <exception str() failed>"),
+    ("raise ValueError('a\\nb')", 1, "reported: ValueError: a b"),
+    ("raise KeyboardInterrupt", 1, "reported: KeyboardInterrupt"),
+    ("sys.excepthook = lambda *_: None; raise ValueError('a')", 1, "reported: ValueError: a"),
+    ("sys.exit(3)", 3, "reported: SystemExit: 3"),
+    ("sys.exit(-1)", 255, "reported: SystemExit: -1"),
+    ("sys.exit('no data')", 1, "reported: SystemExit: no data"),
+    ("sys.exit()", 0, "left"), ("sys.exit(0)", 0, "left"), ("sys.exit(75)", 75, "left"),
+    ("caught()", 0, "left"), ("caught(); sys.exit(0)", 0, "left"),
+    ("shown(ValueError())", 0, "left"), ("shown(ValueError()); sys.exit()", 0, "left"),
+    ("shown(ValueError()); sys.exit(5)", 5, "reported: SystemExit: 5"),
+    ("a_thread_exits()", 0, "left"), ("pass", 0, "left")])
+def test_the_end_of_a_program_is_reported(body, status, line):
+    """An error or status that a program has handled does not count."""
+    done = ended(ENDS.replace("BODY", body))
+    assert done.returncode == status and set(done.stdout.splitlines()) - {""} == {line}
+
+
+THREAD = """
+import os, threading, time
+from zerojax.processes import ending
+
+def works():
+    time.sleep(1)
+    print("the thread ends", flush=True)
+
+ending.on_errors(print, lambda: os.write(1, b"left\\n"))
+threading.Thread(target=works).start()
+"""
+
+
+def test_the_end_is_reported_before_other_threads_end():
+    """Python calls the functions of `atexit` only after them."""
+    done = ended(THREAD)
+    assert done.stdout.split("\n")[0] == "left" and "the thread ends" in done.stdout

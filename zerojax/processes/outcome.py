@@ -1,0 +1,70 @@
+"""How the program ends: by itself, by an exception, or by `sys.exit`.
+
+Python tells the functions that run at the end neither the exit status nor the exception.
+"""
+
+import dis
+import functools
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+PREEMPTED = 75  # the exit status of a run that received a signal, and saved
+
+
+class Outcome:
+    """Finds the error that ended the main thread.
+
+    Replaces `sys.exit` by a function that notes its argument. `raise SystemExit` is not noticed.
+    """
+
+    def __init__(self):
+        self._argument: Any = None  # of the last sys.exit
+        self._outermost = _outermost()
+        sys.exit = self._noting(sys.exit)
+
+    def _noting(self, exit):
+        @functools.wraps(exit)
+        def noting(status=None, /):
+            if threading.current_thread() is threading.main_thread():
+                self._argument = status
+            exit(status)
+        return noting
+
+    def error(self) -> BaseException | None:
+        """Returns the error, once the main thread has ended.
+
+        It is None after the end of the program, `sys.exit(0)` and the like, the status of a run
+        that was stopped, and in an interactive session.
+        """
+        if hasattr(sys, "ps1") or _returns(self._outermost):
+            return None
+        error = getattr(sys, "last_value", None)  # may also be an error that was only shown
+        if error is not None and _is_through(error, self._outermost):
+            return error
+        return SystemExit(self._argument) if self._argument not in (None, 0, PREEMPTED) else None
+
+
+def status_of(error: BaseException) -> int:
+    """Returns the exit status of a program that an error ends."""
+    code = error.code if isinstance(error, SystemExit) else None
+    return code & 0xFF if isinstance(code, int) else 1
+
+
+def _outermost() -> FrameType:
+    """Returns the frame in which the main thread began."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    while frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def _returns(frame: FrameType) -> bool:
+    """Whether a frame has ended by a return, not by an exception: by its last instruction."""
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("RETURN_")
+
+
+def _is_through(error: BaseException, frame: FrameType) -> bool:
+    """Whether an error has passed through an outermost frame."""
+    return error.__traceback__ is not None and error.__traceback__.tb_frame is frame
