@@ -106,19 +106,51 @@ def test_the_end_of_a_program_is_reported(body, status, line):
 
 
 THREAD = """
-import os, threading, time
+import os, sys, threading, time
 from zerojax.processes import ending
 
 def works():
     time.sleep(1)
     print("the thread ends", flush=True)
 
-ending.on_errors(print, lambda: os.write(1, b"left\\n"))
+ending.on_errors(lambda _: os.write(1, b"failed\\n"), lambda: os.write(1, b"left\\n"))
 threading.Thread(target=works).start()
+if len(sys.argv) > 1:
+    sys.exit("an error")
 """
 
 
-def test_the_end_is_reported_before_other_threads_end():
-    """Python calls the functions of `atexit` only after them."""
-    done = ended(THREAD)
-    assert done.stdout.split("\n")[0] == "left" and "the thread ends" in done.stdout
+@pytest.mark.parametrize("arguments, lines", [([], ["the thread ends", "left"]),
+                                              (["error"], ["failed", "the thread ends"])])
+def test_threads_may_go_on_after_the_end_but_not_after_an_error(arguments, lines):
+    """A program may train in another thread. Python calls the functions of `atexit` after it."""
+    done = ended(THREAD, *arguments)
+    found = list(dict.fromkeys(done.stdout.split("\n")))
+    assert found[:2] == lines and done.returncode == len(arguments)
+
+
+UNREAD = """
+import os, sys, threading
+from zerojax.processes import ending
+
+ending.on_errors(lambda text: os.write(1, f"reported: {text}\\n".encode()), print)
+if "shown" in sys.argv:
+    try:
+        [][0]
+    except IndexError:
+        sys.excepthook(*sys.exc_info())
+else:
+    raise ValueError("x" * 10**6)
+"""
+
+
+def test_an_error_is_reported_although_nobody_reads_its_traceback():
+    with subprocess.Popen([sys.executable, "-c", UNREAD], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(30) == b"reported: ValueError: xxxxxxxx"
+        process.kill()
+
+
+def test_an_error_that_is_only_shown_ends_nothing():
+    done = ended(UNREAD, "shown")
+    assert (done.returncode, done.stdout) == (0, "\n") and "IndexError" in done.stderr

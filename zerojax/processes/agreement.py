@@ -85,6 +85,7 @@ class Once:
     def __init__(self):
         self._group: Group | None = None
         self._digest = ""  # of what the processes agreed on
+        self._withdraw: Callable[[], None] | None = None  # the report of the last call
 
     def __call__(self, policy: Policy, where: str, fields: Callable[[], Mapping[str, Any]],
                  *arguments: Any) -> None:
@@ -93,6 +94,7 @@ class Once:
         Args:
           arguments: those of the call. If one of them is traced, the function is not called yet.
         """
+        self._withdraw = None
         if self._group is not None and self._group.size == 1:
             return
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments)):
@@ -101,7 +103,12 @@ class Once:
             _, self._digest = before(policy, where, lambda: None, lambda _: fields())
             self._group = exchange.of_mesh(policy.mesh)
         else:
-            self._group.called(self._digest)
+            self._withdraw = self._group.called(self._digest)
+
+    def withdraw(self) -> None:
+        """Withdraws the report of the last call, which has failed before it did anything."""
+        if self._withdraw is not None:
+            self._withdraw()
 
 
 def difference(values: Mapping[int, Any]) -> str:

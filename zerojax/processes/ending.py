@@ -70,13 +70,13 @@ def on_errors(report: Callable[[str], None], leave: Callable[[], None]) -> None:
     A cell of a notebook that fails ends nothing.
 
     Args:
-      report: takes the last line of the exception.
-      leave: is called at the end of the program, if there was no error. Either may be called by
-        several threads.
+      report: takes the last line of the exception. Several threads may call it.
+      leave: is called at the end of the program, if there was no error.
     """
     end = _End(report, leave)
+    sys.excepthook = functools.partial(end.hook, sys.excepthook)
     atexit.register(end.at_exit)  # runs before jax's own function, which waits for other processes
-    # Threads that are no daemons delay atexit. If nobody reads the output, `now` never returns.
+    # threads that are no daemons delay atexit; `now` waits for a reader of the output
     for seconds, act in ((_GRACE, now), (_GRACE + _FLUSH, os._exit)):
         threading.Thread(target=end.watch, args=(seconds, act), name="zerojax end",
                          daemon=True).start()
@@ -89,24 +89,30 @@ class _End:
         self.report, self.leave = report, leave
         self.outcome = Outcome()
 
-    def tell(self) -> int:
-        """Reports the end of the main thread; returns the exit status."""
+    def hook(self, before, kind, error: BaseException, trace) -> None:
+        """Reports an uncaught exception, while its traceback may wait for a reader."""
+        if self.outcome.is_uncaught(error):
+            threading.Thread(target=self.report, args=[_last_line(error)], daemon=True).start()
+        before(kind, error, trace)
+
+    def failure(self) -> int:
+        """Reports the error that ended the main thread; returns its exit status, or 0."""
         error = self.outcome.error()
         if error is None:
-            self.leave()
             return 0
         self.report(_last_line(error))
         return status_of(error)
 
     def at_exit(self) -> None:
-        if status := self.tell():
+        if status := self.failure():
             now(status)
+        self.leave()
 
     def watch(self, seconds: float, end: Callable[[int], None]) -> None:
         """Ends the process some seconds after an error has ended the main thread."""
         threading.main_thread().join()
         limit = time.monotonic() + seconds
-        if status := self.tell():
+        if status := self.failure():
             time.sleep(max(0, limit - time.monotonic()))
             end(status)
 

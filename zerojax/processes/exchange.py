@@ -81,13 +81,9 @@ class Group:
         members = tuple(dict.fromkeys(device.process_index for device in self.devices))
         return () if len(members) == jax.process_count() else members
 
-    def called(self, key: str) -> None:
-        """Reports a call that all processes of the group make, without waiting for them.
-
-        Args:
-          key: what is called. It must be the same for all.
-        """
-        monitor.called(self.members, key)
+    def called(self, key: str) -> Callable[[], None]:
+        """Reports a call that all processes of the group make; see `monitor.called`."""
+        return monitor.called(self.members, key)
 
     def send(self, words: Words) -> Sent:
         """Starts to send words, the same number from every process; `received` takes the result."""
@@ -180,8 +176,8 @@ class Alone(Group):
     def first(self) -> bool:
         return True
 
-    def called(self, key: str) -> None:
-        pass
+    def called(self, key: str) -> Callable[[], None]:
+        return lambda: None
 
     def send(self, words: Words) -> Sent:
         return np.asarray(words, np.uint32)

@@ -4,7 +4,7 @@ Each process sends batches of messages, which are lists of a kind and its argume
 
     ["name", members, name, place, key]   the next entry of its table of calls; no members: all
     ["call", entry, waits]                a call
-    ["withdrawn", number]                 the process does not wait for that call any more
+    ["withdrawn", entry, number]          the call with that number was not made after all
     ["barrier", tag, value]               waits for all processes, which have the same value
     ["left"], ["failed", text]            makes no more calls, because of an error
 
@@ -28,12 +28,13 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from zerojax.processes import naming, roll_call
+from zerojax.processes import barriers, roll_call
+from zerojax.processes.barriers import Barriers
 from zerojax.processes.roll_call import Call, Group, Made, RollCall
 from zerojax.processes.sealed import Channel
 
 _LOG = logging.getLogger("zerojax")
-_TICK = 0.5  # seconds between looks at the clock
+_TICK = 0.25  # seconds between looks at the clock
 
 
 class Hub(threading.Thread):
@@ -54,13 +55,21 @@ class Hub(threading.Thread):
         self._roll = RollCall(self.everyone)
         self._tables: dict[int, list[tuple[Group, Call]]] = {p: [] for p in channels}
         self._numbers = dict.fromkeys(channels, 0)
-        self._barriers: dict[str, dict[int, str]] = {}
+        self._barriers = Barriers(self.everyone)
+        self._announced: set[int] = set()  # the processes that have reported their end
         self._ended = False
         self._selector = selectors.DefaultSelector()
         for process, channel in channels.items():
             self._selector.register(channel.connection, selectors.EVENT_READ, process)
 
     def run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # nobody else would notice that the hub has ended
+            self._end(f"the hub of process 0 failed: {error!r}")
+            raise
+
+    def _serve(self) -> None:
         looked = time.monotonic()
         while self.channels:
             for key, _ in self._selector.select(_TICK):
@@ -105,45 +114,46 @@ class Hub(threading.Thread):
             return
         for process, made in complete.items():
             if made.waits:
-                self._roll.waiting.discard(process)
+                self._roll.waiting.pop((process, made.number), None)
                 self._send([process], ["answer", made.number, trouble])
 
-    def _take_withdrawn(self, process: int, number: int) -> None:
-        """Forgets a call that was interrupted, unless others have gone on with it."""
-        self._roll.waiting.discard(process)
-        call = self._roll.last[process].call
-        if not self._roll.group(call.members).withdraw(process, number):
+    def _take_withdrawn(self, process: int, entry: int, number: int) -> None:
+        """Forgets a call that was interrupted or failed, unless others have gone on with it."""
+        self._roll.waiting.pop((process, number), None)
+        group, call = self._tables[process][entry]
+        if not group.withdraw(process, number):
             self._end(f"process {process} was interrupted in {call}, which the others have made.")
 
     def _take_barrier(self, process: int, tag: str, value: str) -> None:
-        came = self._barriers.setdefault(tag, {})
-        came[process] = value
-        if len(came) == len(self.everyone):
-            del self._barriers[tag]
-            values = naming.by_value(dict(sorted(came.items())))
-            differ = len(set(came.values())) > 1
-            trouble = f"the processes differ at {tag}: {values}." * differ
-            self._send(came, ["barrier", tag, trouble])
+        self._roll.left.pop(process, None)
+        came = self._barriers.come(process, tag, value, time.monotonic())
+        if came is not None:
+            self._send(came, ["barrier", tag, barriers.difference(tag, came)])
 
     def _take_left(self, process: int) -> None:
-        self._roll.left[process] = time.monotonic()
+        self._note_end(process)
         if process == 0:
             self._send(self.everyone[1:], ["left"])
         self._send([process], ["noted"])
 
     def _take_failed(self, process: int, text: str) -> None:
-        self._roll.left[process] = time.monotonic()
+        self._note_end(process)
         self._end(f"process {process} failed: {text}", but=[process])
         if process != 0:  # process 0 waits for the end of the others, which its own would abort
             self._send([process], ["noted"])
+
+    def _note_end(self, process: int) -> None:
+        self._announced.add(process)
+        self._roll.left[process] = time.monotonic()
 
     def _lose(self, process: int) -> None:
         """Notes that a process has ended, which ends the job if it did not announce it."""
         channel = self.channels.pop(process)
         self._selector.unregister(channel.connection)
         channel.close()
-        if process not in self._roll.left:
-            self._roll.left[process] = time.monotonic()
+        was_announced = process in self._announced
+        self._note_end(process)
+        if not was_announced:
             self._end(f"process {process} was killed, aborted or disconnected. "
                       f"{self._roll.last_calls([process])}")
         if self.channels.keys() == {0}:
@@ -152,16 +162,18 @@ class Hub(threading.Thread):
     def _look(self, now: float) -> None:
         """Notices what the time shows: calls and barriers that others do not come to, silence."""
         gone = {p for p, at in self._roll.left.items() if now - at > _TICK}
-        for tag, came in self._barriers.items():
-            if missing := gone - came.keys():
-                self._end(f"{naming.named(missing)} ended before {tag}, which all must make.")
-        if trouble := self._roll.never(gone):
-            self._end(trouble)
+        for trouble in (self._barriers.never(gone), self._roll.never(gone),
+                        self._roll.stuck(gone, now, self.patience)):
+            if trouble:
+                self._end(trouble)
         for members, text in self._roll.late(now, self.patience).items():
             self._send(members, ["note", text])
-        silent = self._roll.silent(now, self.watchdog) if self.watchdog else ""
-        if silent:
-            self._end(f"{silent} The watchdog ends the job.", stacks=True)
+        for text in self._barriers.late(now, self.patience):
+            self._send(self.everyone, ["note", text])
+        if self.watchdog:
+            silent = self._roll.silent(self._barriers.waiting, now, self.watchdog)
+            if silent:
+                self._end(f"{silent} The watchdog ends the job.", stacks=True)
 
     def _end(self, text: str, but: Iterable[int] = (), stacks: bool = False) -> None:
         """Ends the job, once: process 0 last, because the others abort when it ends."""

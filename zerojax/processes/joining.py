@@ -51,9 +51,9 @@ def initialize(address: str | None = None, processes: int | None = None,
     processes end within 5 s, with the reason, when one of them ends, or makes another call than
     the others.
 
-    With several processes, the call replaces `sys.exit` by a function that notes the status, and
-    registers an `atexit` function: an uncaught exception, or `sys.exit` with an error, ends all
-    processes, where jax would wait for the others.
+    With several processes, the call replaces `sys.excepthook`, and `sys.exit` by a function that
+    notes the status, and registers an `atexit` function: an uncaught exception, or `sys.exit` with
+    an error, ends all processes, where jax would wait for the others.
 
     Args:
       address: "host:port" of process 0, which authenticates nobody: the network must be private.
@@ -105,11 +105,16 @@ def initialize(address: str | None = None, processes: int | None = None,
     bound = _bound(job, bind_address, connect_timeout)
     channels = _met(job, bound, {"config": config or {}, "watchdog": watchdog}, connect_timeout,
                     initialization_timeout)
-    jax.distributed.initialize(
-        job.address, job.processes, job.process, job.local_devices, "deactivate",
-        coordinator_bind_address=bound, initialization_timeout=round(initialization_timeout),
-        heartbeat_timeout_seconds=round(heartbeat_timeout),
-        shutdown_timeout_seconds=round(shutdown_timeout))
+    try:
+        jax.distributed.initialize(
+            job.address, job.processes, job.process, job.local_devices, "deactivate",
+            coordinator_bind_address=bound, initialization_timeout=round(initialization_timeout),
+            heartbeat_timeout_seconds=round(heartbeat_timeout),
+            shutdown_timeout_seconds=round(shutdown_timeout))
+    except BaseException:
+        for channel in channels.values():
+            channel.close()
+        raise
     monitor.start(channels, job.process, heartbeat_timeout, watchdog)
     _joined.update(job=job, arguments=_DEFAULTS | _known(job) | asked)
     ending.on_errors(monitor.failed, monitor.left)

@@ -6,6 +6,7 @@ the calls of training steps are reported without waiting. Does nothing in a proc
 Needs no jax.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -25,7 +26,7 @@ from zerojax.processes.roll_call import Call, Members
 from zerojax.processes.sealed import Channel, Seal
 
 _LOG = logging.getLogger("zerojax")
-_GRACE = 3.0  # seconds in which a process may end by itself when the job ends
+_GRACE = 2.5  # seconds in which a process may end by itself when the job ends
 _HERE = ("zerojax.processes.monitor", "zerojax.processes.exchange", "zerojax.processes.agreement")
 _PAUSE = 0.02  # seconds in which calls that nobody waits for are collected
 _STDLIB = f"{sysconfig.get_path('stdlib')}{os.sep}"
@@ -79,15 +80,21 @@ def _forget(others: list[Callable[[], None]]) -> None:
             forget()
 
 
-def called(members: Members, key: str) -> None:
+def called(members: Members, key: str) -> Callable[[], None]:
     """Reports a call that these processes make, and does not wait.
 
     Args:
       members: the processes; () for all.
       key: what is called. It must be the same for all.
+
+    Returns:
+      A function that withdraws the report, if the call has failed before it did anything.
     """
-    if _member is not None:
-        _member.report(_call(members, key), waits=False)
+    if _member is None:
+        return lambda: None
+    call = _call(members, key)
+    number = _member.report(call, waits=False)
+    return functools.partial(_member.withdraw, call, number)
 
 
 def meet(members: Members) -> None:
@@ -140,7 +147,7 @@ class Member:
         self._table: dict[Call, int] = {}
         self._number = 0
         self._lock = threading.Lock()
-        self._left = False
+        self._last_word: list[Any] = []  # how this process ends
         self._may_close = False  # process 0 has left
         self._trouble = ""  # why the job ends
         self._out: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
@@ -172,10 +179,13 @@ class Member:
                 self._news.wait_for(lambda: self._trouble or number in self._answers)
                 trouble = self._answers.pop(number, "") or self._trouble
         except BaseException:  # such as Ctrl-C in a notebook
-            self._out.put(["withdrawn", number])
+            self.withdraw(call, number)
             raise
         if trouble:
             raise ClusterError(trouble)
+
+    def withdraw(self, call: Call, number: int) -> None:
+        self._out.put(["withdrawn", self._table[call], number])
 
     def barrier(self, tag: str, value: str) -> None:
         self._out.put(["barrier", tag, value])
@@ -187,9 +197,11 @@ class Member:
             raise ClusterError(trouble)
 
     def leave(self, message: list[Any]) -> None:
+        """Reports the end of this process; several threads may."""
         with self._lock:
-            is_first, self._left = not self._left, True
-        if is_first:
+            is_new, self._last_word = self._last_word != message, message
+        if is_new:
+            self._noted.clear()
             self._out.put(message)
             self._urgent.set()
         self._noted.wait(self._grace)
@@ -214,8 +226,10 @@ class Member:
                     getattr(self, f"_take_{kind}")(*arguments)
         except EOFError:
             self._noted.set()
-            if not self._left and not self._may_close:
+            if not self._last_word and not self._may_close:
                 self._take_end("process 0 was killed, aborted or disconnected.", False)
+        except Exception as error:  # nobody else would notice that this thread has ended
+            self._take_end(f"the messages of process 0 cannot be read: {error!r}", False)
 
     def _take_answer(self, number: int, trouble: str) -> None:
         with self._news:
@@ -234,7 +248,9 @@ class Member:
         self._noted.set()
 
     def _take_note(self, text: str) -> None:
-        _LOG.warning("%s", text)
+        """Logs a text in another thread, because the user's handlers may fail or wait."""
+        with contextlib.suppress(RuntimeError):  # no thread starts at the end of the program
+            threading.Thread(target=_LOG.warning, args=("%s", text), daemon=True).start()
 
     def _take_end(self, text: str, stacks: bool) -> None:
         """Ends this process, by an error if it waits for others."""

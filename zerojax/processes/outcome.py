@@ -41,9 +41,18 @@ class Outcome:
         if hasattr(sys, "ps1") or _returns(self._outermost):
             return None
         error = getattr(sys, "last_value", None)  # may also be an error that was only shown
-        if error is not None and _is_through(error, self._outermost):
+        if error is not None and self._is_through(error):
             return error
         return SystemExit(self._argument) if self._argument not in (None, 0, PREEMPTED) else None
+
+    def is_uncaught(self, error: BaseException) -> bool:
+        """Whether an error, with which sys.excepthook is called, ends the program."""
+        is_running = _outermost() is self._outermost  # the program itself calls sys.excepthook
+        return not is_running and not hasattr(sys, "ps1") and self._is_through(error)
+
+    def _is_through(self, error: BaseException) -> bool:
+        trace = error.__traceback__
+        return trace is not None and trace.tb_frame is self._outermost
 
 
 def status_of(error: BaseException) -> int:
@@ -63,8 +72,3 @@ def _outermost() -> FrameType:
 def _returns(frame: FrameType) -> bool:
     """Whether a frame has ended by a return, not by an exception: by its last instruction."""
     return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("RETURN_")
-
-
-def _is_through(error: BaseException, frame: FrameType) -> bool:
-    """Whether an error has passed through an outermost frame."""
-    return error.__traceback__ is not None and error.__traceback__.tb_frame is frame

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from zerojax.processes import naming
 
 Members = tuple[int, ...]
+_SAME_ORDER = ("All of them must make the same calls in the same order; move calls out of branches "
+               "that depend on jax.process_index().")
 
 
 class Call(NamedTuple):
@@ -56,33 +58,48 @@ class Group:
     Attributes:
       open: the calls by process, oldest first.
       behind: the processes that have none.
+      complete: the calls of the last round that was complete, by process.
       is_reported: whether `RollCall.late` has reported the oldest round.
     """
 
     open: dict[int, collections.deque[Made]]
     behind: set[int]
+    complete: dict[int, Made] = dataclasses.field(default_factory=dict)
     is_reported: bool = False
 
     def add(self, process: int, made: Made) -> dict[int, Made] | None:
         """Notes a call; returns the calls of all members, by process, if it is the last of them."""
         self.open[process].append(made)
-        self.behind.discard(process)
+        self._count()
         if self.behind:
             return None
         self.is_reported = False
-        complete = {p: calls.popleft() for p, calls in self.open.items()}
-        self.behind = {p for p, calls in self.open.items() if not calls}
-        return complete
+        self.complete = {p: calls.popleft() for p, calls in self.open.items()}
+        self._count()
+        return self.complete
 
     def withdraw(self, process: int, number: int) -> bool:
-        """Forgets a call; returns whether it was still open."""
-        calls = self.open[process]
-        if not calls or calls[-1].number != number:
+        """Forgets a call; returns False if others have waited for it, and have gone on."""
+        made = next((made for made in self.open[process] if made.number == number), None)
+        if made is not None:
+            self.open[process].remove(made)
+        elif any(made.waits for made in self.complete.values()):
             return False
-        calls.pop()
-        if not calls:
-            self.behind.add(process)
+        else:
+            self._reopen(but=process)
+        self._count()
+        self.is_reported &= bool(self.oldest())
         return True
+
+    def _reopen(self, but: int) -> None:
+        """Opens the last round again, without the call of one process."""
+        for process, made in self.complete.items():
+            if process != but:
+                self.open[process].appendleft(made)
+        self.complete = {}
+
+    def _count(self) -> None:
+        self.behind = {p for p, calls in self.open.items() if not calls}
 
     def oldest(self) -> dict[int, Made]:
         """Returns the calls of the oldest round that is not complete, by process."""
@@ -95,7 +112,7 @@ class RollCall:
     Attributes:
       everyone: all processes.
       last: the last call of each process that has made one.
-      waiting: the processes that wait until others make their call.
+      waiting: the calls that processes wait for, by process and number.
       left: the processes that have reported their end, and when. They may call again, because a
         function of `atexit` may.
     """
@@ -103,7 +120,7 @@ class RollCall:
     def __init__(self, everyone: Members):
         self.everyone = everyone
         self.last: dict[int, Made] = {}
-        self.waiting: set[int] = set()
+        self.waiting: dict[tuple[int, int], Made] = {}
         self.left: dict[int, float] = {}
         self._began: float | None = None  # the time of the first call
         self._groups: dict[Members, Group] = {}
@@ -122,7 +139,7 @@ class RollCall:
         self.last[process] = made
         self._began = made.at if self._began is None else self._began
         if made.waits:
-            self.waiting.add(process)
+            self.waiting[process, made.number] = made
         return group.add(process, made)
 
     def never(self, gone: set[int]) -> str:
@@ -148,7 +165,17 @@ class RollCall:
                     f"{self.last_calls(group.behind)}")
         return texts
 
-    def silent(self, now: float, seconds: float) -> str:
+    def stuck(self, gone: set[int], now: float, seconds: float) -> str:
+        """Returns a text if all processes have waited for each other for some seconds, or ""."""
+        waiting = {process: made for (process, _), made in self.waiting.items()}
+        if not waiting or not gone.union(waiting).issuperset(self.everyone):
+            return ""
+        if now - max(made.at for made in waiting.values()) <= seconds:
+            return ""
+        return (f"the processes wait for each other: {_calls(waiting)}, more than {seconds:g} s "
+                f"ago. {_SAME_ORDER}")
+
+    def silent(self, at_barriers: set[int], now: float, seconds: float) -> str:
         """Returns a text if a process has made no call for some seconds, or "".
 
         Those that wait for others, or have left, are not to blame. The time begins with the first
@@ -156,8 +183,9 @@ class RollCall:
         """
         if self._began is None:
             return ""
+        blameless = at_barriers.union(self.left, (process for process, _ in self.waiting))
         since = {p: self.last[p].at if p in self.last else self._began for p in self.everyone
-                 if p not in self.left and p not in self.waiting}
+                 if p not in blameless}
         quiet = [p for p, at in since.items() if now - at > seconds]
         if not quiet:
             return ""
@@ -180,9 +208,7 @@ def difference(complete: Mapping[int, Made]) -> str:
     several = len({made.waits for made in complete.values()}) > 1
     texts = {p: f"{made.call}{' (the first)' * (several and made.waits)}"
              for p, made in complete.items()}
-    return (f"the processes are at different calls: {naming.by_value(texts)}. All of them must "
-            "make the same calls in the same order; move calls out of branches that depend on "
-            "jax.process_index().")
+    return f"the processes are at different calls: {naming.by_value(texts)}. {_SAME_ORDER}"
 
 
 def _calls(made: Mapping[int, Made]) -> str:

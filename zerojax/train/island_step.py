@@ -70,7 +70,7 @@ class IslandsStep(TrainStep):
             state = self._preflight(state, (batch,), batch=batch,
                                     fields=lambda state: self._fields(state, batch))
             number = self._number(state) + 1
-            state, metrics = self._jitted(state, batch)
+            state, metrics = self._preflight.dispatch(self._jitted, state, batch)
             if number % self.rounds.every == 0:
                 state = self._average(state)
             self._last = state.step, number

@@ -60,7 +60,8 @@ class Jitted:
         with message_last:
             state = self._preflight(state, args, kwargs, batch=self._batches(args, kwargs),
                                     fields=lambda state: self._fields(state, args, kwargs))
-            result = self.of(state, *args, **kwargs)(state, *args, **kwargs)
+            program = self.of(state, *args, **kwargs)
+            result = self._preflight.dispatch(program, state, *args, **kwargs)
             self._warn_of_products(state, *args, **kwargs)
             return result
 

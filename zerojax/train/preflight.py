@@ -53,3 +53,15 @@ class Preflight:
             donation.check_alive(self.where, state)
         self._agreed(self.policy, self.where, lambda: fields(state), state, args, kwargs)
         return state
+
+    def dispatch(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls a jitted program.
+
+        If it fails, for example because the trace of other shapes does, the other processes do not
+        wait for this call.
+        """
+        try:
+            return program(*args, **kwargs)
+        except BaseException:
+            self._agreed.withdraw()
+            raise

@@ -95,7 +95,7 @@ class TrainStep:
             self._dtypes = self._dtypes or self._expected_dtypes(state)
             state = self._preflight(state, (batch,), batch=batch, dtypes=self._dtypes,
                                     fields=lambda state: self._fields(state, batch))
-            state, metrics = self._jitted(state, batch)
+            state, metrics = self._preflight.dispatch(self._jitted, state, batch)
             self._skips.record(state, metrics)
             return state, metrics
 
@@ -276,7 +276,7 @@ class EvalStep:
             state = self._preflight(
                 state, (batch,), batch=batch,
                 fields=lambda state: _fields(self.loss_fn, self._jitted, state, batch))
-            return self._jitted(state, batch)
+            return self._preflight.dispatch(self._jitted, state, batch)
 
     def _evaluate(self, state, batch):
         batches.check(self.policy, batch)
