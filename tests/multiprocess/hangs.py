@@ -3,6 +3,7 @@
     python hangs.py CASE DIRECTORY
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -38,6 +39,11 @@ def triple(state, x):
     return 3 * x
 
 
+def fails(jitted, state, x):
+    with contextlib.suppress(TypeError):
+        jitted(state, x, "one argument too many")
+
+
 def cases(jits, state, evaluate, checkpoints, x):
     norm = jax.jit(optax.global_norm)
     return {
@@ -48,6 +54,7 @@ def cases(jits, state, evaluate, checkpoints, x):
         "late": lambda: second(lambda: time.sleep(LATE)) or checkpoints.save(state),
         "exit": lambda: second(lambda: sys.exit(3)) or time.sleep(60),  # no call needs it
         "exit of the first": lambda: first(lambda: sys.exit(3)) or time.sleep(60),
+        "caught": lambda: second(lambda: fails(jits[0], state, x)),
         "end": lambda: second(sys.exit),
         "kill": lambda: second(lambda: os.kill(os.getpid(), 9)),
         "error": lambda: second(lambda: [][0]),

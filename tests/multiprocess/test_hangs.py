@@ -45,6 +45,13 @@ def test_all_processes_end_with_the_reason(tmp_path, case):
 
 
 @pytest.mark.slow
+def test_a_call_that_fails_on_one_process_is_not_awaited(tmp_path):
+    """Its error was caught, so that the job goes on."""
+    with job(tmp_path, "caught") as both:
+        assert both.wait(90) == [0, 0], [process.err[-2000:] for process in both]
+
+
+@pytest.mark.slow
 def test_a_program_of_ones_own_that_waits_is_ended_by_the_watchdog(tmp_path):
     """The stacks of both show where they wait."""
     with job(tmp_path, "own program") as both:

@@ -129,6 +129,21 @@ def test_a_call_that_failed_is_forgotten_although_the_others_have_made_it(thread
     assert [future.result(20) for future in both] == [None, None] and not ends
 
 
+def test_a_call_that_takes_long_is_reported_meanwhile(threads, ends, monkeypatch):
+    """It may wait for others; if it fails after all, it is withdrawn."""
+    monkeypatch.setattr(monitor, "_LONG", 0.2)
+    job = Job(2)
+    begun = job.members[1].begin(job.call("train_step", 7))
+    quick = job.members[1].begin(job.call("eval_step", 8))
+    job.members[1].cancel(quick)
+    wait_until(lambda: job.hub._roll.last)
+    assert job.hub._roll.last[1].call == job.call("train_step", 7)
+    job.members[1].cancel(begun)
+    wait_until(lambda: not job.hub._roll.group(()).oldest())
+    both = [threads.submit(member.meet, job.call("save")) for member in job.members]
+    assert [future.result(20) for future in both] == [None, None] and not ends
+
+
 def test_a_call_is_forgotten_although_another_thread_has_called_since(threads, ends):
     job = Job(3)
     first, second = job.call(members=(0, 1)), job.call(members=(0, 2))
@@ -203,9 +218,6 @@ def test_the_call_is_that_of_the_users_line():
     class Reports:
         def report(self, call, waits):
             seen.append(call)
-
-        def withdraw(self, *_):
-            pass
 
     before, monitor._member = monitor._member, Reports()
     try:

@@ -3,6 +3,7 @@
 Processes with different programs hang or compute wrong numbers; jax notices at the end, if at all.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -79,13 +80,13 @@ def before(policy: Policy, where: str, make: Callable[[], T],
 class Once:
     """An agreement before the first call of a function, which compiles it.
 
-    Later calls are only reported, to notice processes that do not make them.
+    Later calls are only reported, to notice processes that do not make them: see `calling`.
     """
 
     def __init__(self):
         self._group: Group | None = None
         self._digest = ""  # of what the processes agreed on
-        self._withdraw: Callable[[], None] | None = None  # the report of the last call
+        self._has_met = False  # for this call
 
     def __call__(self, policy: Policy, where: str, fields: Callable[[], Mapping[str, Any]],
                  *arguments: Any) -> None:
@@ -94,7 +95,7 @@ class Once:
         Args:
           arguments: those of the call. If one of them is traced, the function is not called yet.
         """
-        self._withdraw = None
+        self._has_met = True
         if self._group is not None and self._group.size == 1:
             return
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments)):
@@ -103,12 +104,13 @@ class Once:
             _, self._digest = before(policy, where, lambda: None, lambda _: fields())
             self._group = exchange.of_mesh(policy.mesh)
         else:
-            self._withdraw = self._group.called(self._digest)
+            self._has_met = False
 
-    def withdraw(self) -> None:
-        """Withdraws the report of the last call, which has failed before it did anything."""
-        if self._withdraw is not None:
-            self._withdraw()
+    def calling(self) -> contextlib.AbstractContextManager[None]:
+        """Returns the context of the call itself, which reports it."""
+        if self._group is None or self._has_met:
+            return contextlib.nullcontext()
+        return self._group.calling(self._digest)
 
 
 def difference(values: Mapping[int, Any]) -> str:

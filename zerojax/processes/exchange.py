@@ -5,6 +5,7 @@ their main threads: the collective is one more program in the queue of each devi
 must have the same order.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -81,13 +82,13 @@ class Group:
         members = tuple(dict.fromkeys(device.process_index for device in self.devices))
         return () if len(members) == jax.process_count() else members
 
-    def called(self, key: str) -> Callable[[], None]:
-        """Reports a call that all processes of the group make; see `monitor.called`."""
-        return monitor.called(self.members, key)
+    def calling(self, key: str) -> contextlib.AbstractContextManager[None]:
+        """Reports a call that all processes of the group make; see `monitor.calling`."""
+        return monitor.calling(self.members, key)
 
     def send(self, words: Words) -> Sent:
         """Starts to send words, the same number from every process; `received` takes the result."""
-        self.called("")
+        monitor.called(self.members, "")
         return self._started(words)
 
     def _started(self, words: Words) -> Sent:
@@ -176,8 +177,8 @@ class Alone(Group):
     def first(self) -> bool:
         return True
 
-    def called(self, key: str) -> Callable[[], None]:
-        return lambda: None
+    def calling(self, key: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def send(self, words: Words) -> Sent:
         return np.asarray(words, np.uint32)

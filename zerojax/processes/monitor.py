@@ -7,6 +7,7 @@ Needs no jax.
 """
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -15,7 +16,8 @@ import socket
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FrameType
 from typing import Any
 
@@ -28,6 +30,7 @@ from zerojax.processes.sealed import Channel, Seal
 _LOG = logging.getLogger("zerojax")
 _GRACE = 2.5  # seconds in which a process may end by itself when the job ends
 _HERE = ("zerojax.processes.monitor", "zerojax.processes.exchange", "zerojax.processes.agreement")
+_LONG = 2.0  # seconds after which a call that has begun is reported
 _PAUSE = 0.02  # seconds in which calls that nobody waits for are collected
 _STDLIB = f"{sysconfig.get_path('stdlib')}{os.sep}"
 _PACKAGES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
@@ -80,21 +83,33 @@ def _forget(others: list[Callable[[], None]]) -> None:
             forget()
 
 
-def called(members: Members, key: str) -> Callable[[], None]:
+def called(members: Members, key: str) -> None:
     """Reports a call that these processes make, and does not wait.
 
     Args:
       members: the processes; () for all.
       key: what is called. It must be the same for all.
+    """
+    if _member is not None:
+        _member.report(_call(members, key), waits=False)
 
-    Returns:
-      A function that withdraws the report, if the call has failed before it did anything.
+
+@contextlib.contextmanager
+def calling(members: Members, key: str) -> Iterator[None]:
+    """Reports a call that is made in the context, unless it fails, for example in its trace.
+
+    If the call takes long, because it waits for others, it is reported meanwhile.
     """
     if _member is None:
-        return lambda: None
-    call = _call(members, key)
-    number = _member.report(call, waits=False)
-    return functools.partial(_member.withdraw, call, number)
+        yield
+        return
+    begun = _member.begin(_call(members, key))
+    try:
+        yield
+    except BaseException:
+        _member.cancel(begun)
+        raise
+    _member.commit(begun)
 
 
 def meet(members: Members) -> None:
@@ -134,6 +149,20 @@ def left() -> None:
         _member.leave(["left"])
 
 
+@dataclasses.dataclass(eq=False)
+class Begun:
+    """A call that has begun.
+
+    Attributes:
+      at: when, in seconds of `time.monotonic`.
+      number: its number, once it is reported.
+    """
+
+    call: Call
+    at: float
+    number: int | None = None
+
+
 class Member:
     """A process's side of its connection to the hub.
 
@@ -150,6 +179,7 @@ class Member:
         self._last_word: list[Any] = []  # how this process ends
         self._may_close = False  # process 0 has left
         self._trouble = ""  # why the job ends
+        self._begun: list[Begun] = []  # calls that are not reported yet
         self._out: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
         self._urgent = threading.Event()
         self._noted = threading.Event()  # by the hub, that this process has left
@@ -162,15 +192,38 @@ class Member:
     def report(self, call: Call, waits: bool) -> int:
         """Reports a call; returns its number."""
         with self._lock:
-            if call not in self._table:
-                self._table[call] = len(self._table)
-                self._out.put(["name", *call])
-            self._number += 1
-            self._out.put(["call", self._table[call], waits])
-            number = self._number
+            number = self._reported(call, waits)
         if waits:
             self._urgent.set()
         return number
+
+    def _reported(self, call: Call, waits: bool) -> int:
+        if call not in self._table:
+            self._table[call] = len(self._table)
+            self._out.put(["name", *call])
+        self._number += 1
+        self._out.put(["call", self._table[call], waits])
+        return self._number
+
+    def begin(self, call: Call) -> Begun:
+        begun = Begun(call, time.monotonic())
+        with self._lock:
+            self._begun.append(begun)
+        return begun
+
+    def commit(self, begun: Begun) -> None:
+        """Reports a call that has begun, if it is not reported yet."""
+        with self._lock:
+            if begun.number is None:
+                self._begun.remove(begun)
+                begun.number = self._reported(begun.call, waits=False)
+
+    def cancel(self, begun: Begun) -> None:
+        with self._lock:
+            if begun.number is None:
+                self._begun.remove(begun)
+                return
+        self.withdraw(begun.call, begun.number)
 
     def meet(self, call: Call) -> None:
         number = self.report(call, waits=True)
@@ -210,14 +263,22 @@ class Member:
         """Sends what is to be sent, in batches."""
         try:
             while True:
-                batch = [self._out.get()]
-                self._urgent.clear()
-                while not self._out.empty():
-                    batch.append(self._out.get())
-                self.channel.send(batch)
+                self.channel.send(self._batch())
                 self._urgent.wait(_PAUSE)
         except OSError:  # process 0 has ended
             self._noted.set()
+
+    def _batch(self) -> list[list[Any]]:
+        """Waits for messages; returns them all."""
+        while True:
+            for begun in [b for b in self._begun if time.monotonic() - b.at > _LONG]:
+                self.commit(begun)
+            with contextlib.suppress(queue.Empty):
+                batch = [self._out.get(timeout=_LONG / 2)]
+                self._urgent.clear()
+                while not self._out.empty():
+                    batch.append(self._out.get())
+                return batch
 
     def _receive(self) -> None:
         try:

@@ -55,13 +55,6 @@ class Preflight:
         return state
 
     def dispatch(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls a jitted program.
-
-        If it fails, for example because the trace of other shapes does, the other processes do not
-        wait for this call.
-        """
-        try:
+        """Calls a jitted program, and reports the call to the other processes."""
+        with self._agreed.calling():
             return program(*args, **kwargs)
-        except BaseException:
-            self._agreed.withdraw()
-            raise
