@@ -73,6 +73,51 @@ def test_a_progress_bar_is_visible_while_it_moves(tmp_path):
         launcher.terminate()
 
 
+def test_a_megabyte_without_a_newline_is_one_line(tmp_path):
+    done = run(tmp_path, "print('x' * 10**6, end='!')", "-n", 1)
+    assert done.returncode == 0 and done.stdout == f"[0] {'x' * 10**6}!\n"
+
+
+@pytest.mark.parametrize("is_blocking", [True, False])
+def test_a_slow_reader_gets_all_lines(tmp_path, is_blocking):
+    """Also through a pipe that another program has made non-blocking."""
+    (tmp_path / "script.py").write_text("for i in range(9000): print('line', i)")
+    ours, its = os.pipe()
+    os.set_blocking(its, is_blocking)
+    with subprocess.Popen(command("-n", 1, tmp_path / "script.py"), stdout=its), open(ours) as out:
+        os.close(its)
+        time.sleep(3)  # the process ends before its output is read
+        assert out.read().splitlines() == [f"[0] line {i}" for i in range(9000)]
+
+
+def test_lines_of_both_streams_stay_whole_in_one_pipe(tmp_path):
+    (tmp_path / "script.py").write_text("""
+import sys, threading
+def write(stream, letter):
+    for _ in range(300):
+        stream.write(letter * 3000 + "\\n")
+other = threading.Thread(target=write, args=(sys.stderr, "e"))
+other.start()
+write(sys.stdout, "o")
+other.join()
+""")
+    done = subprocess.run(command("-n", 1, tmp_path / "script.py"), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, timeout=60)
+    lines = [f"[0] {letter * 3000}" for letter in "eo" for _ in range(300)]
+    assert sorted(done.stdout.splitlines()) == lines
+
+
+@pytest.mark.parametrize("program", [["sleep", "30"], ["yes"]], ids=["silent", "talkative"])
+def test_the_end_does_not_wait_for_a_program_that_holds_the_output(tmp_path, program):
+    start = f"import subprocess; subprocess.Popen({program}, start_new_session=True); print('end')"
+    (tmp_path / "script.py").write_text(start)
+    with subprocess.Popen(command("-n", 1, tmp_path / "script.py"), text=True,
+                          stdout=subprocess.PIPE) as launcher:
+        lines = iter(launcher.stdout.readline, "")
+        assert "[0] end\n" in lines and all(line == "[0] y\n" for line in lines)
+        assert launcher.wait(10) == 0
+
+
 def test_a_reader_that_leaves_does_not_block_the_job(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import sys\n"

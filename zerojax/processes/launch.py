@@ -15,24 +15,22 @@ import secrets
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import IO, TextIO
 
 from zerojax.errors import ClusterError
-from zerojax.processes import naming
+from zerojax.processes import naming, output
 from zerojax.processes.outcome import PREEMPTED
+from zerojax.processes.output import say
 from zerojax.processes.sealed import SECRET
 
 GRACE = 4.0  # seconds between a signal and SIGKILL
 _AFTER_FAILURE = 1.0  # the same after one process has failed, when the others cannot save any more
-_OUTPUT = 0.5  # seconds for the last output, and for SIGKILL to take effect
 TAIL = 400  # lines of standard error that are kept of each process
 _TRACEBACK = re.compile(r"\s*(\+ Exception Group )?Traceback \(most recent call last\)")
 _LED_TO = ("The above exception was the direct cause", "During handling of the above exception")
-_LINE = re.compile(rb"([^\r\n]*)(\r?\n|\r)")
+_PAUSE = 0.05  # seconds
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -114,7 +112,7 @@ def _attempts(plan: Launch) -> int:
         status = job.run()
         if status in (0, PREEMPTED) or job.signals or attempt == plan.restarts:
             break
-        _say(f"starts again, {attempt + 1} of {plan.restarts}")
+        say(f"starts again, {attempt + 1} of {plan.restarts}")
     return status
 
 
@@ -139,6 +137,7 @@ class _Job:
         self.is_stuck = False  # although it was killed
         self.tails = [collections.deque(maxlen=TAIL) for _ in range(processes)]
         self.readers: list[threading.Thread] = []
+        self.over = threading.Event()  # all processes have ended
 
     def run(self) -> int:
         before = {number: signal.signal(number, self._pass_on) for number in _SIGNALS}
@@ -160,7 +159,7 @@ class _Job:
         if not self.signals:
             self.deadline = time.monotonic() + self.plan.grace
             name = signal.Signals(number).name
-            _say(f"{name}: the processes have {self.plan.grace:g} s to end (--grace); a second "
+            say(f"{name}: the processes have {self.plan.grace:g} s to end (--grace); a second "
                  "signal ends them")
         self.signals.append(signal.Signals(number))
 
@@ -170,12 +169,12 @@ class _Job:
                                  stderr=subprocess.PIPE, start_new_session=True)
         self.running[process] = child
         prefix = f"[{process}] "
-        self._read(child.stdout, _OUT, prefix, None)
-        self._read(child.stderr, _ERR, prefix, self.tails[process])
+        self._read(child.stdout, output.OUT, prefix, None, self.over)
+        self._read(child.stderr, output.ERR, prefix, self.tails[process], self.over)
         threading.Thread(target=self._await, args=(process, child), daemon=True).start()
 
     def _read(self, *arguments) -> None:
-        reader = threading.Thread(target=_forward, args=arguments, daemon=True)
+        reader = threading.Thread(target=output.forward, args=arguments, daemon=True)
         reader.start()
         self.readers.append(reader)
 
@@ -199,18 +198,21 @@ class _Job:
         who = naming.named(self.running)
         self._signal(signal.SIGKILL)
         self.is_stuck, self.was_killed = self.was_killed, True
-        self.deadline = time.monotonic() + _OUTPUT
+        self.deadline = time.monotonic() + output.MOMENT
         if self.is_stuck:
-            _say(f"{who} cannot be killed, which the system delays while a process waits for a "
+            say(f"{who} cannot be killed, which the system delays while a process waits for a "
                  "device or a disk")
         elif self.signals:
-            _say(f"killed {who} after {self.plan.grace:g} s; --grace sets another limit")
+            say(f"killed {who} after {self.plan.grace:g} s; --grace sets another limit")
 
     def _read_rest(self) -> None:
-        """Waits for the last output, unless nobody reads it, or programs that still run hold it."""
-        deadline = time.monotonic() + _OUTPUT
-        for reader in self.readers:
-            reader.join(max(0, deadline - time.monotonic()))
+        """Waits for the last output; after a failure or a signal, only a moment."""
+        self.over.set()
+        limit = time.monotonic() + output.MOMENT
+        while any(reader.is_alive() for reader in self.readers):
+            if (self.failure or self.signals) and time.monotonic() > limit:
+                return
+            time.sleep(_PAUSE)
 
     def _note_end(self, process: int, status: int) -> None:
         """Notes that a process has ended; after a failure, ends the others."""
@@ -235,48 +237,16 @@ class _Job:
     def _reported(self, process: int, status: int) -> int:
         """Reports a failure; returns the exit status of the launcher."""
         if status == PREEMPTED:
-            _say(f"the processes stopped on a signal: status {status}")
+            say(f"the processes stopped on a signal: status {status}")
             return status
         if self.signals:
             return 128 + self.signals[0]
         name = signal.Signals(-status).name if status < 0 else ""
         end = f"was ended by {name}" if name else f"ended with status {status}"
         lines = "".join(f"\n[{process}] {line}" for line in _traceback(self.tails[process]))
-        _say(f"process {process} of {self.processes} {end}, the first to fail; the others were "
+        say(f"process {process} of {self.processes} {end}, the first to fail; the others were "
              f"ended.{lines}")
         return 128 - status if status < 0 else status
-
-
-class _Stream:
-    """Standard output or standard error of the launcher, without Python's buffers.
-
-    Python locks and flushes them when the launcher ends, which a reader that stops or leaves would
-    delay or turn into an error.
-    """
-
-    def __init__(self, stream: TextIO | None):
-        self._stream = stream  # None if the launcher was started without it
-        self._lock = threading.Lock()
-
-    def write(self, text: str) -> None:
-        """Writes a text whole, or drops it if the reader has left: the job goes on."""
-        if self._stream is None:
-            return
-        rest = text.encode(self._stream.encoding, errors="backslashreplace")
-        with contextlib.suppress(OSError), self._lock:
-            while rest:
-                rest = rest[os.write(self._stream.fileno(), rest):]
-
-
-_OUT, _ERR = _Stream(sys.__stdout__), _Stream(sys.__stderr__)
-
-
-def _say(text: str) -> None:
-    """Writes a line to standard error, and waits only a moment for its reader."""
-    line = f"zerojax launch: {text}\n"
-    writer = threading.Thread(target=_ERR.write, args=(line,), daemon=True)
-    writer.start()
-    writer.join(_OUTPUT)
 
 
 def _signal_all(child: subprocess.Popen, number: int) -> None:
@@ -294,24 +264,3 @@ def _traceback(tail: Iterable[str]) -> list[str]:
     while starts and any(line.startswith(_LED_TO) for line in lines[starts[-1]:begin]):
         begin = starts.pop()
     return lines[begin:]
-
-
-def _forward(source: IO[bytes], sink: _Stream, prefix: str, tail: collections.deque | None):
-    """Writes the lines of a process to a stream of the launcher, each with a prefix.
-
-    A line ends in a newline, or in a carriage return, like a progress bar.
-    """
-    rest = b""
-    while more := source.read1(2**16):  # pyright: ignore[reportAttributeAccessIssue]
-        rest += more
-        found = list(_LINE.finditer(rest))
-        rest = rest[found[-1].end():] if found else rest
-        _write([m[1] for m in found if m[1] or m[2] != b"\r"], sink, prefix, tail)
-    _write([rest] if rest else [], sink, prefix, tail)
-
-
-def _write(lines: Sequence[bytes], sink: _Stream, prefix: str, tail: collections.deque | None):
-    texts = [line.decode(errors="replace") for line in lines]
-    if tail is not None:
-        tail.extend(texts)
-    sink.write("".join(f"{prefix}{text}\n" for text in texts))
