@@ -116,10 +116,25 @@ def _last_line(error: BaseException) -> str:
 
 
 def with_launcher() -> None:
-    """Ends the process when `zerojax launch` is killed, which cannot end it then."""
-    launcher = os.getppid()
-    if os.environ.get("ZEROJAX_LAUNCH") == str(launcher):
-        threading.Thread(target=_end_without, args=(launcher,), daemon=True).start()
+    """Ends the process when `zerojax launch` is killed, which cannot end it then.
+
+    It may have been killed already. A program that a process has started is none of its processes.
+    """
+    launcher = os.environ.get("ZEROJAX_LAUNCH", "")
+    if os.getppid() == int(launcher or 0):
+        threading.Thread(target=_end_without, args=(int(launcher),), daemon=True).start()
+    elif launcher and not _exists(int(launcher)):
+        now()
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
 
 
 def _end_without(launcher: int) -> None:
