@@ -120,10 +120,12 @@ def with_launcher() -> None:
 
     It may have been killed already. A program that a process has started is none of its processes.
     """
-    launcher = os.environ.get("ZEROJAX_LAUNCH", "")
-    if os.getppid() == int(launcher or 0):
-        threading.Thread(target=_end_without, args=(int(launcher),), daemon=True).start()
-    elif launcher and not _exists(int(launcher)):
+    if "ZEROJAX_LAUNCH" not in os.environ:
+        return
+    launcher = int(os.environ["ZEROJAX_LAUNCH"])
+    if os.getppid() == launcher:
+        threading.Thread(target=_end_without, args=(launcher,), daemon=True).start()
+    elif not _exists(launcher):
         now()
 
 
