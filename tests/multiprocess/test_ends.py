@@ -1,6 +1,7 @@
 """Processes that die, stop, raise or get a signal, and runs that continue after them."""
 
 import json
+import os
 import pathlib
 import re
 import signal
@@ -192,3 +193,16 @@ def is_running(pid):
         return stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_process_whose_launcher_has_ended_ends_at_once():
+    """Unless it has been started by one of the launcher's processes, and the launcher runs."""
+    with subprocess.Popen(["true"]) as launcher:
+        pass
+    code = "from zerojax.processes import ending; ending.with_launcher(); print('runs')"
+    inner = [sys.executable, "-c", code]
+    line = [sys.executable, "-c", f"import subprocess; print(subprocess.run({inner}))"]
+    for number, status in (launcher.pid, 1), (os.getpid(), 0):
+        done = subprocess.run(line, env=environment(ZEROJAX_LAUNCH=number), text=True,
+                              capture_output=True, timeout=60)
+        assert f"returncode={status}" in done.stdout and ("runs\n" in done.stdout) == (not status)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -71,6 +72,51 @@ def test_a_progress_bar_is_visible_while_it_moves(tmp_path):
         lines = [launcher.stdout.readline() for _ in range(3)]
         assert lines == ["[0] 0\n", "[0] 1\n", "[0] 2\n"]
         launcher.terminate()
+
+
+def test_a_megabyte_without_a_newline_is_one_line(tmp_path):
+    done = run(tmp_path, "print('x' * 10**6, end='!')", "-n", 1)
+    assert done.returncode == 0 and done.stdout == f"[0] {'x' * 10**6}!\n"
+
+
+@pytest.mark.parametrize("is_blocking", [True, False])
+def test_a_slow_reader_gets_all_lines(tmp_path, is_blocking):
+    """Also through a pipe that another program has made non-blocking."""
+    (tmp_path / "script.py").write_text("for i in range(9000): print('line', i)")
+    ours, its = os.pipe()
+    os.set_blocking(its, is_blocking)
+    with subprocess.Popen(command("-n", 1, tmp_path / "script.py"), stdout=its), open(ours) as out:
+        os.close(its)
+        time.sleep(3)  # the process ends before its output is read
+        assert out.read().splitlines() == [f"[0] line {i}" for i in range(9000)]
+
+
+def test_lines_of_both_streams_stay_whole_in_one_pipe(tmp_path):
+    (tmp_path / "script.py").write_text("""
+import sys, threading
+def write(stream, letter):
+    for _ in range(300):
+        stream.write(letter * 3000 + "\\n")
+other = threading.Thread(target=write, args=(sys.stderr, "e"))
+other.start()
+write(sys.stdout, "o")
+other.join()
+""")
+    done = subprocess.run(command("-n", 1, tmp_path / "script.py"), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, timeout=60)
+    lines = [f"[0] {letter * 3000}" for letter in "eo" for _ in range(300)]
+    assert sorted(done.stdout.splitlines()) == lines
+
+
+@pytest.mark.parametrize("program", [["sleep", "30"], ["yes"]], ids=["silent", "talkative"])
+def test_the_end_does_not_wait_for_a_program_that_holds_the_output(tmp_path, program):
+    start = f"import subprocess; print('up'); subprocess.Popen({program}, start_new_session=True)"
+    (tmp_path / "script.py").write_text(start)
+    with subprocess.Popen(command("-n", 1, tmp_path / "script.py"), text=True,
+                          stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout.readline() == "[0] up\n"
+        assert set(launcher.stdout) <= {"[0] y\n"}
+        assert launcher.wait(10) == 0
 
 
 def test_a_reader_that_leaves_does_not_block_the_job(tmp_path):
@@ -196,11 +242,16 @@ def test_one_signal_ends_processes_that_ignore_it(tmp_path, stream):
     (tmp_path / "script.py").write_text(STUBBORN.replace("STREAM", stream))
     with subprocess.Popen(command("-n", 2, "--devices", 1, "--grace", 0.5, tmp_path / "script.py"),
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
-        assert [launcher.stderr.readline()[4:] for _ in range(2)] == ["up\n"] * 2
-        sleeps = [child for process in children_of(launcher.pid) for child in children_of(process)]
-        time.sleep(1)  # the pipe is full
-        launcher.terminate()
-        assert launcher.wait(5) == 143
+        try:
+            lines = iter(launcher.stderr.readline, "")
+            assert "up\n" in (line[4:] for line in lines)
+            assert "up\n" in (line[4:] for line in lines)  # of the other process
+            sleeps = [c for process in children_of(launcher.pid) for c in children_of(process)]
+            time.sleep(1)  # the pipe is full
+            launcher.terminate()
+            assert launcher.wait(20) == 143
+        finally:
+            launcher.kill()
         last = "zerojax launch: killed processes 0-1 after 0.5 s; --grace sets another limit"
         assert (last in launcher.stderr.read()) == (stream == "stdout")
         assert len(sleeps) == 2 and not any(map(is_running, sleeps))
@@ -210,13 +261,86 @@ def children_of(pid):
     return pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
+def test_only_the_process_gets_the_first_signal(tmp_path):
+    """A worker that loads its data is needed until the state is saved, and is killed then."""
+    (tmp_path / "script.py").write_text("""
+import signal, subprocess, sys, time
+worker = subprocess.Popen(["sleep", "300"])
+def end(*_):
+    time.sleep(0.5)
+    print(worker.poll(), worker.pid, flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, end)
+print("up")
+time.sleep(300)
+""")
+    with subprocess.Popen(command("-n", 1, tmp_path / "script.py"), text=True,
+                          stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout.readline() == "[0] up\n"
+        launcher.terminate()
+        assert launcher.wait(30) == 75
+        _, status, pid = launcher.stdout.readline().split()
+    assert status == "None" and not is_running(pid)
+
+
+def test_a_hangup_that_was_ignored_ends_nothing(tmp_path):
+    (tmp_path / "script.py").write_text("print('up')\n"
+                                        "import time; time.sleep(2); print('done')")
+    line = ["nohup", *command("-n", 1, tmp_path / "script.py")]
+    with subprocess.Popen(line, text=True, stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout.readline() == "[0] up\n"
+        launcher.send_signal(signal.SIGHUP)
+        assert launcher.wait(30) == 0 and launcher.stdout.read() == "[0] done\n"
+
+
+def test_what_a_process_that_has_ended_has_started_ends_after_a_failure(tmp_path):
+    script = """
+import subprocess
+if me:
+    time.sleep(1)
+    sys.exit(3)
+quiet = subprocess.DEVNULL
+sleep = subprocess.Popen(["sleep", "300"], stdout=quiet, stderr=quiet)
+print(sleep.pid)
+"""
+    done = run(tmp_path, script, "-n", 2)
+    assert done.returncode == 3 and not is_running(done.stdout.split()[1])
+
+
+def test_a_signal_during_the_start_is_sent_once(tmp_path, monkeypatch):
+    """A second SIGINT ends `zj.Preemption` without a state."""
+    (tmp_path / "script.py").write_text(HEAD + f"""
+folder = {str(tmp_path)!r}
+signals = []
+signal.signal(signal.SIGINT, lambda *_: signals.append(1))
+open(f"{{folder}}/{{me}}.up", "w")
+while not signals: time.sleep(0.01)
+time.sleep(1)
+open(f"{{folder}}/{{me}}.signals", "w").write(str(len(signals)))
+sys.exit(75)
+""")
+    start = launch._Job._start
+
+    def starts(job, process, environment):
+        start(job, process, environment)
+        while not (tmp_path / f"{process}.up").exists():
+            time.sleep(0.01)
+        if process == 0:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(launch._Job, "_start", starts)
+    plan = launch.Launch([sys.executable, str(tmp_path / "script.py")], [2], devices=1)
+    assert launch.launch(plan) == 75
+    assert [(tmp_path / f"{process}.signals").read_text() for process in range(2)] == ["1", "1"]
+
+
 def test_a_process_that_cannot_be_killed_is_given_up(tmp_path, monkeypatch, capfd):
     """SIGKILL has no effect as long as the process is inside a system call of some drivers."""
     end = tmp_path / "end"
     script = ("if me: sys.exit(3)\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(8)\n"
               f"open({str(end)!r}, 'w')")
     (tmp_path / "script.py").write_text(HEAD + script)
-    monkeypatch.setattr(launch, "_signal_all", lambda child, number: None)
+    monkeypatch.setattr(launch, "_send", lambda send, child, number: None)
     plan = launch.Launch([sys.executable, str(tmp_path / "script.py")], [2], devices=1)
     assert launch.launch(plan) == 3 and not end.exists()
     assert "zerojax launch: process 0 cannot be killed" in capfd.readouterr().err

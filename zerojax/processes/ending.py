@@ -122,10 +122,27 @@ def _last_line(error: BaseException) -> str:
 
 
 def with_launcher() -> None:
-    """Ends the process when `zerojax launch` is killed, which cannot end it then."""
-    launcher = os.getppid()
-    if os.environ.get("ZEROJAX_LAUNCH") == str(launcher):
+    """Ends the process when `zerojax launch` is killed, which cannot end it then.
+
+    It may have been killed already. A program that a process has started is none of its processes.
+    """
+    if "ZEROJAX_LAUNCH" not in os.environ:
+        return
+    launcher = int(os.environ["ZEROJAX_LAUNCH"])
+    if os.getppid() == launcher:
         threading.Thread(target=_end_without, args=(launcher,), daemon=True).start()
+    elif not _exists(launcher):
+        now()
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
 
 
 def _end_without(launcher: int) -> None:

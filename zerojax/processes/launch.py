@@ -6,33 +6,31 @@ Needs no jax.
 import collections
 import contextlib
 import dataclasses
+import functools
 import glob
 import math
 import os
-import queue
 import re
 import secrets
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from typing import IO, TextIO
+from collections.abc import Callable, Iterable, Sequence
 
 from zerojax.errors import ClusterError
-from zerojax.processes import naming
+from zerojax.processes import naming, output
 from zerojax.processes.outcome import PREEMPTED
+from zerojax.processes.output import say
 from zerojax.processes.sealed import SECRET
 
 GRACE = 4.0  # seconds between a signal and SIGKILL
 _AFTER_FAILURE = 1.0  # the same after one process has failed, when the others cannot save any more
-_OUTPUT = 0.5  # seconds for the last output, and for SIGKILL to take effect
 TAIL = 400  # lines of standard error that are kept of each process
 _TRACEBACK = re.compile(r"\s*(\+ Exception Group )?Traceback \(most recent call last\)")
 _LED_TO = ("The above exception was the direct cause", "During handling of the above exception")
-_LINE = re.compile(rb"([^\r\n]*)(\r?\n|\r)")
+_PAUSE = 0.05  # seconds
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -114,7 +112,7 @@ def _attempts(plan: Launch) -> int:
         status = job.run()
         if status in (0, PREEMPTED) or job.signals or attempt == plan.restarts:
             break
-        _say(f"starts again, {attempt + 1} of {plan.restarts}")
+        say(f"starts again, {attempt + 1} of {plan.restarts}")
     return status
 
 
@@ -125,163 +123,167 @@ def _free_port() -> int:
 
 
 class _Job:
-    """One attempt to run the job."""
+    """One attempt to run the job.
+
+    Signals and the ends of processes are events: functions that the main thread calls in turn. It
+    never waits for longer than a moment, and a signal handler only notes an event.
+    """
 
     def __init__(self, plan: Launch, processes: int):
         self.plan = plan
         self.processes = processes
-        self.running: dict[int, subprocess.Popen] = {}
-        self.ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # (process, status)
+        self.children: list[subprocess.Popen] = []
+        self.running: set[int] = set()
+        self.events: collections.deque[Callable[[], None]] = collections.deque()
         self.signals: list[signal.Signals] = []  # that the launcher has received
-        self.failure: tuple[int, int] | None = None  # (process, status) of the first
-        self.deadline = math.inf  # of the processes that still run after a failure or a signal
-        self.was_killed = False  # after the deadline
-        self.is_stuck = False  # although it was killed
+        self.errors: list[tuple[int, int]] = []  # (process, status), in the order of the ends
+        self.is_ending = False  # the processes have been asked to end
+        self.deadline = math.inf  # of what the main thread waits for
+        self.over = threading.Event()  # all processes have ended
         self.tails = [collections.deque(maxlen=TAIL) for _ in range(processes)]
         self.readers: list[threading.Thread] = []
 
     def run(self) -> int:
-        before = {number: signal.signal(number, self._pass_on) for number in _SIGNALS}
+        """Runs the attempt to its end; returns the exit status of the launcher."""
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        before = {n: handler for n, handler in before.items() if handler != signal.SIG_IGN}
         try:
-            port = _free_port()
-            for process in range(self.processes):
-                self._start(process, self.plan.environment(process, self.processes, port))
-            if self.signals:  # received while the processes were started
-                self._signal(self.signals[0])
+            for number in before:
+                signal.signal(number, self._note_signal)
+            self._start_all()
             return self._watch()
         finally:
-            self._signal(signal.SIGKILL)
+            self._end_all()
+            for child in self.children:
+                child.poll()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _pass_on(self, number, frame):
-        """Passes Ctrl-C and SIGTERM to the processes, which may save; a second one ends them."""
-        self._signal(signal.SIGKILL if self.signals else number)
-        if not self.signals:
-            self.deadline = time.monotonic() + self.plan.grace
-            name = signal.Signals(number).name
-            _say(f"{name}: the processes have {self.plan.grace:g} s to end (--grace); a second "
-                 "signal ends them")
-        self.signals.append(signal.Signals(number))
+    def _start_all(self) -> None:
+        port = _free_port()
+        for process in range(self.processes):
+            self._start(process, self.plan.environment(process, self.processes, port))
 
     def _start(self, process: int, environment: dict[str, str]) -> None:
         child = subprocess.Popen(self.plan.command, env=os.environ | environment,
                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                  stderr=subprocess.PIPE, start_new_session=True)
-        self.running[process] = child
+        self.children.append(child)
+        self.running.add(process)
         prefix = f"[{process}] "
-        self._read(child.stdout, _OUT, prefix, None)
-        self._read(child.stderr, _ERR, prefix, self.tails[process])
+        self._read(child.stdout, output.OUT, prefix, None, self.over)
+        self._read(child.stderr, output.ERR, prefix, self.tails[process], self.over)
         threading.Thread(target=self._await, args=(process, child), daemon=True).start()
 
     def _read(self, *arguments) -> None:
-        reader = threading.Thread(target=_forward, args=arguments, daemon=True)
+        reader = threading.Thread(target=output.forward, args=arguments, daemon=True)
         reader.start()
         self.readers.append(reader)
 
     def _await(self, process: int, child: subprocess.Popen) -> None:
-        self.ended.put((process, child.wait()))
+        """Notes the end of a process, whose number and group remain its own until the job ends."""
+        end = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert end is not None
+        status = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+        self.events.append(functools.partial(self._note_end, process, status))
 
-    def _watch(self) -> int:
-        """Waits until all processes have ended, which is soon after a failure of one of them."""
-        while self.running and not self.is_stuck:
-            try:
-                self._note_end(*self.ended.get(timeout=0.1))
-            except queue.Empty:
-                if time.monotonic() > self.deadline:
-                    self._kill()
-        self._read_rest()
-        failure = self.failure or next(((p, -signal.SIGKILL) for p in self.running), None)
-        return self._reported(*failure) if failure else 0
+    def _note_signal(self, number, frame):
+        self.events.append(self._hurry if self.signals else self._pass_on)
+        self.signals.append(signal.Signals(number))
 
-    def _kill(self) -> None:
-        """Ends the processes that have not ended in time; gives up those that it has killed."""
-        who = naming.named(self.running)
-        self._signal(signal.SIGKILL)
-        self.is_stuck, self.was_killed = self.was_killed, True
-        self.deadline = time.monotonic() + _OUTPUT
-        if self.is_stuck:
-            _say(f"{who} cannot be killed, which the system delays while a process waits for a "
-                 "device or a disk")
-        elif self.signals:
-            _say(f"killed {who} after {self.plan.grace:g} s; --grace sets another limit")
+    def _pass_on(self) -> None:
+        """Passes the first signal to the processes, which may save."""
+        self._ask(self.signals[0], self.plan.grace)
+        say(f"{self.signals[0].name}: the processes have {self.plan.grace:g} s to end (--grace); "
+            "a second signal ends them")
 
-    def _read_rest(self) -> None:
-        """Waits for the last output, unless nobody reads it, or programs that still run hold it."""
-        deadline = time.monotonic() + _OUTPUT
-        for reader in self.readers:
-            reader.join(max(0, deadline - time.monotonic()))
+    def _hurry(self) -> None:
+        """Ends the processes at once, after a second signal."""
+        self.deadline = time.monotonic()
 
     def _note_end(self, process: int, status: int) -> None:
-        """Notes that a process has ended; after a failure, ends the others."""
-        child = self.running.pop(process)
-        if not status and not self.signals:
-            return
-        _signal_all(child, signal.SIGKILL)  # what it started is of its session, and may still run
-        if not status or (self.failure is not None and self.failure[1] != PREEMPTED):
-            return
-        if status == PREEMPTED:  # the others are about to save too
-            self.failure = self.failure or (process, status)
-            return
-        self.failure = (process, status)
-        self.deadline = min(self.deadline, time.monotonic() + _AFTER_FAILURE)
-        if not self.signals:  # else the others have received one
-            self._signal(signal.SIGTERM)
+        """Notes that a process has ended; after a failure, the others end too."""
+        self.running.discard(process)
+        if status:
+            self.errors.append((process, status))
+        if status not in (0, PREEMPTED):  # if it is PREEMPTED, the others are about to save too
+            self._ask(signal.SIGTERM, _AFTER_FAILURE)
 
-    def _signal(self, number: int) -> None:
-        for child in list(self.running.values()):
-            _signal_all(child, number)
+    def _ask(self, number: int, seconds: float) -> None:
+        """Asks the processes to end within some seconds, each only once.
+
+        They ask what they have started: a loader of data is needed until the state is saved.
+        """
+        for process in () if self.is_ending else self.running:
+            _send(os.kill, self.children[process], number)
+        self.is_ending = True
+        self.deadline = min(self.deadline, time.monotonic() + seconds)
+
+    def _watch(self) -> int:
+        """Waits until all processes have ended, which is soon after a failure or a signal."""
+        self._wait(lambda: not self.running)
+        if not self._is_healthy():
+            self._kill()
+        self.over.set()
+        self._wait(lambda: not any(reader.is_alive() for reader in self.readers))
+        return self._reported(*self._failure()) if self.errors else 0
+
+    def _wait(self, is_over: Callable[[], bool]) -> None:
+        """Calls the events until a condition holds, or the deadline has passed.
+
+        A wait with a timeout in C would not end in Python 3.12 if a signal handler outlasts it.
+        """
+        while not is_over() and time.monotonic() < self.deadline:
+            if self.events:
+                self.events.popleft()()
+            else:
+                time.sleep(_PAUSE)
+
+    def _is_healthy(self) -> bool:
+        return not (self.running or self.errors or self.signals)
+
+    def _kill(self) -> None:
+        """Ends the processes that have not ended in time, and all that the job has started."""
+        late = naming.named(self.running) if self.running else ""
+        self._end_all()
+        self.deadline = time.monotonic() + output.MOMENT
+        self._wait(lambda: not self.running)
+        if self.running:
+            say(f"{naming.named(self.running)} cannot be killed, which the system delays while a "
+                "process waits for a device or a disk")
+            self.errors += [(process, -signal.SIGKILL) for process in sorted(self.running)]
+        elif late and len(self.signals) == 1:
+            say(f"killed {late} after {self.plan.grace:g} s; --grace sets another limit")
+
+    def _end_all(self) -> None:
+        """Kills all groups of processes, unless all went well."""
+        if not self._is_healthy():
+            for child in self.children:
+                _send(os.killpg, child, signal.SIGKILL)
+
+    def _failure(self) -> tuple[int, int]:
+        """Returns the first failure; a process that stopped on a signal is one if no other is."""
+        return next((e for e in self.errors if e[1] != PREEMPTED), self.errors[0])
 
     def _reported(self, process: int, status: int) -> int:
         """Reports a failure; returns the exit status of the launcher."""
         if status == PREEMPTED:
-            _say(f"the processes stopped on a signal: status {status}")
+            say(f"the processes stopped on a signal: status {status}")
             return status
         if self.signals:
             return 128 + self.signals[0]
         name = signal.Signals(-status).name if status < 0 else ""
         end = f"was ended by {name}" if name else f"ended with status {status}"
         lines = "".join(f"\n[{process}] {line}" for line in _traceback(self.tails[process]))
-        _say(f"process {process} of {self.processes} {end}, the first to fail; the others were "
+        say(f"process {process} of {self.processes} {end}, the first to fail; the others were "
              f"ended.{lines}")
         return 128 - status if status < 0 else status
 
 
-class _Stream:
-    """Standard output or standard error of the launcher, without Python's buffers.
-
-    Python locks and flushes them when the launcher ends, which a reader that stops or leaves would
-    delay or turn into an error.
-    """
-
-    def __init__(self, stream: TextIO | None):
-        self._stream = stream  # None if the launcher was started without it
-        self._lock = threading.Lock()
-
-    def write(self, text: str) -> None:
-        """Writes a text whole, or drops it if the reader has left: the job goes on."""
-        if self._stream is None:
-            return
-        rest = text.encode(self._stream.encoding, errors="backslashreplace")
-        with contextlib.suppress(OSError), self._lock:
-            while rest:
-                rest = rest[os.write(self._stream.fileno(), rest):]
-
-
-_OUT, _ERR = _Stream(sys.__stdout__), _Stream(sys.__stderr__)
-
-
-def _say(text: str) -> None:
-    """Writes a line to standard error, and waits only a moment for its reader."""
-    line = f"zerojax launch: {text}\n"
-    writer = threading.Thread(target=_ERR.write, args=(line,), daemon=True)
-    writer.start()
-    writer.join(_OUTPUT)
-
-
-def _signal_all(child: subprocess.Popen, number: int) -> None:
+def _send(send: Callable[[int, int], None], child: subprocess.Popen, number: int) -> None:
+    """Sends a signal to a process, or to its group: it is a leader, and was not waited for."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, number)
+        send(child.pid, number)
 
 
 def _traceback(tail: Iterable[str]) -> list[str]:
@@ -294,24 +296,3 @@ def _traceback(tail: Iterable[str]) -> list[str]:
     while starts and any(line.startswith(_LED_TO) for line in lines[starts[-1]:begin]):
         begin = starts.pop()
     return lines[begin:]
-
-
-def _forward(source: IO[bytes], sink: _Stream, prefix: str, tail: collections.deque | None):
-    """Writes the lines of a process to a stream of the launcher, each with a prefix.
-
-    A line ends in a newline, or in a carriage return, like a progress bar.
-    """
-    rest = b""
-    while more := source.read1(2**16):  # pyright: ignore[reportAttributeAccessIssue]
-        rest += more
-        found = list(_LINE.finditer(rest))
-        rest = rest[found[-1].end():] if found else rest
-        _write([m[1] for m in found if m[1] or m[2] != b"\r"], sink, prefix, tail)
-    _write([rest] if rest else [], sink, prefix, tail)
-
-
-def _write(lines: Sequence[bytes], sink: _Stream, prefix: str, tail: collections.deque | None):
-    texts = [line.decode(errors="replace") for line in lines]
-    if tail is not None:
-        tail.extend(texts)
-    sink.write("".join(f"{prefix}{text}\n" for text in texts))
