@@ -98,7 +98,9 @@ main()
     ("caught()", 0, "left"), ("caught(); sys.exit(0)", 0, "left"),
     ("shown(ValueError())", 0, "left"), ("shown(ValueError()); sys.exit()", 0, "left"),
     ("shown(ValueError()); sys.exit(5)", 5, "reported: SystemExit: 5"),
-    ("a_thread_exits()", 0, "left"), ("pass", 0, "left")])
+    ("sys.exit(2**40 + 3)", 3, "reported: SystemExit: 1099511627779"),
+    ("a_thread_exits()", 0, "left"), ("a_thread_exits(); raise SystemExit", 0, "left"),
+    ("pass", 0, "left")])
 def test_the_end_of_a_program_is_reported(body, status, line):
     """An error or status that a program has handled does not count."""
     done = ended(ENDS.replace("BODY", body))

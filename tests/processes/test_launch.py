@@ -249,7 +249,7 @@ def test_one_signal_ends_processes_that_ignore_it(tmp_path, stream):
             sleeps = [c for process in children_of(launcher.pid) for c in children_of(process)]
             time.sleep(1)  # the pipe is full
             launcher.terminate()
-            assert launcher.wait(20) == 143
+            assert launcher.wait(5) == 143
         finally:
             launcher.kill()
         last = "zerojax launch: killed processes 0-1 after 0.5 s; --grace sets another limit"
