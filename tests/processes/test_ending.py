@@ -42,16 +42,20 @@ threading.Thread(target=print, args=("x" * 10**7,), daemon=True).start()
 time.sleep(0.5)
 sys.stderr.write("blocked")
 sys.stderr.flush()
-ending.soon("the reason", False, 0.1)
-time.sleep(50)
+if sys.argv[1] == "soon":
+    ending.soon("the reason", False, 0.1)
+    time.sleep(50)
+ending.on_errors(lambda _: None, print)
+sys.exit(3)
 """
 
 
-def test_a_process_ends_although_nobody_reads_its_output():
-    with subprocess.Popen([sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE,
+@pytest.mark.parametrize("how, status", [("soon", 1), ("sys.exit", 3)])
+def test_a_process_ends_although_nobody_reads_its_output(how, status):
+    with subprocess.Popen([sys.executable, "-c", BLOCKED, how], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as process:
         assert process.stderr.read(7) == b"blocked"
-        assert process.wait(20) == 1
+        assert process.wait(20) == status
 
 
 ENDS = """
