@@ -13,51 +13,11 @@ import numpy as np
 import optax
 import pytest
 import states
+from hosts import Killed, files, killed_after, newest, opened, restored
 
 import zerojax as zj
 from zerojax.checkpoint import host_copies, manifest, slots, warm
 from zerojax.processes import exchange
-
-
-@pytest.fixture
-def base(tmp_path, monkeypatch):
-    """The directory in place of /dev/shm."""
-    path = tmp_path / "shm"
-    path.mkdir()
-    monkeypatch.setattr(slots, "BASE", path)
-    return path
-
-
-def opened(tmp_path, **options):
-    return zj.Checkpointer(tmp_path / "c", memory=True, every=100, **options)
-
-
-class Killed(Exception):
-    """Leaves a context as a process that is killed would: the snapshots stay."""
-
-
-def killed_after(tmp_path, *made, **options):
-    """Takes snapshots of states, and is killed."""
-    with pytest.raises(Killed), opened(tmp_path, **options) as checkpoints:
-        for state in made:
-            checkpoints.save(state, data_state={"next": int(state.step)}, metrics={"loss": 1.5})
-        checkpoints.wait()
-        raise Killed
-
-
-def restored(tmp_path, target=None, **options):
-    with opened(tmp_path) as checkpoints:
-        return checkpoints.restore_latest(target or states.target(), **options)
-
-
-def files(base, pattern):
-    return sorted(base.glob(f"zerojax-*/{pattern}"))
-
-
-def newest(base):
-    """Returns the header and the data file of the newest snapshot."""
-    path = max(files(base, "*.json"), key=lambda p: json.loads(p.read_text()).get("step", -1))
-    return path, path.with_suffix(".data")
 
 
 def test_a_state_is_restored_bit_for_bit(tmp_path, base):
@@ -240,45 +200,6 @@ def test_a_directory_that_was_begun_afresh_has_no_snapshots(tmp_path, base):
     killed_after(tmp_path, states.state(step=7))
     (tmp_path / "c").rename(tmp_path / "old")
     assert restored(tmp_path, if_none="none") is None
-
-
-def test_a_step_that_was_moved_away_takes_later_snapshots_with_it(tmp_path, base):
-    """The user continues from an earlier step on disk."""
-    with pytest.raises(Killed), opened(tmp_path) as checkpoints:
-        for step in (1, 2):
-            checkpoints.save(states.state(seed=step, step=step), force=True)
-            checkpoints.wait()
-        checkpoints.save(states.state(seed=3, step=3))
-        checkpoints.wait()
-        raise Killed
-    (tmp_path / "c/2").rename(tmp_path / "2")
-    assert restored(tmp_path).step == 1
-
-
-def test_a_run_that_continues_from_an_earlier_step_forgets_later_snapshots(tmp_path, base):
-    with pytest.raises(Killed), opened(tmp_path) as checkpoints:
-        checkpoints.save(states.state(seed=1, step=1), force=True)
-        for step in (5, 6):
-            checkpoints.save(states.state(seed=step, step=step))
-        checkpoints.wait()
-        raise Killed
-    with pytest.raises(Killed), opened(tmp_path) as checkpoints:
-        state = checkpoints.restore(1, states.target()).state
-        checkpoints.save(state.replace(step=state.step + 1))
-        checkpoints.wait()
-        raise Killed
-    assert restored(tmp_path).step == 2
-
-
-def test_going_back_within_a_run(tmp_path, base):
-    """Such as after a spike of the loss: steps of the old branch are never used, nor mixed."""
-    def state(step, seed):
-        return states.state(seed=seed, step=step)
-
-    killed_after(tmp_path, state(10, 1), state(20, 2), state(15, 3))
-    assert states.bits(restored(tmp_path).state) == states.bits(state(15, 3))
-    killed_after(tmp_path, state(10, 1), state(20, 2), state(15, 3), state(20, 4))
-    assert states.bits(restored(tmp_path).state) == states.bits(state(20, 4))
 
 
 def test_the_data_position_of_each_process(tmp_path, base):

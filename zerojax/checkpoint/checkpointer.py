@@ -266,7 +266,10 @@ class Checkpointer:
             one.
         """
         self.wait()
-        return self._restore(step, target, only, params_only, cast)
+        found = restoring.from_disk(self._group, self.directory, step, target,
+                                    MODEL if params_only else only, cast)
+        self._snapshots.abandon(step + 1)
+        return found
 
     def restore_latest(self, target: Any, *, if_none: Literal["raise", "none"] = "raise",
                        only: str | None = None, params_only: bool = False,
@@ -292,7 +295,9 @@ class Checkpointer:
         damaged = []
         for step, is_on_disk, read in self._candidates():
             try:
-                return read(target, MODEL if params_only else only, cast)
+                found = read(target, MODEL if params_only else only, cast)
+                self._snapshots.abandon(step + 1)
+                return found
             except CorruptCheckpointError as error:
                 what = f"step {step}" if is_on_disk else f"the snapshot of step {step} in memory"
                 warnings.warn(f"skipped {what}: {error}", RuntimeWarning, stacklevel=2)
@@ -307,6 +312,7 @@ class Checkpointer:
         if if_none == "raise":
             raise CheckpointError(f"{self.directory} has no checkpoint. If this may be the first "
                                   'run, write if_none="none", which returns None.')
+        self._snapshots.abandon(0)
         return None
 
     def _candidates(self) -> Found:
@@ -330,11 +336,6 @@ class Checkpointer:
         """
         self.wait()
         return reading.verify(self._path(step))
-
-    def _restore(self, step: int, target: Any, only: str | None, params_only: bool,
-                 cast: bool) -> Restored:
-        return restoring.from_disk(self._group, self.directory, step, target,
-                                   MODEL if params_only else only, cast)
 
     def _path(self, step: int) -> epath.Path:
         return folder.step_path(self.directory, step)

@@ -7,9 +7,11 @@ state together from the parts.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import uuid
 import zlib
 from collections.abc import Callable, Mapping
@@ -49,6 +51,9 @@ class NoSnapshots:
         """Returns the snapshots to restore from."""
         return []
 
+    def abandon(self, step: int) -> None:
+        """Notes that snapshots of this step and later ones are of a run that went back."""
+
     def wait(self) -> None:
         """Waits for the snapshot in progress."""
 
@@ -80,13 +85,15 @@ class Snapshots(NoSnapshots):
                                   "connect them.")
         self.every, self.group, self._zero = every, group, zero
         own = group.everywhere(lambda: _run_id(directory) if group.first else "")
-        self.run, self._attempt = group.of_first([own, uuid.uuid4().hex])
+        self.run, self._job = group.of_first([own, uuid.uuid4().hex])
         self._directory = directory
         self.slots = group.everywhere(lambda: Slots(str(directory), group.process),
                                       [CheckpointError])
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "zerojax snapshots")
         self._pending: concurrent.futures.Future | None = None
-        self._step = -1  # of the last snapshot
+        self._step = -1  # of the last snapshot; -1 if the next begins a branch
+        self._abandoned: float = math.inf  # snapshots from this step on are of another branch
+        self._attempt = ""  # the branch: equal steps of two have different bits
         self._taken = 0
         self._steps = {0: -1, 1: -1}  # of the slots
         self._about: Manifest | None = None  # of the shapes
@@ -119,8 +126,8 @@ class Snapshots(NoSnapshots):
         arrays = writing.arrays(leaves)
         if self._is_alike is None:
             self._begin(arrays, position)
-        if step <= self._step or not self._taken:
-            self._abandon(step)
+        if step <= self._step or self._step < 0:
+            self._branch(min(step, self._abandoned))
         about = self._described(step, state, leaves)
         header = {"format": warm.FORMAT, "run": self.run, "attempt": self._attempt, "step": step,
                   "process": self.group.process, "processes": self.group.size,
@@ -128,7 +135,8 @@ class Snapshots(NoSnapshots):
         copies = host_copies.started(arrays)
         metrics = jax.tree.map(lambda x: np.array(x) if isinstance(x, np.ndarray) else x, metrics)
         self._step, self._taken = step, self._taken + 1
-        self._pending = self._writer.submit(self._write, header, about, metrics, copies)
+        self._pending = self._writer.submit(self._write, self._taken, header, about, metrics,
+                                            copies)
 
     def _warn_if_busy(self, step: int) -> None:
         if self._pending and not self._pending.done() and not self._has_warned:
@@ -143,15 +151,15 @@ class Snapshots(NoSnapshots):
         positions = self.group.shared(position).values()
         self._is_alike = all(other == position for other in positions)
 
-    def _abandon(self, step: int) -> None:
-        """Removes the snapshots of this step and later ones: a run that went back made them.
+    def _branch(self, first: float) -> None:
+        """Removes snapshots from a step on, and gives those that follow another identity.
 
-        The new ones have another identity, so that parts of both are never mixed.
+        So parts of both branches are never mixed.
         """
-        self._attempt = f"{self._attempt}/{step}"
+        self._attempt, self._abandoned = f"{self._job}/{self._taken}", math.inf
         self._steps = {0: -1, 1: -1}
         for number, header in self.slots.headers():
-            if header.get("run") == self.run and header.get("step", step) < step:
+            if header.get("run") == self.run and header.get("step", first) < first:
                 self._steps[number] = header["step"]
             else:
                 self.slots.clear(number)
@@ -167,9 +175,26 @@ class Snapshots(NoSnapshots):
                 zero.precision.as_dict() if zero else None)
         return dataclasses.replace(self._about, step=step)
 
-    def _write(self, header: dict[str, Any], about: Manifest, metrics: Any,
+    def _write(self, number: int, header: dict[str, Any], about: Manifest, metrics: Any,
                copies: dict[str, Any]) -> None:
-        """Writes a snapshot over the older one, and waits until all processes have theirs."""
+        """Writes a snapshot over the older one, and waits until all processes have theirs.
+
+        If one of them fails, it fails on all, so that all begin another branch.
+        """
+        # several checkpointers of a job may be at the same number
+        tag = f"snapshot {number} of checkpointer {self._job[:8]}"
+        try:
+            self._put(header, about, metrics, copies)
+        except Exception:
+            with contextlib.suppress(ZeroError):  # the own error says more
+                monitor.barrier(tag, f"step {header['step']}, which failed")
+            raise
+        monitor.barrier(tag, f"step {header['step']}")
+        self.slots.remove_others(self.group.size)
+
+    def _put(self, header: dict[str, Any], about: Manifest, metrics: Any,
+             copies: dict[str, Any]) -> None:
+        """Writes a snapshot, and frees the copies, because other processes may take long."""
         _check_step(header["step"], copies)
         placed, total = _placed(copies)
         views = [_bytes(np.asarray(part)) for x in copies.values()
@@ -186,10 +211,7 @@ class Snapshots(NoSnapshots):
         self._steps[number] = -1
         self.slots.write(number, header, views, offsets, total)
         self._steps[number] = header["step"]
-        copies.clear()  # the other processes may take long
-        views.clear()
-        monitor.barrier(f"snapshot {self._taken}", f"step {header['step']}")
-        self.slots.remove_others(self.group.size)
+        copies.clear()
 
     def found(self, on_disk: int) -> Found:
         """Returns the snapshots of which the hosts have parts, newest first.
@@ -201,21 +223,31 @@ class Snapshots(NoSnapshots):
         return [(s.step, False, functools.partial(restoring.from_memory, self.group, headers, s))
                 for s in warm.available(self.group, headers, on_disk)]
 
+    def abandon(self, step: int) -> None:
+        """Notes that snapshots of this step and later ones are of a run that went back.
+
+        The next save takes a snapshot, and removes these before.
+        """
+        self._step, self._abandoned = -1, min(step, self._abandoned)
+
     def wait(self) -> None:
         """Waits until the snapshot that was started last is whole on all hosts.
 
         Raises:
           CheckpointError: it has failed.
         """
-        pending, self._pending = self._pending, None
-        if pending is None:
+        if self._pending is None:
             return
+        step = self._step
         try:
-            pending.result()
-        except ZeroError:
-            raise
+            self._pending.result()  # Ctrl-C leaves it pending
+            self._pending = None
         except Exception as error:
-            raise CheckpointError(f"the snapshot of step {self._step} in memory failed: {error}"
+            self._pending = None
+            self.abandon(step)
+            if isinstance(error, ZeroError):
+                raise
+            raise CheckpointError(f"the snapshot of step {step} in memory failed: {error}"
                                   ) from error
 
     def raise_failure(self) -> None:
@@ -230,6 +262,10 @@ class Snapshots(NoSnapshots):
           keep: whether the snapshots stay in memory for a restart.
         """
         self._writer.shutdown()
+        try:
+            self.raise_failure()
+        except ZeroError as error:  # another error or a preemption ends the run
+            errors.warn(str(error))
         if keep:
             self.slots.release()
         else:
