@@ -3,8 +3,6 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import disks
 import jax
@@ -13,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import states
-from hosts import Killed, files, killed_after, newest, opened, restored
+from hosts import Killed, files, holder, killed_after, newest, opened, restored
 
 import zerojax as zj
 from zerojax.checkpoint import host_copies, manifest, slots, warm
@@ -298,17 +296,10 @@ def test_a_full_shared_memory_is_an_error_before_anything_is_written(tmp_path, s
 
 
 def test_two_jobs_with_one_directory_on_a_host(tmp_path, base):
-    code = ("import sys, pathlib\nfrom zerojax.checkpoint import slots\n"
-            f"slots.BASE = pathlib.Path({str(base)!r})\n"
-            f"held = slots.Slots({str(tmp_path / 'c')!r}, 0)\nprint('held', flush=True)\n"
-            "sys.stdin.read()")
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(zj.CheckpointError, match=f"process {other.pid} of this host keeps "
-                                                     "snapshots of .*/c too; give each job"):
-            opened(tmp_path)
-        other.kill()
+    with (holder(base, tmp_path / "c", 0) as other,
+          pytest.raises(zj.CheckpointError, match=f"process {other.pid} of this host keeps "
+                                                  "snapshots of .*/c too; give each job")):
+        opened(tmp_path)
     opened(tmp_path).close()  # the lock of a process that was killed is gone
 
 

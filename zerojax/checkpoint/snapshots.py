@@ -24,9 +24,9 @@ from etils import epath
 from zerojax import errors
 from zerojax.checkpoint import directory as folder
 from zerojax.checkpoint import entries, host_copies, json_values, restoring, warm, writing
-from zerojax.checkpoint.manifest import Manifest, optimizer_kinds, sha256
+from zerojax.checkpoint.manifest import Manifest, optimizer_kinds
 from zerojax.checkpoint.restoring import Restored
-from zerojax.checkpoint.slots import Slots
+from zerojax.checkpoint.slots import FORMAT, Slots, headers
 from zerojax.errors import CheckpointError, ZeroError
 from zerojax.layout import padded
 from zerojax.policy import Policy
@@ -87,15 +87,19 @@ class Snapshots(NoSnapshots):
         own = group.everywhere(lambda: _run_id(directory) if group.first else "")
         self.run, self._job = group.of_first([own, uuid.uuid4().hex])
         self._directory = directory
-        self.slots = group.everywhere(lambda: Slots(str(directory), group.process),
-                                      [CheckpointError])
+        self.slots = Slots(str(directory), group.process)
+        try:
+            group.everywhere(self.slots.open, [CheckpointError])
+        except BaseException:
+            self.slots.release()
+            raise
+        self.slots.find_left()
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "zerojax snapshots")
         self._pending: concurrent.futures.Future | None = None
         self._step = -1  # of the last snapshot; -1 if the next begins a branch
         self._abandoned: float = math.inf  # snapshots from this step on are of another branch
         self._attempt = ""  # the branch: equal steps of two have different bits
         self._taken = 0
-        self._steps = {0: -1, 1: -1}  # of the slots
         self._about: Manifest | None = None  # of the shapes
         self._shapes: dict[str, Any] = {}
         self._is_alike: bool | None = None  # whether all processes have the same data position
@@ -124,12 +128,12 @@ class Snapshots(NoSnapshots):
         leaves = entries.by_path(state)
         position = json_values.encoded("data_state", writing.position_of(data_state))
         arrays = writing.arrays(leaves)
-        if self._is_alike is None:
-            self._begin(arrays, position)
         if step <= self._step or self._step < 0:
             self._branch(min(step, self._abandoned))
+        if not self._taken:
+            self._begin(arrays, position)
         about = self._described(step, state, leaves)
-        header = {"format": warm.FORMAT, "run": self.run, "attempt": self._attempt, "step": step,
+        header = {"format": FORMAT, "run": self.run, "attempt": self._attempt, "step": step,
                   "process": self.group.process, "processes": self.group.size,
                   "position": position, "is_alike": self._is_alike}
         copies = host_copies.started(arrays)
@@ -157,12 +161,7 @@ class Snapshots(NoSnapshots):
         So parts of both branches are never mixed.
         """
         self._attempt, self._abandoned = f"{self._job}/{self._taken}", math.inf
-        self._steps = {0: -1, 1: -1}
-        for number, header in self.slots.headers():
-            if header.get("run") == self.run and header.get("step", first) < first:
-                self._steps[number] = header["step"]
-            else:
-                self.slots.clear(number)
+        self.slots.branch(self.run, first)
 
     def _described(self, step: int, state: Any, leaves: Mapping[str, Any]) -> Manifest:
         """Returns the manifest without digests, because the parts have their own."""
@@ -190,7 +189,7 @@ class Snapshots(NoSnapshots):
                 monitor.barrier(tag, f"step {header['step']}, which failed")
             raise
         monitor.barrier(tag, f"step {header['step']}")
-        self.slots.remove_others(self.group.size)
+        self.slots.remove_left()
 
     def _put(self, header: dict[str, Any], about: Manifest, metrics: Any,
              copies: dict[str, Any]) -> None:
@@ -205,12 +204,8 @@ class Snapshots(NoSnapshots):
         on_disk = folder.steps(self._directory) if self.group.first else []
         header |= {"manifest": manifest.to_json(), "parts": placed,
                    "on_disk": max(on_disk, default=-1)}
-        header["digest"] = sha256(header)
-        number = min(self._steps, key=lambda n: self._steps[n])
         offsets = [part[1] for part in itertools.chain(*placed.values())]
-        self._steps[number] = -1
-        self.slots.write(number, header, views, offsets, total)
-        self._steps[number] = header["step"]
+        self.slots.write(header, views, offsets, total)
         copies.clear()
 
     def found(self, on_disk: int) -> Found:
@@ -219,9 +214,9 @@ class Snapshots(NoSnapshots):
         Args:
           on_disk: the newest step on disk, or -1.
         """
-        headers = warm.here(self.slots.folder, self.run)
-        return [(s.step, False, functools.partial(restoring.from_memory, self.group, headers, s))
-                for s in warm.available(self.group, headers, on_disk)]
+        here = headers(self.slots.folder, self.run)
+        return [(s.step, False, functools.partial(restoring.from_memory, self.group, here, s))
+                for s in warm.available(self.group, here, on_disk)]
 
     def abandon(self, step: int) -> None:
         """Notes that snapshots of this step and later ones are of a run that went back.
