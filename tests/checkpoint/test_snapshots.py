@@ -14,6 +14,7 @@ import states
 from hosts import Killed, files, holder, killed_after, newest, opened, restored
 
 import zerojax as zj
+from zerojax.checkpoint import directory as folder
 from zerojax.checkpoint import host_copies, manifest, slots, warm
 from zerojax.processes import exchange
 
@@ -201,7 +202,7 @@ def test_a_directory_that_was_begun_afresh_has_no_snapshots(tmp_path, base):
 
 
 def test_the_data_position_of_each_process(tmp_path, base):
-    """Positions that were equal at the first snapshot may differ later."""
+    """That of a lost process is known if all were equal in this snapshot."""
     killed_after(tmp_path, states.state(step=1))
     (header,) = (json.loads(p.read_text()) for p in files(base, "0-*.json"))
     of = {n: header | {"process": n, "processes": 2, "position": {"next": n}} for n in (0, 1)}
@@ -214,6 +215,21 @@ def test_the_data_position_of_each_process(tmp_path, base):
         warm.manifest_of(exchange.Alone(), one, snapshot)
     one = {path: h | {"is_alike": True} for path, h in one.items()}
     assert warm.manifest_of(exchange.Alone(), one, snapshot).data_states == ({"next": 0},)
+
+
+def test_the_file_system_of_the_checkpoints_may_not_answer(tmp_path, base, monkeypatch):
+    """Then the newest step on disk is the one that was seen last."""
+    with pytest.raises(Killed), opened(tmp_path) as checkpoints:
+        checkpoints.save(states.state(seed=1, step=1), force=True)
+        checkpoints.wait()
+        checkpoints.save(states.state(seed=2, step=2))
+        checkpoints.wait()
+        monkeypatch.setattr(folder, "steps", lambda _: (_ for _ in ()).throw(OSError("stale")))
+        checkpoints.save(states.state(seed=3, step=3))
+        checkpoints.wait()
+        raise Killed
+    monkeypatch.undo()
+    assert json.loads(newest(base)[0].read_text())["on_disk"] == 1
 
 
 def test_a_whole_copy_on_the_host_takes_the_place_of_a_damaged_one(tmp_path, base):

@@ -47,6 +47,13 @@ def test_a_host_that_was_replaced_gets_its_parts_from_the_other_replica(tmp_path
     assert digests(tmp_path / "run", 12) == undisturbed(tmp_path, 2)
 
 
+def test_two_checkpointers_with_positions_that_differ_for_a_while(tmp_path):
+    """Whether they are equal is known of each snapshot; every process knows what is on disk."""
+    with Job(tmp_path, [HERE / "positions.py", tmp_path], 2, devices=1) as job:
+        assert job.wait(60) == [0, 0], [p.err[-2000:] for p in job]
+        assert all(p.out.endswith("2 False\n3 True\n") for p in job)
+
+
 @pytest.mark.slow
 def test_hosts_in_another_order(tmp_path):
     """What a process has left on a host is of use for another, and is removed in the end."""

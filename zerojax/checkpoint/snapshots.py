@@ -24,14 +24,14 @@ from etils import epath
 from zerojax import errors
 from zerojax.checkpoint import directory as folder
 from zerojax.checkpoint import entries, host_copies, json_values, restoring, warm, writing
-from zerojax.checkpoint.manifest import Manifest, optimizer_kinds
+from zerojax.checkpoint.manifest import Manifest, optimizer_kinds, sha256
 from zerojax.checkpoint.restoring import Restored
 from zerojax.checkpoint.slots import FORMAT, Slots, headers
 from zerojax.errors import CheckpointError, ZeroError
 from zerojax.layout import padded
 from zerojax.policy import Policy
 from zerojax.processes import monitor
-from zerojax.processes.exchange import Group
+from zerojax.processes.exchange import Group, Sent
 
 _RUN = ".zerojax-run"  # the file in the directory of checkpoints that tells runs apart
 _ALIGN = 64  # bytes
@@ -102,7 +102,7 @@ class Snapshots(NoSnapshots):
         self._taken = 0
         self._about: Manifest | None = None  # of the shapes
         self._shapes: dict[str, Any] = {}
-        self._is_alike: bool | None = None  # whether all processes have the same data position
+        self._on_disk = -1  # the newest step that was seen there
         self._has_warned = False
 
     def save(self, state: Any, step: int | None, data_state: Any, metrics: Any) -> int:
@@ -131,29 +131,24 @@ class Snapshots(NoSnapshots):
         if step <= self._step or self._step < 0:
             self._branch(min(step, self._abandoned))
         if not self._taken:
-            self._begin(arrays, position)
+            _, total = _placed(arrays)
+            self.group.everywhere(lambda: self.slots.allocate(total), [CheckpointError])
         about = self._described(step, state, leaves)
         header = {"format": FORMAT, "run": self.run, "attempt": self._attempt, "step": step,
                   "process": self.group.process, "processes": self.group.size,
-                  "position": position, "is_alike": self._is_alike}
+                  "position": position}
         copies = host_copies.started(arrays)
+        positions = self.group.send(np.frombuffer(bytes.fromhex(sha256(position)), np.uint32))
         metrics = jax.tree.map(lambda x: np.array(x) if isinstance(x, np.ndarray) else x, metrics)
         self._step, self._taken = step, self._taken + 1
         self._pending = self._writer.submit(self._write, self._taken, header, about, metrics,
-                                            copies)
+                                            copies, positions)
 
     def _warn_if_busy(self, step: int) -> None:
         if self._pending and not self._pending.done() and not self._has_warned:
             self._has_warned = True
             errors.warn(f"step {step} waits until the snapshot of step {self._step} is written; a "
                         f"snapshot_every of more than {self.every} would avoid that.")
-
-    def _begin(self, arrays: Mapping[str, Any], position: Any) -> None:
-        """Allocates the memory, and compares the positions of the processes in their data."""
-        _, total = _placed(arrays)
-        self.group.everywhere(lambda: self.slots.allocate(total), [CheckpointError])
-        positions = self.group.shared(position).values()
-        self._is_alike = all(other == position for other in positions)
 
     def _branch(self, first: float) -> None:
         """Removes snapshots from a step on, and gives those that follow another identity.
@@ -175,7 +170,7 @@ class Snapshots(NoSnapshots):
         return dataclasses.replace(self._about, step=step)
 
     def _write(self, number: int, header: dict[str, Any], about: Manifest, metrics: Any,
-               copies: dict[str, Any]) -> None:
+               copies: dict[str, Any], positions: Sent) -> None:
         """Writes a snapshot over the older one, and waits until all processes have theirs.
 
         If one of them fails, it fails on all, so that all begin another branch.
@@ -183,6 +178,7 @@ class Snapshots(NoSnapshots):
         # several checkpointers of a job may be at the same number
         tag = f"snapshot {number} of checkpointer {self._job[:8]}"
         try:
+            header["is_alike"] = self._are_alike(positions)
             self._put(header, about, metrics, copies)
         except Exception:
             with contextlib.suppress(ZeroError):  # the own error says more
@@ -190,6 +186,11 @@ class Snapshots(NoSnapshots):
             raise
         monitor.barrier(tag, f"step {header['step']}")
         self.slots.remove_left()
+
+    def _are_alike(self, positions: Sent) -> bool:
+        """Whether all processes have the same data position, by the digests that they sent."""
+        first, *others = self.group.received(positions).values()
+        return all(np.array_equal(other, first) for other in others)
 
     def _put(self, header: dict[str, Any], about: Manifest, metrics: Any,
              copies: dict[str, Any]) -> None:
@@ -201,9 +202,9 @@ class Snapshots(NoSnapshots):
         for part, view in zip(itertools.chain(*placed.values()), views, strict=True):
             part.append(zlib.crc32(view.data))
         manifest = dataclasses.replace(about, metrics=jax.device_get(metrics))
-        on_disk = folder.steps(self._directory) if self.group.first else []
-        header |= {"manifest": manifest.to_json(), "parts": placed,
-                   "on_disk": max(on_disk, default=-1)}
+        with contextlib.suppress(OSError):  # a shared file system that does not answer now
+            self._on_disk = max(folder.steps(self._directory), default=-1)
+        header |= {"manifest": manifest.to_json(), "parts": placed, "on_disk": self._on_disk}
         offsets = [part[1] for part in itertools.chain(*placed.values())]
         self.slots.write(header, views, offsets, total)
         copies.clear()
