@@ -86,6 +86,13 @@ def test_the_slots_of_a_living_process_stay(base):
         made.release()
 
 
+def test_a_link_to_the_directory_has_the_same_snapshots(tmp_path, base):
+    killed_after(tmp_path, states.state(step=1))
+    (tmp_path / "link").symlink_to("c")
+    with zj.Checkpointer(tmp_path / "link", memory=True) as checkpoints:
+        assert checkpoints.restore_latest(states.target()).step == 1
+
+
 def test_the_end_removes_what_was_left(tmp_path, base):
     killed_after(tmp_path, states.state(step=1))
     move(base, "0", "3")

@@ -256,6 +256,16 @@ def test_metrics_may_change_after_a_save(tmp_path, base):
     assert restored(tmp_path).metrics == {"loss": 1.5}
 
 
+def test_the_next_step_may_take_the_memory_of_metrics(tmp_path, base):
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    loss = step(jnp.float32(0.5))
+    with pytest.raises(Killed), opened(tmp_path) as checkpoints:
+        checkpoints.save(states.state(step=1), step=1, metrics={"loss": loss, "note": "a"})
+        jax.block_until_ready(step(loss))
+        raise Killed
+    assert restored(tmp_path).metrics == {"loss": 1.5, "note": "a"}
+
+
 @pytest.mark.parametrize("step", [4.0, True, -1, np.int64(4)], ids=repr)
 def test_steps_that_are_no_numbers(tmp_path, base, step):
     with opened(tmp_path) as checkpoints, pytest.raises(zj.CheckpointError,

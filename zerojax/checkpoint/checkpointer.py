@@ -77,7 +77,7 @@ class Checkpointer:
         self._manager: ocp.CheckpointManager | None = None
         self._begun: int | None = None  # the step that is being written
         self._skipped: set[int] = set()  # steps that did not load
-        self._locked = False
+        self._locked = self._closed = False
         self._group = exchange.everyone()
         folder.check_shared(self.directory, self._group)
         self._snapshots = (Snapshots(self.directory, self._group, snapshot_every, zero)
@@ -105,6 +105,7 @@ class Checkpointer:
             `step` is not the state's, or another job is saving into the directory.
           ClusterError: the states of the processes have different steps.
         """
+        self._check_open()
         self._raise_earlier_failure()
         step = self._snapshots.save(state, step, data_state, metrics)
         if step is not None and not self._is_due(step, force):
@@ -119,6 +120,11 @@ class Checkpointer:
             return False
         self._write(step, state, data_state, metrics)
         return True
+
+    def _check_open(self):
+        if self._closed:
+            raise CheckpointError(f"this checkpointer of {self.directory} was closed; create "
+                                  "another.")
 
     def _raise_earlier_failure(self):
         """Raises the error of a save that ended; several processes do so together in `_ready`."""
@@ -265,6 +271,7 @@ class Checkpointer:
           CorruptCheckpointError: the manifest or a leaf is unreadable, or differs from the saved
             one.
         """
+        self._check_open()
         self.wait()
         found = restoring.from_disk(self._group, self.directory, step, target,
                                     MODEL if params_only else only, cast)
@@ -291,6 +298,7 @@ class Checkpointer:
         """
         if if_none not in ("raise", "none"):
             raise CheckpointError(f'restore_latest(if_none={if_none!r}): write "raise" or "none".')
+        self._check_open()
         self.wait()
         damaged = []
         for step, is_on_disk, read in self._candidates():
@@ -341,7 +349,7 @@ class Checkpointer:
         return folder.step_path(self.directory, step)
 
     def close(self) -> None:
-        """Waits for the save in progress, and removes the snapshots in memory.
+        """Waits for the save in progress, and removes the snapshots in memory; ends the use.
 
         A context that is left by an error, or by `Preemption.exit`, keeps the snapshots.
 
@@ -362,7 +370,7 @@ class Checkpointer:
                 ends.callback(self._unlock)
                 if self._manager:
                     ends.callback(self._manager.close)
-                self._manager, self._snapshots = None, NoSnapshots()
+                self._manager, self._snapshots, self._closed = None, NoSnapshots(), True
 
     def __enter__(self) -> "Checkpointer":
         return self

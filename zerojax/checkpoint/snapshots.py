@@ -139,7 +139,7 @@ class Snapshots(NoSnapshots):
                   "position": position}
         copies = host_copies.started(arrays)
         positions = self.group.send(np.frombuffer(bytes.fromhex(sha256(position)), np.uint32))
-        metrics = jax.tree.map(lambda x: np.array(x) if isinstance(x, np.ndarray) else x, metrics)
+        metrics = host_copies.of_tree(metrics)
         self._step, self._taken = step, self._taken + 1
         self._pending = self._writer.submit(self._write, self._taken, header, about, metrics,
                                             copies, positions)
