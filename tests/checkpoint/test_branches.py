@@ -1,5 +1,6 @@
 """Snapshots of runs that went back, or whose snapshots fail, in one process."""
 
+import concurrent.futures
 import json
 
 import pytest
@@ -120,11 +121,10 @@ def test_a_failure_outlives_an_interrupted_wait(tmp_path, base, monkeypatch):
     checkpoints = opened(tmp_path)
     fails_once(monkeypatch, OSError("no luck"))
     checkpoints.save(states.state(step=1))
-    pending = checkpoints._snapshots._pending
-    monkeypatch.setattr(pending, "result", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(concurrent.futures, "wait",
+                            lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         checkpoints._snapshots.wait()
-    monkeypatch.delattr(pending, "result")
     with pytest.raises(zj.CheckpointError, match="no luck"):
         checkpoints.wait()
     checkpoints.close()

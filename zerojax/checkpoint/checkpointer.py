@@ -50,7 +50,7 @@ class Checkpointer:
 
     Raises:
       CheckpointError: the directory is not writable, a number is invalid, the host has no shared
-        memory, or another job keeps snapshots for this directory in it.
+        memory, or another job or checkpointer keeps snapshots for this directory in it.
 
     >>> import tempfile, jax, jax.numpy as jnp, optax, zerojax as zj
     >>> zero, tx = zj.Zero(zj.make_mesh(devices=jax.devices()[:2])), optax.sgd(0.1)
@@ -102,7 +102,8 @@ class Checkpointer:
 
         Raises:
           CheckpointError: this save or an earlier one failed, the directory has later steps,
-            `step` is not the state's, or another job is saving into the directory.
+            `step` is not the state's, another job is saving into the directory, or the checkpointer
+            was closed.
           ClusterError: the states of the processes have different steps.
         """
         self._check_open()

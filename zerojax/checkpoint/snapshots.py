@@ -234,17 +234,15 @@ class Snapshots(NoSnapshots):
         """
         if self._pending is None:
             return
+        concurrent.futures.wait([self._pending])  # Ctrl-C leaves it pending
+        error, self._pending = self._pending.exception(), None
+        if error is None:
+            return
         step = self._step
-        try:
-            self._pending.result()  # Ctrl-C leaves it pending
-            self._pending = None
-        except Exception as error:
-            self._pending = None
-            self.abandon(step)
-            if isinstance(error, ZeroError):
-                raise
-            raise CheckpointError(f"the snapshot of step {step} in memory failed: {error}"
-                                  ) from error
+        self.abandon(step)
+        if isinstance(error, ZeroError):
+            raise error
+        raise CheckpointError(f"the snapshot of step {step} in memory failed: {error}") from error
 
     def raise_failure(self) -> None:
         """Raises the error of a snapshot that has failed."""
