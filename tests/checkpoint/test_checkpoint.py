@@ -311,15 +311,17 @@ def test_others_may_restore_during_saves(tmp_path):
     assert checkpoints.steps() == [3, 4, 5]
 
 
-def test_closing_twice_and_continuing(tmp_path):
+def test_closing_twice_and_use_after_it(tmp_path):
     checkpoints = zj.Checkpointer(tmp_path)
     checkpoints.save(states.state(step=1))
     checkpoints.close()
     checkpoints.close()
-    assert checkpoints.save(states.state(step=2))
-    assert checkpoints.restore_latest(states.target()).step == 2
-    checkpoints.close()
-    assert checkpoints.steps() == [1, 2]
+    for use in (lambda: checkpoints.save(states.state(step=2)),
+                lambda: checkpoints.restore(1, states.target()),
+                lambda: checkpoints.restore_latest(states.target())):
+        with pytest.raises(zj.CheckpointError, match="was closed; create another"):
+            use()
+    assert checkpoints.steps() == [1]
 
 
 def test_with_another_mesh_set(tmp_path):

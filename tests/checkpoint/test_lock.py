@@ -69,6 +69,22 @@ def test_checkpointers_of_one_process_share_the_lock(tmp_path, monkeypatch):
     assert not lock._held
 
 
+def test_a_link_to_a_directory_has_the_same_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "WAIT", 0.0)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    first = zj.Checkpointer(tmp_path / "real")
+    first.save({"w": jnp.ones(4)}, step=1)
+    first.wait()
+    save(tmp_path / "link", 2)  # its close must not free the first one's lock
+    assert len(lock._held) == 1
+    code = HOLD.replace("lock.take", "lock.WAIT = 0.0\nlock.take").replace("time.sleep(600)", "")
+    refused = subprocess.run([sys.executable, "-c", code, tmp_path / "real"], capture_output=True,
+                             text=True)
+    assert f"saved into by process {os.getpid()} on" in refused.stderr
+    first.close()
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
 def test_a_file_system_without_locks_is_used_without_one(tmp_path, monkeypatch, number):
     def refuse(*_):

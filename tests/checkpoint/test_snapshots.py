@@ -3,8 +3,6 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import disks
 import jax
@@ -13,51 +11,12 @@ import numpy as np
 import optax
 import pytest
 import states
+from hosts import Killed, files, holder, killed_after, newest, opened, restored
 
 import zerojax as zj
+from zerojax.checkpoint import directory as folder
 from zerojax.checkpoint import host_copies, manifest, slots, warm
 from zerojax.processes import exchange
-
-
-@pytest.fixture
-def base(tmp_path, monkeypatch):
-    """The directory in place of /dev/shm."""
-    path = tmp_path / "shm"
-    path.mkdir()
-    monkeypatch.setattr(slots, "BASE", path)
-    return path
-
-
-def opened(tmp_path, **options):
-    return zj.Checkpointer(tmp_path / "c", memory=True, every=100, **options)
-
-
-class Killed(Exception):
-    """Leaves a context as a process that is killed would: the snapshots stay."""
-
-
-def killed_after(tmp_path, *made, **options):
-    """Takes snapshots of states, and is killed."""
-    with pytest.raises(Killed), opened(tmp_path, **options) as checkpoints:
-        for state in made:
-            checkpoints.save(state, data_state={"next": int(state.step)}, metrics={"loss": 1.5})
-        checkpoints.wait()
-        raise Killed
-
-
-def restored(tmp_path, target=None, **options):
-    with opened(tmp_path) as checkpoints:
-        return checkpoints.restore_latest(target or states.target(), **options)
-
-
-def files(base, pattern):
-    return sorted(base.glob(f"zerojax-*/{pattern}"))
-
-
-def newest(base):
-    """Returns the header and the data file of the newest snapshot."""
-    path = max(files(base, "*.json"), key=lambda p: json.loads(p.read_text()).get("step", -1))
-    return path, path.with_suffix(".data")
 
 
 def test_a_state_is_restored_bit_for_bit(tmp_path, base):
@@ -242,47 +201,8 @@ def test_a_directory_that_was_begun_afresh_has_no_snapshots(tmp_path, base):
     assert restored(tmp_path, if_none="none") is None
 
 
-def test_a_step_that_was_moved_away_takes_later_snapshots_with_it(tmp_path, base):
-    """The user continues from an earlier step on disk."""
-    with pytest.raises(Killed), opened(tmp_path) as checkpoints:
-        for step in (1, 2):
-            checkpoints.save(states.state(seed=step, step=step), force=True)
-            checkpoints.wait()
-        checkpoints.save(states.state(seed=3, step=3))
-        checkpoints.wait()
-        raise Killed
-    (tmp_path / "c/2").rename(tmp_path / "2")
-    assert restored(tmp_path).step == 1
-
-
-def test_a_run_that_continues_from_an_earlier_step_forgets_later_snapshots(tmp_path, base):
-    with pytest.raises(Killed), opened(tmp_path) as checkpoints:
-        checkpoints.save(states.state(seed=1, step=1), force=True)
-        for step in (5, 6):
-            checkpoints.save(states.state(seed=step, step=step))
-        checkpoints.wait()
-        raise Killed
-    with pytest.raises(Killed), opened(tmp_path) as checkpoints:
-        state = checkpoints.restore(1, states.target()).state
-        checkpoints.save(state.replace(step=state.step + 1))
-        checkpoints.wait()
-        raise Killed
-    assert restored(tmp_path).step == 2
-
-
-def test_going_back_within_a_run(tmp_path, base):
-    """Such as after a spike of the loss: steps of the old branch are never used, nor mixed."""
-    def state(step, seed):
-        return states.state(seed=seed, step=step)
-
-    killed_after(tmp_path, state(10, 1), state(20, 2), state(15, 3))
-    assert states.bits(restored(tmp_path).state) == states.bits(state(15, 3))
-    killed_after(tmp_path, state(10, 1), state(20, 2), state(15, 3), state(20, 4))
-    assert states.bits(restored(tmp_path).state) == states.bits(state(20, 4))
-
-
 def test_the_data_position_of_each_process(tmp_path, base):
-    """Positions that were equal at the first snapshot may differ later."""
+    """That of a lost process is known if all were equal in this snapshot."""
     killed_after(tmp_path, states.state(step=1))
     (header,) = (json.loads(p.read_text()) for p in files(base, "0-*.json"))
     of = {n: header | {"process": n, "processes": 2, "position": {"next": n}} for n in (0, 1)}
@@ -295,6 +215,21 @@ def test_the_data_position_of_each_process(tmp_path, base):
         warm.manifest_of(exchange.Alone(), one, snapshot)
     one = {path: h | {"is_alike": True} for path, h in one.items()}
     assert warm.manifest_of(exchange.Alone(), one, snapshot).data_states == ({"next": 0},)
+
+
+def test_the_file_system_of_the_checkpoints_may_not_answer(tmp_path, base, monkeypatch):
+    """Then the newest step on disk is the one that was seen last."""
+    with pytest.raises(Killed), opened(tmp_path) as checkpoints:
+        checkpoints.save(states.state(seed=1, step=1), force=True)
+        checkpoints.wait()
+        checkpoints.save(states.state(seed=2, step=2))
+        checkpoints.wait()
+        monkeypatch.setattr(folder, "steps", lambda _: (_ for _ in ()).throw(OSError("stale")))
+        checkpoints.save(states.state(seed=3, step=3))
+        checkpoints.wait()
+        raise Killed
+    monkeypatch.undo()
+    assert json.loads(newest(base)[0].read_text())["on_disk"] == 1
 
 
 def test_a_whole_copy_on_the_host_takes_the_place_of_a_damaged_one(tmp_path, base):
@@ -319,6 +254,16 @@ def test_metrics_may_change_after_a_save(tmp_path, base):
         loss[:] = metrics["more"] = 9
         raise Killed
     assert restored(tmp_path).metrics == {"loss": 1.5}
+
+
+def test_the_next_step_may_take_the_memory_of_metrics(tmp_path, base):
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    loss = step(jnp.float32(0.5))
+    with pytest.raises(Killed), opened(tmp_path) as checkpoints:
+        checkpoints.save(states.state(step=1), step=1, metrics={"loss": loss, "note": "a"})
+        jax.block_until_ready(step(loss))
+        raise Killed
+    assert restored(tmp_path).metrics == {"loss": 1.5, "note": "a"}
 
 
 @pytest.mark.parametrize("step", [4.0, True, -1, np.int64(4)], ids=repr)
@@ -377,17 +322,10 @@ def test_a_full_shared_memory_is_an_error_before_anything_is_written(tmp_path, s
 
 
 def test_two_jobs_with_one_directory_on_a_host(tmp_path, base):
-    code = ("import sys, pathlib\nfrom zerojax.checkpoint import slots\n"
-            f"slots.BASE = pathlib.Path({str(base)!r})\n"
-            f"held = slots.Slots({str(tmp_path / 'c')!r}, 0)\nprint('held', flush=True)\n"
-            "sys.stdin.read()")
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(zj.CheckpointError, match=f"process {other.pid} of this host keeps "
-                                                     "snapshots of .*/c too; give each job"):
-            opened(tmp_path)
-        other.kill()
+    with (holder(base, tmp_path / "c", 0) as other,
+          pytest.raises(zj.CheckpointError, match=f"process {other.pid} of this host keeps "
+                                                  "snapshots of .*/c too; give each job")):
+        opened(tmp_path)
     opened(tmp_path).close()  # the lock of a process that was killed is gone
 
 

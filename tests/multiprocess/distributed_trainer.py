@@ -5,7 +5,8 @@
 PAUSE is in seconds, after each step. $FAULT is "kind process step": the fault of that process
 before that step. It occurs once; DIRECTORY/done marks it. "lose" is a host that is replaced: its
 memory is gone too. With $HOSTS, a directory, the run takes snapshots in memory, and saves every
-fifth step to disk; each process has a shared memory of its own there, as on a host of its own.
+fifth step to disk; each process has a shared memory of its own there, as on a host of its own. With
+$SWAP, the hosts have another order after the fault.
 $REPLICA is the number of replicas.
 """
 
@@ -67,11 +68,14 @@ def restored(zero, checkpoints, batches):
     return found.state
 
 
-def options():
+def options(directory):
     """Returns the options of the checkpointer."""
     if "HOSTS" not in os.environ:
         return {}
-    slots.BASE = pathlib.Path(os.environ["HOSTS"], str(jax.process_index()))
+    host = jax.process_index()
+    if "SWAP" in os.environ and pathlib.Path(directory, "done").exists():
+        host = jax.process_count() - 1 - host
+    slots.BASE = pathlib.Path(os.environ["HOSTS"], str(host))
     slots.BASE.mkdir(parents=True, exist_ok=True)
     return {"memory": True, "every": 5, "asynchronous": False}
 
@@ -83,7 +87,7 @@ def main(directory, steps, pause=0.0):
     batches = zj.feed(zj.Indexed(own_part, steps), zero)
     step = zero.train_step(loss_fn, states.tx)
     with (zj.Preemption() as preemption,
-          zj.Checkpointer(directory, keep=2, zero=zero, **options()) as saves):
+          zj.Checkpointer(directory, keep=2, zero=zero, **options(directory)) as saves):
         state = restored(zero, saves, batches)
         print("from", int(state.step), flush=True)
         for number, x in enumerate(preemption.until(batches), int(state.step) + 1):

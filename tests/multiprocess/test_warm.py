@@ -20,11 +20,11 @@ def undisturbed(tmp_path, replica):
     return digests(tmp_path / "whole", 12)
 
 
-def killed(tmp_path, fault, replica, processes="2"):
+def killed(tmp_path, fault, replica, processes="2", **env):
     """Returns the steps from which the attempts started, and the output of the launcher."""
     (tmp_path / "run").mkdir()
     done = launch("-n", processes, "--devices", 4, "--restarts", 1, TRAINER, tmp_path / "run", 12,
-                  env={"FAULT": fault, "HOSTS": tmp_path / "hosts", "REPLICA": replica})
+                  env={"FAULT": fault, "HOSTS": tmp_path / "hosts", "REPLICA": replica, **env})
     assert done.returncode == 0, done.stderr[-3000:]
     return [int(step) for step in re.findall(r"\[0\] from (\d+)", done.stdout)], done
 
@@ -45,6 +45,22 @@ def test_a_host_that_was_replaced_gets_its_parts_from_the_other_replica(tmp_path
     assert starts[0] == 0 and starts[1] in (7, 8), done.stdout
     assert "skipped" not in done.stderr
     assert digests(tmp_path / "run", 12) == undisturbed(tmp_path, 2)
+
+
+def test_two_checkpointers_with_positions_that_differ_for_a_while(tmp_path):
+    """Whether they are equal is known of each snapshot; every process knows what is on disk."""
+    with Job(tmp_path, [HERE / "positions.py", tmp_path], 2, devices=1) as job:
+        assert job.wait(60) == [0, 0], [p.err[-2000:] for p in job]
+        assert all(p.out.endswith("2 False\n3 True\n") for p in job)
+
+
+@pytest.mark.slow
+def test_hosts_in_another_order(tmp_path):
+    """What a process has left on a host is of use for another, and is removed in the end."""
+    starts, done = killed(tmp_path, "kill 1 9", 2, SWAP=1)
+    assert starts[0] == 0 and starts[1] in (7, 8), done.stdout
+    assert digests(tmp_path / "run", 12) == undisturbed(tmp_path, 2)
+    assert not list((tmp_path / "hosts").glob("*/*"))
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ class Checkpointer:
 
     Raises:
       CheckpointError: the directory is not writable, a number is invalid, the host has no shared
-        memory, or another job keeps snapshots for this directory in it.
+        memory, or another job or checkpointer keeps snapshots for this directory in it.
 
     >>> import tempfile, jax, jax.numpy as jnp, optax, zerojax as zj
     >>> zero, tx = zj.Zero(zj.make_mesh(devices=jax.devices()[:2])), optax.sgd(0.1)
@@ -77,7 +77,7 @@ class Checkpointer:
         self._manager: ocp.CheckpointManager | None = None
         self._begun: int | None = None  # the step that is being written
         self._skipped: set[int] = set()  # steps that did not load
-        self._locked = False
+        self._locked = self._closed = False
         self._group = exchange.everyone()
         folder.check_shared(self.directory, self._group)
         self._snapshots = (Snapshots(self.directory, self._group, snapshot_every, zero)
@@ -102,9 +102,11 @@ class Checkpointer:
 
         Raises:
           CheckpointError: this save or an earlier one failed, the directory has later steps,
-            `step` is not the state's, or another job is saving into the directory.
+            `step` is not the state's, another job is saving into the directory, or the checkpointer
+            was closed.
           ClusterError: the states of the processes have different steps.
         """
+        self._check_open()
         self._raise_earlier_failure()
         step = self._snapshots.save(state, step, data_state, metrics)
         if step is not None and not self._is_due(step, force):
@@ -119,6 +121,11 @@ class Checkpointer:
             return False
         self._write(step, state, data_state, metrics)
         return True
+
+    def _check_open(self):
+        if self._closed:
+            raise CheckpointError(f"this checkpointer of {self.directory} was closed; create "
+                                  "another.")
 
     def _raise_earlier_failure(self):
         """Raises the error of a save that ended; several processes do so together in `_ready`."""
@@ -265,8 +272,12 @@ class Checkpointer:
           CorruptCheckpointError: the manifest or a leaf is unreadable, or differs from the saved
             one.
         """
+        self._check_open()
         self.wait()
-        return self._restore(step, target, only, params_only, cast)
+        found = restoring.from_disk(self._group, self.directory, step, target,
+                                    MODEL if params_only else only, cast)
+        self._snapshots.abandon(step + 1)
+        return found
 
     def restore_latest(self, target: Any, *, if_none: Literal["raise", "none"] = "raise",
                        only: str | None = None, params_only: bool = False,
@@ -288,11 +299,14 @@ class Checkpointer:
         """
         if if_none not in ("raise", "none"):
             raise CheckpointError(f'restore_latest(if_none={if_none!r}): write "raise" or "none".')
+        self._check_open()
         self.wait()
         damaged = []
         for step, is_on_disk, read in self._candidates():
             try:
-                return read(target, MODEL if params_only else only, cast)
+                found = read(target, MODEL if params_only else only, cast)
+                self._snapshots.abandon(step + 1)
+                return found
             except CorruptCheckpointError as error:
                 what = f"step {step}" if is_on_disk else f"the snapshot of step {step} in memory"
                 warnings.warn(f"skipped {what}: {error}", RuntimeWarning, stacklevel=2)
@@ -307,6 +321,7 @@ class Checkpointer:
         if if_none == "raise":
             raise CheckpointError(f"{self.directory} has no checkpoint. If this may be the first "
                                   'run, write if_none="none", which returns None.')
+        self._snapshots.abandon(0)
         return None
 
     def _candidates(self) -> Found:
@@ -331,16 +346,11 @@ class Checkpointer:
         self.wait()
         return reading.verify(self._path(step))
 
-    def _restore(self, step: int, target: Any, only: str | None, params_only: bool,
-                 cast: bool) -> Restored:
-        return restoring.from_disk(self._group, self.directory, step, target,
-                                   MODEL if params_only else only, cast)
-
     def _path(self, step: int) -> epath.Path:
         return folder.step_path(self.directory, step)
 
     def close(self) -> None:
-        """Waits for the save in progress, and removes the snapshots in memory.
+        """Waits for the save in progress, and removes the snapshots in memory; ends the use.
 
         A context that is left by an error, or by `Preemption.exit`, keeps the snapshots.
 
@@ -361,7 +371,7 @@ class Checkpointer:
                 ends.callback(self._unlock)
                 if self._manager:
                     ends.callback(self._manager.close)
-                self._manager, self._snapshots = None, NoSnapshots()
+                self._manager, self._snapshots, self._closed = None, NoSnapshots(), True
 
     def __enter__(self) -> "Checkpointer":
         return self

@@ -14,9 +14,12 @@ WAIT = 5.0  # seconds; NFS may show the files of another host late
 
 
 def located(directory: str | os.PathLike) -> epath.Path:
-    """Returns an absolute path; a URL, such as gs://bucket/runs, stays as it is."""
+    """Returns the absolute path without links, by which locks and snapshots know a directory.
+
+    A URL, such as gs://bucket/runs, stays as it is.
+    """
     path = epath.Path(directory).expanduser()
-    return path if "://" in str(directory) else epath.Path(os.path.abspath(path))
+    return path if "://" in str(directory) else epath.Path(os.path.realpath(path))
 
 
 def steps(directory: str | os.PathLike) -> list[int]:

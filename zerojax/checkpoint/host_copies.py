@@ -31,6 +31,14 @@ def started(arrays: Mapping[str, Any]) -> dict[str, Any]:
     return copies
 
 
+def of_tree(tree: Any) -> Any:
+    """Returns a tree with copies of its arrays, which are under way."""
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = {str(i): x for i, x in enumerate(leaves) if isinstance(x, jax.Array | np.ndarray)}
+    copies = started(arrays)
+    return structure.unflatten([copies.get(str(i), x) for i, x in enumerate(leaves)])
+
+
 def _one_of(x: jax.Array) -> jax.Array:
     return x.addressable_shards[0].data if x.is_fully_replicated else x
 

@@ -12,19 +12,26 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import stat
-from collections.abc import Iterator
-from typing import Any
+import uuid
+import weakref
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from zerojax.checkpoint.manifest import sha256
 from zerojax.errors import CheckpointError
 from zerojax.tables import size
 
 BASE = pathlib.Path("/dev/shm")  # of Linux: a file system in memory
 _LARGEST_HEADER = 100 * 2**20  # bytes
 _ABOUT = "about.json"
+_SAFE = os.O_NOFOLLOW | os.O_CLOEXEC
+FORMAT = 1  # of the headers
+# of this process, by lock: POSIX locks do not exclude the process that has them
+_open: weakref.WeakValueDictionary[str, "Slots"] = weakref.WeakValueDictionary()
 
 
 def folder_of(checkpoints: str) -> pathlib.Path:
@@ -39,20 +46,36 @@ class Slots:
     Args:
       checkpoints: the directory of checkpoints.
       process: the index of the process.
-
-    Raises:
-      CheckpointError: the host has no shared memory, another user owns the directory, or another
-        process uses the slots.
     """
 
     def __init__(self, checkpoints: str, process: int):
         self.checkpoints, self.process = checkpoints, process
         self.folder = folder_of(checkpoints)
-        self._created()
-        self._lock = self._locked()
+        self._lock = -1
         self._maps: dict[int, np.memmap] = {}
+        self._steps = {0: -1, 1: -1}
+        self._left: list[str] = []  # processes of an earlier attempt
 
-    def _created(self) -> None:
+    def open(self) -> None:
+        """Locks the slots until this process ends or closes them.
+
+        Raises:
+          CheckpointError: the host has no shared memory, another user owns the directory, or
+            another process or checkpointer uses the slots.
+        """
+        self._create()
+        if str(self._path("lock")) in _open:
+            raise CheckpointError("memory=True: another checkpointer of this process keeps "
+                                  f"snapshots of {self.checkpoints}; close it first, or give "
+                                  "another directory.")
+        self._lock = self._locked()
+        self._unlink(f"{self.process}-*.new")
+        _open[str(self._path("lock"))] = self
+
+    def _path(self, kind: str, number: int | None = None) -> pathlib.Path:
+        return self.folder / f"{self.process}{'' if number is None else f'-{number}'}.{kind}"
+
+    def _create(self) -> None:
         if not BASE.is_dir():
             raise CheckpointError(f"memory=True: this host has no {BASE}, the shared memory of "
                                   "Linux; write memory=False.")
@@ -66,12 +89,9 @@ class Slots:
         _replace(self.folder / _ABOUT, about.encode())
 
     def _locked(self) -> int:
-        """Locks the slots until this process ends or closes them; returns the file.
-
-        Children of the process, such as a data loader's, do not inherit the lock.
+        """Returns the locked file; a process's children, such as a data loader's, do not have it.
         """
-        path = self.folder / f"{self.process}.lock"
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        file = os.open(self._path("lock"), os.O_RDWR | os.O_CREAT | _SAFE, 0o600)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -84,15 +104,58 @@ class Slots:
         os.write(file, str(os.getpid()).encode())
         return file
 
-    def headers(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yields the number and the header of each slot that has a snapshot."""
-        for number in (0, 1):
-            with contextlib.suppress(OSError, ValueError):
-                yield number, read_header(self.folder / f"{self.process}-{number}.json")
+    def find_left(self) -> None:
+        """Finds the slots that processes of an earlier attempt have left on this host.
 
-    def write(self, number: int, header: dict[str, Any], parts: list[np.ndarray],
-              offsets: list[int], total: int) -> None:
-        """Writes a snapshot; until it is complete, the slot has none.
+        Call it once, when all processes of the job have opened theirs: the slots of one that is
+        killed later are those of a restart.
+        """
+        owners = {found[0] for path in self.folder.iterdir()
+                  if (found := re.match(r"\d+(?=[-.])", path.name))}
+        self._left = [owner for owner in owners - {str(self.process)}
+                      if _is_free(self.folder / f"{owner}.lock")]
+
+    def branch(self, run: str, first: float) -> None:
+        """Removes snapshots of other runs, and of a step on.
+
+        Of those that were left by other processes, only the newest step stays, until `remove_left`.
+        """
+        steps = {path.stem: header["step"] for path, header in headers(self.folder, run).items()
+                 if header["step"] < first}
+        newest = max(steps.values(), default=-1)
+        self._steps = {number: steps.get(f"{self.process}-{number}", -1) for number in (0, 1)}
+        for number in (n for n, step in self._steps.items() if step < 0):
+            self._path("json", number).unlink(missing_ok=True)
+        for slot in (f"{owner}-{number}" for owner in self._left for number in (0, 1)):
+            if slot not in steps or steps[slot] < newest:
+                self._unlink(f"{slot}.*")
+
+    def allocate(self, total: int) -> None:
+        """Allocates the memory of both slots, which keep their snapshots.
+
+        The slot that is written last is allocated then, as far as it needs what is left by others.
+
+        Raises:
+          CheckpointError: the shared memory is full.
+        """
+        first = self._next()
+        left = sum(path.stat().st_size for owner in self._left
+                   for path in self.folder.glob(f"{owner}-*.data"))
+        try:
+            self._grow(first, total)
+            self._grow(1 - first, total, left)
+        except CheckpointError:
+            for number in (n for n, step in self._steps.items() if step < 0):
+                self._unlink(f"{self.process}-{number}.*")
+            raise
+
+    def _next(self) -> int:
+        """Returns the number of the slot with the older snapshot, or with none."""
+        return min(self._steps, key=lambda number: self._steps[number])
+
+    def write(self, header: dict[str, Any], parts: list[np.ndarray], offsets: list[int],
+              total: int) -> None:
+        """Writes a snapshot over the older one; until it is complete, the slot has none.
 
         Args:
           parts: the bytes of each part, uint8[n].
@@ -102,110 +165,121 @@ class Slots:
         Raises:
           CheckpointError: the shared memory is full.
         """
-        self.clear(number)
+        number = self._next()
+        self._grow(number, total)
+        self._path("json", number).unlink(missing_ok=True)
         memory = self._memory(number, total)
         for offset, part in zip(offsets, parts, strict=True):
             memory[offset:offset + part.size] = part
-        _replace(self.folder / f"{self.process}-{number}.json", json.dumps(header).encode())
+        signed = header | {"digest": sha256(header)}
+        _replace(self._path("json", number), json.dumps(signed).encode())
+        self._steps[number] = header["step"]
 
-    def clear(self, number: int) -> None:
-        """Removes the header of a slot, and keeps its memory."""
-        (self.folder / f"{self.process}-{number}.json").unlink(missing_ok=True)
+    def _file(self, number: int) -> BinaryIO:
+        file = os.open(self._path("data", number), os.O_RDWR | os.O_CREAT | _SAFE, 0o600)
+        return os.fdopen(file, "r+b")
 
-    def allocate(self, total: int) -> None:
-        """Allocates the memory of both slots.
+    def _grow(self, number: int, total: int, left: int = 0) -> None:
+        """Allocates memory beyond what a slot has, except what others have left."""
+        with self._file(number) as file:
+            had = os.fstat(file.fileno()).st_size
+            try:
+                if had < total - left:
+                    os.posix_fallocate(file.fileno(), 0, total - left)
+            except OSError as error:
+                file.truncate(had)
+                if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+                    raise
+                raise self._full(total) from None
 
-        Raises:
-          CheckpointError: the shared memory is full.
-        """
-        try:
-            for number in (0, 1):
-                self._memory(number, total)
-        except CheckpointError:
-            self._unlink(f"{self.process}-[01].*")
-            raise
+    def _full(self, total: int) -> CheckpointError:
+        free = shutil.disk_usage(self.folder).free
+        return CheckpointError(
+            f"memory=True: two snapshots of this process take 2 x {size(total)}, and {BASE} has "
+            f"{size(free)} left. Enlarge it (mount -o remount,size=... {BASE}; in a container, "
+            f"--shm-size), remove the snapshots of runs that have ended ({BASE}/zerojax-*), or "
+            "write memory=False.")
+
+    def _memory(self, number: int, total: int) -> np.memmap:
+        if number not in self._maps or self._maps[number].size != total:
+            self._maps.pop(number, None)
+            with self._file(number) as file:
+                file.truncate(total)  # it may have been larger
+                self._maps[number] = np.memmap(file, np.uint8, "r+", shape=(total,))
+        return self._maps[number]
 
     def _unlink(self, pattern: str) -> None:
         """Removes files, headers first: a header without its data would look damaged."""
         for path in sorted(self.folder.glob(pattern), key=lambda path: path.suffix != ".json"):
             path.unlink(missing_ok=True)
 
-    def _memory(self, number: int, total: int) -> np.memmap:
-        if number not in self._maps or self._maps[number].size != total:
-            path = self.folder / f"{self.process}-{number}.data"
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            with os.fdopen(os.open(path, flags, 0o600), "r+b") as file:
-                if os.fstat(file.fileno()).st_size != total:
-                    self.clear(number)
-                    self._maps.pop(number, None)
-                    file.truncate(0)
-                    self._reserve(file.fileno(), total)
-                self._maps[number] = np.memmap(file, np.uint8, "r+", shape=(total,))
-        return self._maps[number]
-
-    def _reserve(self, file: int, total: int) -> None:
-        try:
-            os.posix_fallocate(file, 0, total)
-        except OSError as error:
-            os.ftruncate(file, 0)
-            if error.errno != errno.ENOSPC:
-                raise
-            free = shutil.disk_usage(self.folder).free
-            raise CheckpointError(
-                f"memory=True: two snapshots of this process take 2 x {size(total)}, and {BASE} "
-                f"has {size(free)} left. Enlarge it (mount -o remount,size=... {BASE}; in a "
-                "container, --shm-size), remove the snapshots of other runs "
-                f"({BASE}/zerojax-*), or write memory=False.") from None
-
-    def remove_others(self, processes: int) -> None:
-        """Removes slots of processes that an earlier attempt with more processes had.
-
-        Of those, each process removes its share.
-        """
-        owners = {path.name.partition("-")[0] for path in self.folder.glob("*-[01].*")}
-        for owner in filter(str.isdecimal, owners):
-            if int(owner) >= processes and int(owner) % processes == self.process:
-                self._unlink(f"{owner}-[01].*")
+    def remove_left(self) -> None:
+        """Removes what processes of an earlier attempt have left on this host."""
+        for owner in self._left:
+            self._unlink(f"{owner}[-.]*")
+        self._left = []
 
     def release(self) -> None:
         """Unlocks the slots, which keep their snapshots for the next start."""
         self._maps.clear()
         if self._lock >= 0:
+            _open.pop(str(self._path("lock")), None)
             os.close(self._lock)
             self._lock = -1
 
     def remove(self) -> None:
         """Frees the memory, and unlocks the slots."""
         self._unlink(f"{self.process}[-.]*")
+        self.remove_left()
         self.release()
         with contextlib.suppress(OSError):  # other processes have slots, or have removed it
             if all(path.name.startswith(_ABOUT) for path in self.folder.iterdir()):
                 shutil.rmtree(self.folder)
 
 
-def read_header(path: pathlib.Path) -> dict[str, Any]:
-    """Returns a header.
+def _is_free(path: pathlib.Path) -> bool:
+    """Whether no process has a lock."""
+    if str(path) in _open:
+        return False
+    try:
+        with os.fdopen(os.open(path, os.O_RDWR | _SAFE), "r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
 
-    Raises:
-      OSError, ValueError: it is missing, a link, or not JSON.
+
+def headers(folder: pathlib.Path, run: str) -> dict[pathlib.Path, dict[str, Any]]:
+    """Returns the headers of all processes' snapshots of a run in the memory of this host, by file.
+
+    Those that are being replaced, or are damaged, are left out.
     """
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
-        values = json.loads(file.read(_LARGEST_HEADER))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a header")
-    return values
+    found = {}
+    for path in sorted(folder.glob("*-[01].json")):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            header = _header(path)
+            is_intact = header.pop("digest") == sha256(header)
+            if is_intact and (header["format"], header["run"]) == (FORMAT, run):
+                found[path] = header
+    return found
+
+
+def _header(path: pathlib.Path) -> dict[str, Any]:
+    with os.fdopen(os.open(path, os.O_RDONLY | _SAFE), "rb") as file:
+        return json.loads(file.read(_LARGEST_HEADER))
 
 
 def read_data(path: pathlib.Path) -> np.memmap:
     """Returns the bytes of a slot, uint8[n], which are read when they are used."""
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+    with os.fdopen(os.open(path, os.O_RDONLY | _SAFE), "rb") as file:
         return np.memmap(file, np.uint8, "r")
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:
     """Writes a file that appears at once, or not at all."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    with os.fdopen(os.open(new, flags, 0o600), "wb") as file:
+    new = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE, 0o600), "wb") as file:
         file.write(content)
     new.rename(path)

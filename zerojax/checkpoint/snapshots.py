@@ -7,9 +7,11 @@ state together from the parts.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import uuid
 import zlib
 from collections.abc import Callable, Mapping
@@ -24,12 +26,12 @@ from zerojax.checkpoint import directory as folder
 from zerojax.checkpoint import entries, host_copies, json_values, restoring, warm, writing
 from zerojax.checkpoint.manifest import Manifest, optimizer_kinds, sha256
 from zerojax.checkpoint.restoring import Restored
-from zerojax.checkpoint.slots import Slots
+from zerojax.checkpoint.slots import FORMAT, Slots, headers
 from zerojax.errors import CheckpointError, ZeroError
 from zerojax.layout import padded
 from zerojax.policy import Policy
 from zerojax.processes import monitor
-from zerojax.processes.exchange import Group
+from zerojax.processes.exchange import Group, Sent
 
 _RUN = ".zerojax-run"  # the file in the directory of checkpoints that tells runs apart
 _ALIGN = 64  # bytes
@@ -48,6 +50,9 @@ class NoSnapshots:
     def found(self, on_disk: int) -> Found:
         """Returns the snapshots to restore from."""
         return []
+
+    def abandon(self, step: int) -> None:
+        """Notes that snapshots of this step and later ones are of a run that went back."""
 
     def wait(self) -> None:
         """Waits for the snapshot in progress."""
@@ -80,18 +85,24 @@ class Snapshots(NoSnapshots):
                                   "connect them.")
         self.every, self.group, self._zero = every, group, zero
         own = group.everywhere(lambda: _run_id(directory) if group.first else "")
-        self.run, self._attempt = group.of_first([own, uuid.uuid4().hex])
+        self.run, self._job = group.of_first([own, uuid.uuid4().hex])
         self._directory = directory
-        self.slots = group.everywhere(lambda: Slots(str(directory), group.process),
-                                      [CheckpointError])
+        self.slots = Slots(str(directory), group.process)
+        try:
+            group.everywhere(self.slots.open, [CheckpointError])
+        except BaseException:
+            self.slots.release()
+            raise
+        self.slots.find_left()
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "zerojax snapshots")
         self._pending: concurrent.futures.Future | None = None
-        self._step = -1  # of the last snapshot
+        self._step = -1  # of the last snapshot; -1 if the next begins a branch
+        self._abandoned: float = math.inf  # snapshots from this step on are of another branch
+        self._attempt = ""  # the branch: equal steps of two have different bits
         self._taken = 0
-        self._steps = {0: -1, 1: -1}  # of the slots
         self._about: Manifest | None = None  # of the shapes
         self._shapes: dict[str, Any] = {}
-        self._is_alike: bool | None = None  # whether all processes have the same data position
+        self._on_disk = -1  # the newest step that was seen there
         self._has_warned = False
 
     def save(self, state: Any, step: int | None, data_state: Any, metrics: Any) -> int:
@@ -117,18 +128,21 @@ class Snapshots(NoSnapshots):
         leaves = entries.by_path(state)
         position = json_values.encoded("data_state", writing.position_of(data_state))
         arrays = writing.arrays(leaves)
-        if self._is_alike is None:
-            self._begin(arrays, position)
-        if step <= self._step or not self._taken:
-            self._abandon(step)
+        if step <= self._step or self._step < 0:
+            self._branch(min(step, self._abandoned))
+        if not self._taken:
+            _, total = _placed(arrays)
+            self.group.everywhere(lambda: self.slots.allocate(total), [CheckpointError])
         about = self._described(step, state, leaves)
-        header = {"format": warm.FORMAT, "run": self.run, "attempt": self._attempt, "step": step,
+        header = {"format": FORMAT, "run": self.run, "attempt": self._attempt, "step": step,
                   "process": self.group.process, "processes": self.group.size,
-                  "position": position, "is_alike": self._is_alike}
+                  "position": position}
         copies = host_copies.started(arrays)
-        metrics = jax.tree.map(lambda x: np.array(x) if isinstance(x, np.ndarray) else x, metrics)
+        positions = self.group.send(np.frombuffer(bytes.fromhex(sha256(position)), np.uint32))
+        metrics = host_copies.of_tree(metrics)
         self._step, self._taken = step, self._taken + 1
-        self._pending = self._writer.submit(self._write, header, about, metrics, copies)
+        self._pending = self._writer.submit(self._write, self._taken, header, about, metrics,
+                                            copies, positions)
 
     def _warn_if_busy(self, step: int) -> None:
         if self._pending and not self._pending.done() and not self._has_warned:
@@ -136,25 +150,13 @@ class Snapshots(NoSnapshots):
             errors.warn(f"step {step} waits until the snapshot of step {self._step} is written; a "
                         f"snapshot_every of more than {self.every} would avoid that.")
 
-    def _begin(self, arrays: Mapping[str, Any], position: Any) -> None:
-        """Allocates the memory, and compares the positions of the processes in their data."""
-        _, total = _placed(arrays)
-        self.group.everywhere(lambda: self.slots.allocate(total), [CheckpointError])
-        positions = self.group.shared(position).values()
-        self._is_alike = all(other == position for other in positions)
+    def _branch(self, first: float) -> None:
+        """Removes snapshots from a step on, and gives those that follow another identity.
 
-    def _abandon(self, step: int) -> None:
-        """Removes the snapshots of this step and later ones: a run that went back made them.
-
-        The new ones have another identity, so that parts of both are never mixed.
+        So parts of both branches are never mixed.
         """
-        self._attempt = f"{self._attempt}/{step}"
-        self._steps = {0: -1, 1: -1}
-        for number, header in self.slots.headers():
-            if header.get("run") == self.run and header.get("step", step) < step:
-                self._steps[number] = header["step"]
-            else:
-                self.slots.clear(number)
+        self._attempt, self._abandoned = f"{self._job}/{self._taken}", math.inf
+        self.slots.branch(self.run, first)
 
     def _described(self, step: int, state: Any, leaves: Mapping[str, Any]) -> Manifest:
         """Returns the manifest without digests, because the parts have their own."""
@@ -167,9 +169,32 @@ class Snapshots(NoSnapshots):
                 zero.precision.as_dict() if zero else None)
         return dataclasses.replace(self._about, step=step)
 
-    def _write(self, header: dict[str, Any], about: Manifest, metrics: Any,
-               copies: dict[str, Any]) -> None:
-        """Writes a snapshot over the older one, and waits until all processes have theirs."""
+    def _write(self, number: int, header: dict[str, Any], about: Manifest, metrics: Any,
+               copies: dict[str, Any], positions: Sent) -> None:
+        """Writes a snapshot over the older one, and waits until all processes have theirs.
+
+        If one of them fails, it fails on all, so that all begin another branch.
+        """
+        # several checkpointers of a job may be at the same number
+        tag = f"snapshot {number} of checkpointer {self._job[:8]}"
+        try:
+            header["is_alike"] = self._are_alike(positions)
+            self._put(header, about, metrics, copies)
+        except Exception:
+            with contextlib.suppress(ZeroError):  # the own error says more
+                monitor.barrier(tag, f"step {header['step']}, which failed")
+            raise
+        monitor.barrier(tag, f"step {header['step']}")
+        self.slots.remove_left()
+
+    def _are_alike(self, positions: Sent) -> bool:
+        """Whether all processes have the same data position, by the digests that they sent."""
+        first, *others = self.group.received(positions).values()
+        return all(np.array_equal(other, first) for other in others)
+
+    def _put(self, header: dict[str, Any], about: Manifest, metrics: Any,
+             copies: dict[str, Any]) -> None:
+        """Writes a snapshot, and frees the copies, because other processes may take long."""
         _check_step(header["step"], copies)
         placed, total = _placed(copies)
         views = [_bytes(np.asarray(part)) for x in copies.values()
@@ -177,19 +202,12 @@ class Snapshots(NoSnapshots):
         for part, view in zip(itertools.chain(*placed.values()), views, strict=True):
             part.append(zlib.crc32(view.data))
         manifest = dataclasses.replace(about, metrics=jax.device_get(metrics))
-        on_disk = folder.steps(self._directory) if self.group.first else []
-        header |= {"manifest": manifest.to_json(), "parts": placed,
-                   "on_disk": max(on_disk, default=-1)}
-        header["digest"] = sha256(header)
-        number = min(self._steps, key=lambda n: self._steps[n])
+        with contextlib.suppress(OSError):  # a shared file system that does not answer now
+            self._on_disk = max(folder.steps(self._directory), default=-1)
+        header |= {"manifest": manifest.to_json(), "parts": placed, "on_disk": self._on_disk}
         offsets = [part[1] for part in itertools.chain(*placed.values())]
-        self._steps[number] = -1
-        self.slots.write(number, header, views, offsets, total)
-        self._steps[number] = header["step"]
-        copies.clear()  # the other processes may take long
-        views.clear()
-        monitor.barrier(f"snapshot {self._taken}", f"step {header['step']}")
-        self.slots.remove_others(self.group.size)
+        self.slots.write(header, views, offsets, total)
+        copies.clear()
 
     def found(self, on_disk: int) -> Found:
         """Returns the snapshots of which the hosts have parts, newest first.
@@ -197,9 +215,16 @@ class Snapshots(NoSnapshots):
         Args:
           on_disk: the newest step on disk, or -1.
         """
-        headers = warm.here(self.slots.folder, self.run)
-        return [(s.step, False, functools.partial(restoring.from_memory, self.group, headers, s))
-                for s in warm.available(self.group, headers, on_disk)]
+        here = headers(self.slots.folder, self.run)
+        return [(s.step, False, functools.partial(restoring.from_memory, self.group, here, s))
+                for s in warm.available(self.group, here, on_disk)]
+
+    def abandon(self, step: int) -> None:
+        """Notes that snapshots of this step and later ones are of a run that went back.
+
+        The next save takes a snapshot, and removes these before.
+        """
+        self._step, self._abandoned = -1, min(step, self._abandoned)
 
     def wait(self) -> None:
         """Waits until the snapshot that was started last is whole on all hosts.
@@ -207,16 +232,17 @@ class Snapshots(NoSnapshots):
         Raises:
           CheckpointError: it has failed.
         """
-        pending, self._pending = self._pending, None
-        if pending is None:
+        if self._pending is None:
             return
-        try:
-            pending.result()
-        except ZeroError:
-            raise
-        except Exception as error:
-            raise CheckpointError(f"the snapshot of step {self._step} in memory failed: {error}"
-                                  ) from error
+        concurrent.futures.wait([self._pending])  # Ctrl-C leaves it pending
+        error, self._pending = self._pending.exception(), None
+        if error is None:
+            return
+        step = self._step
+        self.abandon(step)
+        if isinstance(error, ZeroError):
+            raise error
+        raise CheckpointError(f"the snapshot of step {step} in memory failed: {error}") from error
 
     def raise_failure(self) -> None:
         """Raises the error of a snapshot that has failed."""
@@ -230,6 +256,10 @@ class Snapshots(NoSnapshots):
           keep: whether the snapshots stay in memory for a restart.
         """
         self._writer.shutdown()
+        try:
+            self.raise_failure()
+        except ZeroError as error:  # another error or a preemption ends the run
+            errors.warn(str(error))
         if keep:
             self.slots.release()
         else:

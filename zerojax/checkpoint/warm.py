@@ -19,12 +19,11 @@ from jax.sharding import PartitionSpec as P
 
 from zerojax.checkpoint import json_values, slots
 from zerojax.checkpoint.entries import MOST, Entry
-from zerojax.checkpoint.manifest import Manifest, sha256
+from zerojax.checkpoint.manifest import Manifest
 from zerojax.errors import CorruptCheckpointError
 from zerojax.layout import padded, rules
 from zerojax.processes.exchange import Group
 
-FORMAT = 1
 _NOBODY = np.uint32(2**32 - 1)
 Header = Mapping[str, Any]
 Bounds = tuple[tuple[int, int], ...]  # the first index of each dimension, and that after the last
@@ -35,24 +34,6 @@ class Snapshot(NamedTuple):
 
     step: int
     attempt: str
-
-
-def here(folder: pathlib.Path, run: str) -> dict[pathlib.Path, Header]:
-    """Returns the headers of all processes' snapshots in the memory of this host, by file.
-
-    Args:
-      run: the identity of the run; snapshots of others are left out.
-    """
-    found = {}
-    for path in sorted(folder.glob("*-[01].json")):
-        try:
-            header = slots.read_header(path)
-            digest = header.pop("digest")
-            if digest == sha256(header) and (header["format"], header["run"]) == (FORMAT, run):
-                found[path] = header
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # it is being replaced, or damaged
-    return found
 
 
 def available(group: Group, headers: Mapping[pathlib.Path, Header],
