@@ -125,7 +125,6 @@ class Hub(threading.Thread):
             self._end(f"process {process} was interrupted in {call}, which the others have made.")
 
     def _take_barrier(self, process: int, tag: str, value: str) -> None:
-        self._roll.left.pop(process, None)
         came = self._barriers.come(process, tag, value, time.monotonic())
         if came is not None:
             self._send(came, ["barrier", tag, barriers.difference(tag, came)])
