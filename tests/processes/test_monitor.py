@@ -121,9 +121,9 @@ def test_a_call_that_failed_is_forgotten_although_the_others_have_made_it(thread
     job = Job(2)
     call = job.call("Jitted")
     job.members[0].report(call, waits=False)
-    job.members[1].withdraw(call, job.members[1].report(call, waits=False))
-    for member in job.members[::-1]:
-        member.report(call, waits=False)
+    number = job.members[1].report(call, waits=False)
+    wait_until(lambda: job.hub._roll.group(()).complete)
+    job.members[1].withdraw(call, number)
     job.members[1].report(call, waits=False)
     both = [threads.submit(member.meet, job.call("save")) for member in job.members]
     assert [future.result(20) for future in both] == [None, None] and not ends
@@ -144,13 +144,15 @@ def test_a_call_that_takes_long_is_reported_meanwhile(threads, ends, monkeypatch
     assert [future.result(20) for future in both] == [None, None] and not ends
 
 
-def test_a_call_is_forgotten_although_another_thread_has_called_since(threads, ends):
+@pytest.mark.parametrize("members", [(0, 2), (0, 1)])
+def test_a_call_is_forgotten_although_another_thread_has_called_since(threads, ends, members):
     job = Job(3)
-    first, second = job.call(members=(0, 1)), job.call(members=(0, 2))
-    number = job.members[0].report(first, waits=True)
+    first, second = job.call("save", members=(0, 1)), job.call("step", members=members)
+    number = job.members[0].report(first, waits=False)
     job.members[0].report(second, waits=False)
     job.members[0].withdraw(first, number)
-    job.members[2].report(second, waits=False)
+    time.sleep(0.3)
+    job.members[members[1]].report(second, waits=False)
     both = [threads.submit(member.meet, first) for member in job.members[:2]]
     assert [future.result(20) for future in both] == [None, None] and not ends
 
