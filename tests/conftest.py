@@ -1,5 +1,10 @@
+import signal
+
 import jax
 import pytest
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # `make test &` in a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

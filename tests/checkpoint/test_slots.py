@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import disks
 import numpy as np
@@ -181,3 +182,18 @@ def test_two_checkpointers_of_a_process_with_one_directory(tmp_path, base):
     first.save(states.state(step=2))
     first.close()
     opened(tmp_path).close()
+
+
+@pytest.mark.parametrize("what", ["files", "folder"])
+def test_snapshots_go_on_after_somebody_has_removed_them(tmp_path, base, what):
+    with pytest.raises(Killed), opened(tmp_path) as checkpoints:
+        for step in range(1, 5):
+            checkpoints.save(states.state(step=step))
+            checkpoints.wait()
+            if step == 2:
+                (folder,) = base.glob("zerojax-*")
+                shutil.rmtree(folder)
+                if what == "files":
+                    folder.mkdir(mode=0o700)
+        raise Killed
+    assert restored(tmp_path).step == 4

@@ -76,6 +76,12 @@ def caught():
     except SystemExit:
         pass
 
+def kept():
+    try:
+        sys.exit(4)
+    except SystemExit as error:
+        sys.kept = error
+
 def a_thread_exits():
     thread = threading.Thread(target=sys.exit, args=[4])
     thread.start(), thread.join()
@@ -104,6 +110,8 @@ main()
     ("shown(ValueError())", 0, "left"), ("shown(ValueError()); sys.exit()", 0, "left"),
     ("shown(ValueError()); sys.exit(5)", 5, "reported: SystemExit: 5"),
     ("sys.exit(2**40 + 3)", 3, "reported: SystemExit: 1099511627779"),
+    ("sys.exit(256)", 0, "left"), ("caught(); raise SystemExit(0)", 0, "left"),
+    ("kept(); raise SystemExit", 0, "left"),
     ("a_thread_exits()", 0, "left"), ("a_thread_exits(); raise SystemExit", 0, "left"),
     ("pass", 0, "left")])
 def test_the_end_of_a_program_is_reported(body, status, line):

@@ -190,7 +190,7 @@ def test_the_status_is_that_of_the_failure(tmp_path, script, status, words):
 
 def test_restarts_with_other_numbers_of_processes(tmp_path):
     names = "os.environ['JAX_NUM_PROCESSES'], os.environ['JAX_COORDINATOR_ADDRESS']"
-    done = run(tmp_path, f"me or print('of', {names}); sys.exit(1 - me)", "-n", "3,2,1",
+    done = run(tmp_path, f"me or print('of', {names}); sys.exit(me == 0)", "-n", "3,2,1",
                "--restarts", 3)
     lines = [line.split() for line in done.stdout.splitlines()]
     assert done.returncode == 1 and [line[2] for line in lines] == ["3", "2", "1", "1"]
@@ -255,6 +255,29 @@ def test_one_signal_ends_processes_that_ignore_it(tmp_path, stream):
         last = "zerojax launch: killed processes 0-1 after 0.5 s; --grace sets another limit"
         assert (last in launcher.stderr.read()) == (stream == "stdout")
         assert len(sleeps) == 2 and not any(map(is_running, sleeps))
+
+
+BELOW = """
+import signal, subprocess, sys, time
+def save(*_):
+    time.sleep(0.5)
+    print("saved", flush=True)
+    sys.exit(75)
+if len(sys.argv) > 1:
+    signal.signal(signal.SIGTERM, save)
+    print("up", flush=True)
+    time.sleep(60)
+subprocess.run([sys.executable, __file__, "below"])
+"""
+
+
+def test_a_program_below_the_one_that_was_launched_may_save(tmp_path):
+    (tmp_path / "script.py").write_text(BELOW)
+    with subprocess.Popen(command("-n", 1, "--devices", 1, tmp_path / "script.py"),
+                          stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout.readline() == "[0] up\n"
+        launcher.terminate()
+        assert launcher.wait(20) == 143 and launcher.stdout.read() == "[0] saved\n"
 
 
 def children_of(pid):

@@ -86,16 +86,20 @@ def test_a_first_call_is_not_a_later_call(threads, ends):
     wait_until(lambda: len(ends) == 2)
 
 
-def interrupted(meet):
-    """Calls a function whose wait Ctrl-C ends."""
+SAVE = Call((), "save", "train.py:1", "save")
+
+
+def interrupted(meet, call=SAVE, then=lambda: None):
+    """Calls a function whose wait Ctrl-C ends, after something else."""
     def wait_for(predicate):
+        then()
         time.sleep(0.1)
         raise KeyboardInterrupt
 
     news = meet.__self__._news
     news.wait_for = wait_for
     with pytest.raises(KeyboardInterrupt):
-        meet(Call((), "save", "train.py:1", "save"))
+        meet(call)
     del news.wait_for
 
 
@@ -116,45 +120,66 @@ def test_a_call_that_others_have_made_cannot_be_forgotten(threads, ends):
                           "made.")
 
 
-def test_a_call_that_failed_is_forgotten_although_the_others_have_made_it(threads, ends):
-    """Their next call is the one that counts."""
-    job = Job(2)
-    call = job.call("Jitted")
-    job.members[0].report(call, waits=False)
-    number = job.members[1].report(call, waits=False)
-    wait_until(lambda: job.hub._roll.group(()).complete)
-    job.members[1].withdraw(call, number)
-    job.members[1].report(call, waits=False)
-    both = [threads.submit(member.meet, job.call("save")) for member in job.members]
-    assert [future.result(20) for future in both] == [None, None] and not ends
-
-
-def test_a_call_that_takes_long_is_reported_meanwhile(threads, ends, monkeypatch):
-    """It may wait for others; if it fails after all, it is withdrawn."""
-    monkeypatch.setattr(monitor, "_LONG", 0.2)
-    job = Job(2)
-    begun = job.members[1].begin(job.call("train_step", 7))
-    quick = job.members[1].begin(job.call("eval_step", 8))
-    job.members[1].cancel(quick)
-    wait_until(lambda: job.hub._roll.last)
-    assert job.hub._roll.last[1].call == job.call("train_step", 7)
-    job.members[1].cancel(begun)
-    wait_until(lambda: not job.hub._roll.group(()).oldest())
-    both = [threads.submit(member.meet, job.call("save")) for member in job.members]
-    assert [future.result(20) for future in both] == [None, None] and not ends
-
-
 @pytest.mark.parametrize("members", [(0, 2), (0, 1)])
 def test_a_call_is_forgotten_although_another_thread_has_called_since(threads, ends, members):
     job = Job(3)
     first, second = job.call("save", members=(0, 1)), job.call("step", members=members)
-    number = job.members[0].report(first, waits=False)
-    job.members[0].report(second, waits=False)
-    job.members[0].withdraw(first, number)
+    interrupted(job.members[0].meet, first, lambda: job.members[0].report(second, waits=False))
     time.sleep(0.3)
     job.members[members[1]].report(second, waits=False)
     both = [threads.submit(member.meet, first) for member in job.members[:2]]
     assert [future.result(20) for future in both] == [None, None] and not ends
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """A job in which process 1 has begun a call, which takes long, and the call."""
+    monkeypatch.setattr(monitor, "_LONG", 0.1)
+    job = Job(2, heartbeat=1.0)
+    call = job.members[1].begin(job.call("train_step", 7))
+    wait_until(lambda: job.hub._roll.begun)
+    return job, call
+
+
+def test_a_call_that_failed_after_a_while_does_not_count(threads, ends, begun):
+    """The other process has gone on to another call."""
+    job, call = begun
+    other = threads.submit(job.members[0].meet, job.call("save"))
+    job.members[1].cancel(call)
+    job.members[1].meet(job.call("save"))
+    assert other.result(20) is None and not ends and not job.hub._roll.begun
+
+
+def test_a_call_that_takes_long_counts_once_it_is_made(threads, ends, begun):
+    job, call = begun
+    job.members[0].report(job.call("train_step", 7), waits=False)
+    time.sleep(1.5)
+    job.members[1].commit(call)
+    both = [threads.submit(member.meet, job.call("save")) for member in job.members]
+    assert [future.result(20) for future in both] == [None, None] and not ends
+
+
+def test_a_call_that_is_not_that_of_the_others_for_long_ends_all(ends, begun):
+    """It may wait for a call that the others do not make."""
+    job, _ = begun
+    job.members[0].report(job.call("eval_step", 9), waits=False)
+    wait_until(lambda: len(ends) == 2)
+    assert ("eval_step at train.py:9 on process 0; train_step at train.py:7 on process 1"
+            in ends[0][0])
+
+
+def test_a_call_that_waits_for_a_process_that_has_ended_ends_all(ends, begun):
+    job, _ = begun
+    job.members[0].leave(["left"])
+    wait_until(lambda: len(ends) == 2)
+    assert ends[0][0].startswith("process 0 ended, but process 1 called train_step at train.py:7")
+
+
+def test_a_process_that_does_not_make_a_call_that_has_begun_is_late(ends, begun, caplog):
+    with caplog.at_level(logging.WARNING, "zerojax"):
+        wait_until(lambda: len(caplog.messages) == 2)
+    assert caplog.messages[0].startswith(
+        "process 1 called train_step at train.py:7, more than 1 s ago, and process 0 did not")
 
 
 def test_groups_that_wait_for_each_other_are_ended(threads, ends):
@@ -163,9 +188,9 @@ def test_groups_that_wait_for_each_other_are_ended(threads, ends):
     waits = [threads.submit(job.members[1].meet, job.call("restore", 2, members=(0, 1)))]
     waits += [threads.submit(job.members[n].meet, job.call("save")) for n in (0, 2)]
     assert {error_of(wait) for wait in waits} == {
-        "the processes wait for each other: process 1 called restore at train.py:2; processes 0, 2 "
-        "called save at train.py:1, more than 0.3 s ago. All of them must make the same calls in "
-        "the same order; move calls out of branches that depend on jax.process_index()."}
+        "the processes wait for each other: processes 0, 2 called save at train.py:1; process 1 "
+        "called restore at train.py:2, more than 0.3 s ago. All of them must make the same calls "
+        "in the same order; move calls out of branches that depend on jax.process_index()."}
     wait_until(lambda: len(ends) == 3)
 
 

@@ -52,7 +52,7 @@ class Slots:
         self.checkpoints, self.process = checkpoints, process
         self.folder = folder_of(checkpoints)
         self._lock = -1
-        self._maps: dict[int, np.memmap] = {}
+        self._maps: dict[int, tuple[int, np.memmap]] = {}  # by slot: the file's inode, its bytes
         self._steps = {0: -1, 1: -1}
         self._left: list[str] = []  # processes of an earlier attempt
 
@@ -165,6 +165,8 @@ class Slots:
         Raises:
           CheckpointError: the shared memory is full.
         """
+        if not self.folder.exists():  # someone has removed it
+            self._create()
         number = self._next()
         self._grow(number, total)
         self._path("json", number).unlink(missing_ok=True)
@@ -201,12 +203,15 @@ class Slots:
             "write memory=False.")
 
     def _memory(self, number: int, total: int) -> np.memmap:
-        if number not in self._maps or self._maps[number].size != total:
-            self._maps.pop(number, None)
-            with self._file(number) as file:
+        """Returns the memory of a slot, which is another if someone has removed its file."""
+        with self._file(number) as file:
+            inode = os.fstat(file.fileno()).st_ino
+            before, memory = self._maps.pop(number, (None, None))
+            if memory is None or before != inode or memory.size != total:
                 file.truncate(total)  # it may have been larger
-                self._maps[number] = np.memmap(file, np.uint8, "r+", shape=(total,))
-        return self._maps[number]
+                memory = np.memmap(file, np.uint8, "r+", shape=(total,))
+            self._maps[number] = inode, memory
+        return memory
 
     def _unlink(self, pattern: str) -> None:
         """Removes files, headers first: a header without its data would look damaged."""
@@ -243,7 +248,7 @@ def _is_free(path: pathlib.Path) -> bool:
         return False
     try:
         with os.fdopen(os.open(path, os.O_RDWR | _SAFE), "r+b") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # others may be asking too
     except FileNotFoundError:
         return True
     except OSError:

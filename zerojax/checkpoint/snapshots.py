@@ -1,9 +1,9 @@
 """Snapshots of a state in the memory of the hosts, from which a run that was killed restarts.
 
 Every process copies the parts that its devices hold, and writes them in the background into one of
-its two slots. Nothing is sent between the processes while they train, except that all must have a
-snapshot before any overwrites the one before: so there is always one that is whole. `warm` puts a
-state together from the parts.
+its two slots. All must have a snapshot before any overwrites the one before, so that there is
+always one that is whole. While they train, the devices exchange only a digest of each process's
+position in the data. `warm` puts a state together from the parts.
 """
 
 import concurrent.futures
@@ -185,7 +185,8 @@ class Snapshots(NoSnapshots):
                 monitor.barrier(tag, f"step {header['step']}, which failed")
             raise
         monitor.barrier(tag, f"step {header['step']}")
-        self.slots.remove_left()
+        with contextlib.suppress(OSError):  # a failure of one process alone would part them
+            self.slots.remove_left()
 
     def _are_alike(self, positions: Sent) -> bool:
         """Whether all processes have the same data position, by the digests that they sent."""

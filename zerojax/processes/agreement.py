@@ -86,7 +86,7 @@ class Once:
     def __init__(self):
         self._group: Group | None = None
         self._digest = ""  # of what the processes agreed on
-        self._has_met = False  # for this call
+        self._is_later = False  # the call is a later one, which is only reported
 
     def __call__(self, policy: Policy, where: str, fields: Callable[[], Mapping[str, Any]],
                  *arguments: Any) -> None:
@@ -95,7 +95,7 @@ class Once:
         Args:
           arguments: those of the call. If one of them is traced, the function is not called yet.
         """
-        self._has_met = True
+        self._is_later = False
         if self._group is not None and self._group.size == 1:
             return
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments)):
@@ -104,11 +104,11 @@ class Once:
             _, self._digest = before(policy, where, lambda: None, lambda _: fields())
             self._group = exchange.of_mesh(policy.mesh)
         else:
-            self._has_met = False
+            self._is_later = True
 
     def calling(self) -> contextlib.AbstractContextManager[None]:
         """Returns the context of the call itself, which reports it."""
-        if self._group is None or self._has_met:
+        if self._group is None or not self._is_later:
             return contextlib.nullcontext()
         return self._group.calling(self._digest)
 

@@ -4,7 +4,8 @@ Each process sends batches of messages, which are lists of a kind and its argume
 
     ["name", members, name, place, key]   the next entry of its table of calls; no members: all
     ["call", entry, waits]                a call
-    ["withdrawn", entry, number]          the call with that number was not made after all
+    ["begun", entry]                      a call that is not made yet; no entry: it has failed
+    ["withdrawn", entry, number]          the process does not wait for that call any more
     ["barrier", tag, value]               waits for all processes, which have the same value
     ["left"], ["failed", text]            makes no more calls, because of an error
 
@@ -35,6 +36,7 @@ from zerojax.processes.sealed import Channel
 
 _LOG = logging.getLogger("zerojax")
 _TICK = 0.25  # seconds between looks at the clock
+_GONE = 1.0  # seconds after its end in which a process may call again, for example by `atexit`
 
 
 class Hub(threading.Thread):
@@ -117,8 +119,14 @@ class Hub(threading.Thread):
                 self._roll.waiting.pop((process, made.number), None)
                 self._send([process], ["answer", made.number, trouble])
 
+    def _take_begun(self, process: int, entry: int | None) -> None:
+        self._roll.begun.pop(process, None)
+        if entry is not None:
+            _, call = self._tables[process][entry]
+            self._roll.begun[process] = Made(call, 0, False, time.monotonic())
+
     def _take_withdrawn(self, process: int, entry: int, number: int) -> None:
-        """Forgets a call that was interrupted or failed, unless others have gone on with it."""
+        """Forgets a call that was interrupted, unless others have gone on with it."""
         self._roll.waiting.pop((process, number), None)
         group, call = self._tables[process][entry]
         if not group.withdraw(process, number):
@@ -160,8 +168,9 @@ class Hub(threading.Thread):
 
     def _look(self, now: float) -> None:
         """Notices what the time shows: calls and barriers that others do not come to, silence."""
-        gone = {p for p, at in self._roll.left.items() if now - at > _TICK}
+        gone = {p for p, at in self._roll.left.items() if now - at > _GONE}
         for trouble in (self._barriers.never(gone), self._roll.never(gone),
+                        self._roll.differ(now, self.patience),
                         self._roll.stuck(gone, now, self.patience)):
             if trouble:
                 self._end(trouble)

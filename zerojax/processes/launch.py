@@ -206,13 +206,16 @@ class _Job:
         self.running.discard(process)
         if status:
             self.errors.append((process, status))
+        if self.signals and status == -self.signals[0]:
+            _send(os.killpg, self.children[process], self.signals[0])  # it did not pass it on
         if status not in (0, PREEMPTED):  # if it is PREEMPTED, the others are about to save too
             self._ask(signal.SIGTERM, _AFTER_FAILURE)
 
     def _ask(self, number: int, seconds: float) -> None:
         """Asks the processes to end within some seconds, each only once.
 
-        They ask what they have started: a loader of data is needed until the state is saved.
+        They pass it on to what they have started, such as a loader of data, when they need it no
+        more.
         """
         for process in () if self.is_ending else self.running:
             _send(os.kill, self.children[process], number)
@@ -222,10 +225,12 @@ class _Job:
     def _watch(self) -> int:
         """Waits until all processes have ended, which is soon after a failure or a signal."""
         self._wait(lambda: not self.running)
+        if self.signals:  # programs that they have started may be saving
+            self._wait(self._is_silent)
         if not self._is_healthy():
             self._kill()
         self.over.set()
-        self._wait(lambda: not any(reader.is_alive() for reader in self.readers))
+        self._wait(self._is_silent)
         return self._reported(*self._failure()) if self.errors else 0
 
     def _wait(self, is_over: Callable[[], bool]) -> None:
@@ -238,6 +243,10 @@ class _Job:
                 self.events.popleft()()
             else:
                 time.sleep(_PAUSE)
+
+    def _is_silent(self) -> bool:
+        """Whether all programs that could write to the output have ended."""
+        return not any(reader.is_alive() for reader in self.readers)
 
     def _is_healthy(self) -> bool:
         return not (self.running or self.errors or self.signals)

@@ -30,7 +30,7 @@ from zerojax.processes.sealed import Channel, Seal
 _LOG = logging.getLogger("zerojax")
 _GRACE = 2.5  # seconds in which a process may end by itself when the job ends
 _HERE = ("zerojax.processes.monitor", "zerojax.processes.exchange", "zerojax.processes.agreement")
-_LONG = 2.0  # seconds after which a call that has begun is reported
+_LONG = 0.5  # seconds after which it is reported that a call has begun
 _PAUSE = 0.02  # seconds in which calls that nobody waits for are collected
 _STDLIB = f"{sysconfig.get_path('stdlib')}{os.sep}"
 _PACKAGES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
@@ -98,7 +98,7 @@ def called(members: Members, key: str) -> None:
 def calling(members: Members, key: str) -> Iterator[None]:
     """Reports a call that is made in the context, unless it fails, for example in its trace.
 
-    If the call takes long, because it waits for others, it is reported meanwhile.
+    If the call takes long, because it waits for others, its begin is reported meanwhile.
     """
     if _member is None:
         yield
@@ -155,12 +155,12 @@ class Begun:
 
     Attributes:
       at: when, in seconds of `time.monotonic`.
-      number: its number, once it is reported.
+      is_reported: whether its begin is reported.
     """
 
     call: Call
     at: float
-    number: int | None = None
+    is_reported: bool = False
 
 
 class Member:
@@ -179,7 +179,7 @@ class Member:
         self._last_word: list[Any] = []  # how this process ends
         self._may_close = False  # process 0 has left
         self._trouble = ""  # why the job ends
-        self._begun: list[Begun] = []  # calls that are not reported yet
+        self._begun: list[Begun] = []  # calls that are neither made nor have failed
         self._out: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
         self._urgent = threading.Event()
         self._noted = threading.Event()  # by the hub, that this process has left
@@ -192,18 +192,19 @@ class Member:
     def report(self, call: Call, waits: bool) -> int:
         """Reports a call; returns its number."""
         with self._lock:
-            number = self._reported(call, waits)
+            self._out.put(["call", self._entry(call), waits])
+            self._number += 1
+            number = self._number
         if waits:
             self._urgent.set()
         return number
 
-    def _reported(self, call: Call, waits: bool) -> int:
+    def _entry(self, call: Call) -> int:
+        """Returns the entry of a call in the table, which the hub has too."""
         if call not in self._table:
             self._table[call] = len(self._table)
             self._out.put(["name", *call])
-        self._number += 1
-        self._out.put(["call", self._table[call], waits])
-        return self._number
+        return self._table[call]
 
     def begin(self, call: Call) -> Begun:
         begun = Begun(call, time.monotonic())
@@ -212,18 +213,24 @@ class Member:
         return begun
 
     def commit(self, begun: Begun) -> None:
-        """Reports a call that has begun, if it is not reported yet."""
+        """Reports a call that has begun."""
         with self._lock:
-            if begun.number is None:
-                self._begun.remove(begun)
-                begun.number = self._reported(begun.call, waits=False)
+            self._begun.remove(begun)
+        self.report(begun.call, waits=False)
 
     def cancel(self, begun: Begun) -> None:
+        """Forgets a call that has failed."""
         with self._lock:
-            if begun.number is None:
-                self._begun.remove(begun)
-                return
-        self.withdraw(begun.call, begun.number)
+            self._begun.remove(begun)
+            if begun.is_reported:
+                self._out.put(["begun", None])
+
+    def _report_begun(self) -> None:
+        with self._lock:
+            for begun in self._begun:
+                if not begun.is_reported and time.monotonic() - begun.at > _LONG:
+                    begun.is_reported = True
+                    self._out.put(["begun", self._entry(begun.call)])
 
     def meet(self, call: Call) -> None:
         number = self.report(call, waits=True)
@@ -232,13 +239,10 @@ class Member:
                 self._news.wait_for(lambda: self._trouble or number in self._answers)
                 trouble = self._answers.pop(number, "") or self._trouble
         except BaseException:  # such as Ctrl-C in a notebook
-            self.withdraw(call, number)
+            self._out.put(["withdrawn", self._table[call], number])
             raise
         if trouble:
             raise ClusterError(trouble)
-
-    def withdraw(self, call: Call, number: int) -> None:
-        self._out.put(["withdrawn", self._table[call], number])
 
     def barrier(self, tag: str, value: str) -> None:
         self._out.put(["barrier", tag, value])
@@ -271,8 +275,7 @@ class Member:
     def _batch(self) -> list[list[Any]]:
         """Waits for messages; returns them all."""
         while True:
-            for begun in [b for b in self._begun if time.monotonic() - b.at > _LONG]:
-                self.commit(begun)
+            self._report_begun()
             with contextlib.suppress(queue.Empty):
                 batch = [self._out.get(timeout=_LONG / 2)]
                 self._urgent.clear()

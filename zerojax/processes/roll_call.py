@@ -58,13 +58,11 @@ class Group:
     Attributes:
       open: the calls by process, oldest first.
       behind: the processes that have none.
-      complete: the calls of the last round that was complete, by process.
       is_reported: whether `RollCall.late` has reported the oldest round.
     """
 
     open: dict[int, collections.deque[Made]]
     behind: set[int]
-    complete: dict[int, Made] = dataclasses.field(default_factory=dict)
     is_reported: bool = False
 
     def add(self, process: int, made: Made) -> dict[int, Made] | None:
@@ -74,29 +72,19 @@ class Group:
         if self.behind:
             return None
         self.is_reported = False
-        self.complete = {p: calls.popleft() for p, calls in self.open.items()}
+        complete = {p: calls.popleft() for p, calls in self.open.items()}
         self._count()
-        return self.complete
+        return complete
 
     def withdraw(self, process: int, number: int) -> bool:
-        """Forgets a call; returns False if others have waited for it, and have gone on."""
+        """Forgets a call; returns whether it was still open."""
         made = next((made for made in self.open[process] if made.number == number), None)
-        if made is not None:
-            self.open[process].remove(made)
-        elif any(made.waits for made in self.complete.values()):
+        if made is None:
             return False
-        else:
-            self._reopen(but=process)
+        self.open[process].remove(made)
         self._count()
         self.is_reported &= bool(self.oldest())
         return True
-
-    def _reopen(self, but: int) -> None:
-        """Opens the last round again, without the call of one process."""
-        for process, made in self.complete.items():
-            if process != but:
-                self.open[process].appendleft(made)
-        self.complete = {}
 
     def _count(self) -> None:
         self.behind = {p for p, calls in self.open.items() if not calls}
@@ -113,6 +101,8 @@ class RollCall:
       everyone: all processes.
       last: the last call of each process that has made one.
       waiting: the calls that processes wait for, by process and number.
+      begun: the calls that processes have begun some time ago, by process. They may still fail, and
+        so do not take part in a round.
       left: the processes that have reported their end, and when. They may call again, because a
         function of `atexit` may.
     """
@@ -121,6 +111,7 @@ class RollCall:
         self.everyone = everyone
         self.last: dict[int, Made] = {}
         self.waiting: dict[tuple[int, int], Made] = {}
+        self.begun: dict[int, Made] = {}
         self.left: dict[int, float] = {}
         self._began: float | None = None  # the time of the first call
         self._groups: dict[Members, Group] = {}
@@ -136,6 +127,7 @@ class RollCall:
     def add(self, process: int, group: Group, made: Made) -> dict[int, Made] | None:
         """Notes a call; see `Group.add`. A process that has left is back."""
         self.left.pop(process, None)
+        self.begun.pop(process, None)
         self.last[process] = made
         self._began = made.at if self._began is None else self._began
         if made.waits:
@@ -146,23 +138,39 @@ class RollCall:
         """Returns why a call can never be complete without some processes, or ""."""
         for group in self._groups.values():
             missing = group.behind & gone
-            if missing and (made := group.oldest()):
+            made = self._begun_of(group) | group.oldest()
+            if missing and (made := {p: m for p, m in made.items() if p not in missing}):
                 return (f"{naming.named(missing)} ended, but {_calls(made)}, a call that "
                         f"{naming.named(group.open)} must make together. "
                         f"{self.last_calls(missing)}")
+        return ""
+
+    def _begun_of(self, group: Group) -> dict[int, Made]:
+        """Returns the calls that processes without an open call have begun in a group."""
+        return {p: made for p, made in self.begun.items()
+                if p in group.behind and self.group(made.call.members) is group}
+
+    def differ(self, now: float, seconds: float) -> str:
+        """Returns a text if a call that began some seconds ago is not that of the others, or ""."""
+        for group in self._groups.values():
+            begun = {p: m for p, m in self._begun_of(group).items() if now - m.at > seconds}
+            if begun and (trouble := difference(begun | group.oldest())):
+                return trouble
         return ""
 
     def late(self, now: float, seconds: float) -> dict[Members, str]:
         """Returns a text for each round that began more than `seconds` ago, once, by members."""
         texts = {}
         for group in self._groups.values():
-            made = group.oldest()
-            if made and not group.is_reported and now - min(m.at for m in made.values()) > seconds:
+            begun = self._begun_of(group)
+            made, missing = begun | group.oldest(), group.behind - begun.keys()
+            if not made or not missing or group.is_reported:
+                continue
+            if now - min(m.at for m in made.values()) > seconds:
                 group.is_reported = True
                 texts[tuple(group.open)] = (
-                    f"{_calls(made)}, more than {seconds:g} s ago, and "
-                    f"{naming.named(group.behind)} did not, although all must. "
-                    f"{self.last_calls(group.behind)}")
+                    f"{_calls(made)}, more than {seconds:g} s ago, and {naming.named(missing)} did "
+                    f"not, although all must. {self.last_calls(missing)}")
         return texts
 
     def stuck(self, gone: set[int], now: float, seconds: float) -> str:
@@ -207,13 +215,13 @@ def difference(complete: Mapping[int, Made]) -> str:
         return ""
     several = len({made.waits for made in complete.values()}) > 1
     texts = {p: f"{made.call}{' (the first)' * (several and made.waits)}"
-             for p, made in complete.items()}
+             for p, made in sorted(complete.items())}
     return f"the processes are at different calls: {naming.by_value(texts)}. {_SAME_ORDER}"
 
 
 def _calls(made: Mapping[int, Made]) -> str:
     """Returns the calls as the beginning of a sentence."""
     by_call: dict[str, list[int]] = {}
-    for process, m in made.items():
+    for process, m in sorted(made.items()):
         by_call.setdefault(str(m.call), []).append(process)
     return "; ".join(f"{naming.named(where)} called {call}" for call, where in by_call.items())
