@@ -128,9 +128,11 @@ def test_until_takes_no_item_that_it_does_not_yield():
                 signal.raise_signal(signal.SIGTERM)
         assert list(preemption.until(source)) == []
     assert next(source) == 4
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as left:
         preemption.exit()
-    assert left.value.code == 75
+    assert left.value.code == 75 and signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_threads_get_no_signals():

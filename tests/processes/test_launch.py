@@ -267,17 +267,39 @@ if len(sys.argv) > 1:
     signal.signal(signal.SIGTERM, save)
     print("up", flush=True)
     time.sleep(60)
-subprocess.run([sys.executable, __file__, "below"])
+else:
+    subprocess.run([sys.executable, __file__, "below"])
 """
+
+
+def test_sigterm_ends_the_job_although_it_was_ignored_at_the_start(tmp_path):
+    """As below a program that `Preemption.exit` is about to end."""
+    (tmp_path / "script.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(60)")
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        launcher = subprocess.Popen(command("-n", 1, "--devices", 1, tmp_path / "script.py"),
+                                    stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with launcher:
+        try:
+            assert launcher.stdout.readline() == "[0] up\n"
+            launcher.terminate()
+            assert launcher.wait(20) == 143
+        finally:
+            launcher.kill()
 
 
 def test_a_program_below_the_one_that_was_launched_may_save(tmp_path):
     (tmp_path / "script.py").write_text(BELOW)
     with subprocess.Popen(command("-n", 1, "--devices", 1, tmp_path / "script.py"),
                           stdout=subprocess.PIPE, text=True) as launcher:
-        assert launcher.stdout.readline() == "[0] up\n"
-        launcher.terminate()
-        assert launcher.wait(20) == 143 and launcher.stdout.read() == "[0] saved\n"
+        try:
+            assert launcher.stdout.readline() == "[0] up\n"
+            launcher.terminate()
+            assert launcher.wait(20) == 143 and launcher.stdout.read() == "[0] saved\n"
+        finally:
+            launcher.kill()
 
 
 def children_of(pid):

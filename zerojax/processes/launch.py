@@ -146,7 +146,9 @@ class _Job:
     def run(self) -> int:
         """Runs the attempt to its end; returns the exit status of the launcher."""
         before = {number: signal.getsignal(number) for number in _SIGNALS}
-        before = {n: handler for n, handler in before.items() if handler != signal.SIG_IGN}
+        for number in (signal.SIGINT, signal.SIGHUP):  # a background job, or one of nohup
+            if before[number] == signal.SIG_IGN:
+                del before[number]
         try:
             for number in before:
                 signal.signal(number, self._note_signal)
