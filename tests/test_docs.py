@@ -88,6 +88,15 @@ def test_the_tests_of_the_fault_matrix_exist():
                       (ROOT / "docs/faults.md").read_text(), re.MULTILINE)
     assert [int(number) for number, *_ in rows] == list(range(1, len(rows) + 1))
     assert len(rows) >= 50
-    missing = [f"{file}::{test}" for _, file, test in rows
-               if f"def {test}(" not in (ROOT / "tests" / file).read_text()]
-    assert not missing
+    assert not missing([(file, test) for _, file, test in rows])
+
+
+def test_the_tests_of_the_mutations_exist():
+    """Each row names a file, or a test by its name or the beginning of its name."""
+    named = re.findall(r"`(\S+\.py)(?:::(\w+))?", (ROOT / "docs/mutations.md").read_text())
+    assert len(named) >= 150 and not missing(named)
+
+
+def missing(named):
+    return [f"{file}::{test}" for file, test in named
+            if f"def {test}" not in (ROOT / "tests" / file).read_text()]

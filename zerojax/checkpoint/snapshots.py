@@ -223,7 +223,7 @@ class Snapshots(NoSnapshots):
     def abandon(self, step: int) -> None:
         """Notes that snapshots of this step and later ones are of a run that went back.
 
-        The next save takes a snapshot, and removes these before.
+        The next save that takes a snapshot removes them first.
         """
         self._step, self._abandoned = -1, min(step, self._abandoned)
 

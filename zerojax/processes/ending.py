@@ -76,7 +76,7 @@ def on_errors(report: Callable[[str], None], leave: Callable[[], None]) -> None:
     end = _End(report, leave)
     sys.excepthook = functools.partial(end.hook, sys.excepthook)
     atexit.register(end.at_exit)  # runs before jax's own function, which waits for other processes
-    # threads that are no daemons delay atexit; `now` waits for a reader of the output
+    # atexit waits for non-daemon threads, and `now` for a reader of the output
     for seconds, act in ((_GRACE, now), (_GRACE + _FLUSH, os._exit)):
         threading.Thread(target=end.watch, args=(seconds, act), name="zerojax end",
                          daemon=True).start()
@@ -124,7 +124,7 @@ def _last_line(error: BaseException) -> str:
 def with_launcher() -> None:
     """Ends the process when `zerojax launch` is killed, which cannot end it then.
 
-    It may have been killed already. A program that a process has started is none of its processes.
+    It may have been killed already. Programs that its processes have started are left alone.
     """
     if "ZEROJAX_LAUNCH" not in os.environ:
         return
@@ -132,6 +132,8 @@ def with_launcher() -> None:
     if os.getppid() == launcher:
         threading.Thread(target=_end_without, args=(launcher,), daemon=True).start()
     elif not _exists(launcher):
+        write(f"zerojax: the launcher, process {launcher}, has ended; unset ZEROJAX_LAUNCH to run "
+              "without one")
         now()
 
 

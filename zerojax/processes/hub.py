@@ -4,7 +4,7 @@ Each process sends batches of messages, which are lists of a kind and its argume
 
     ["name", members, name, place, key]   the next entry of its table of calls; no members: all
     ["call", entry, waits]                a call
-    ["begun", entry]                      a call that is not made yet; no entry: it has failed
+    ["begun", entry]                      a call that has started; null: it has failed
     ["withdrawn", entry, number]          the process does not wait for that call any more
     ["barrier", tag, value]               waits for all processes, which have the same value
     ["left"], ["failed", text]            makes no more calls, because of an error

@@ -51,9 +51,9 @@ def initialize(address: str | None = None, processes: int | None = None,
     processes end within 5 s, with the reason, when one of them ends, or makes another call than
     the others.
 
-    With several processes, the call replaces `sys.excepthook`, and `sys.exit` by a function that
-    notes the status, and registers an `atexit` function: an uncaught exception, or `sys.exit` with
-    an error, ends all processes, where jax would wait for the others.
+    With several processes, the call wraps `sys.excepthook` and `sys.exit`, and registers an
+    `atexit` function: an uncaught exception, or `sys.exit` with an error, ends all processes, where
+    jax would wait for the others.
 
     Args:
       address: "host:port" of process 0, which authenticates nobody: the network must be private.

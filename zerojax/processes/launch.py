@@ -287,7 +287,7 @@ class _Job:
         end = f"was ended by {name}" if name else f"ended with status {status}"
         lines = "".join(f"\n[{process}] {line}" for line in _traceback(self.tails[process]))
         say(f"process {process} of {self.processes} {end}, the first to fail; the others were "
-             f"ended.{lines}")
+            f"ended.{lines}")
         return 128 - status if status < 0 else status
 
 

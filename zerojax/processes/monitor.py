@@ -30,7 +30,7 @@ from zerojax.processes.sealed import Channel, Seal
 _LOG = logging.getLogger("zerojax")
 _GRACE = 2.5  # seconds in which a process may end by itself when the job ends
 _HERE = ("zerojax.processes.monitor", "zerojax.processes.exchange", "zerojax.processes.agreement")
-_LONG = 0.5  # seconds after which it is reported that a call has begun
+_LONG = 0.5  # seconds after which the start of a call is reported
 _PAUSE = 0.02  # seconds in which calls that nobody waits for are collected
 _STDLIB = f"{sysconfig.get_path('stdlib')}{os.sep}"
 _PACKAGES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
@@ -98,7 +98,7 @@ def called(members: Members, key: str) -> None:
 def calling(members: Members, key: str) -> Iterator[None]:
     """Reports a call that is made in the context, unless it fails, for example in its trace.
 
-    If the call takes long, because it waits for others, its begin is reported meanwhile.
+    If the call takes long, for example because it waits for others, its start is reported first.
     """
     if _member is None:
         yield
@@ -155,7 +155,7 @@ class Begun:
 
     Attributes:
       at: when, in seconds of `time.monotonic`.
-      is_reported: whether its begin is reported.
+      is_reported: whether its start is reported.
     """
 
     call: Call
@@ -167,7 +167,8 @@ class Member:
     """A process's side of its connection to the hub.
 
     Args:
-      grace: seconds in which the process may end by itself when the job ends.
+      grace: seconds in which the process may end by itself when the job ends; at its own end, it
+        waits as long until the others know.
     """
 
     def __init__(self, channel: Channel, grace: float):

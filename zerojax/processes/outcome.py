@@ -21,8 +21,8 @@ class _Exit(SystemExit):
 class Outcome:
     """Finds the error that ended the main thread.
 
-    Replaces `sys.exit` by a function that notes its argument. It does not notice `raise
-    SystemExit`, nor `sys.exit(main())` if it is created in `main`.
+    Wraps `sys.exit`, and notes its argument. Does not notice `raise SystemExit`, nor
+    `sys.exit(main())` if `main` creates it.
     """
 
     def __init__(self):
@@ -45,8 +45,7 @@ class Outcome:
         return noting
 
     def _freed(self, status: Any, _: weakref.ref) -> None:
-        """Notes the argument if nobody has caught the exception: Python has let it end the program.
-        """
+        """Notes the argument of an exception that ended the program: nobody has caught it."""
         if threading.current_thread() is threading.main_thread() and not self._is_running():
             self._argument = status
 
