@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import threading
+import zlib
 
 import disks
 import jax
@@ -246,22 +248,32 @@ def test_a_whole_copy_on_the_host_takes_the_place_of_a_damaged_one(tmp_path, bas
     assert states.bits(restored(tmp_path).state) == states.bits(states.state(seed=1, step=1))
 
 
-def test_metrics_may_change_after_a_save(tmp_path, base):
+@pytest.fixture
+def begin(monkeypatch):
+    """Lets the background write the snapshots that were started."""
+    event, crc = threading.Event(), zlib.crc32
+    monkeypatch.setattr(zlib, "crc32", lambda data: event.wait(20) and crc(data))
+    return event.set
+
+
+def test_metrics_may_change_after_a_save(tmp_path, base, begin):
     loss = np.float32([1.5])
     with pytest.raises(Killed), opened(tmp_path) as checkpoints:
         metrics = {"loss": loss[0:1].reshape(())}
         checkpoints.save(states.state(step=1), step=1, metrics=metrics)
         loss[:] = metrics["more"] = 9
+        begin()
         raise Killed
     assert restored(tmp_path).metrics == {"loss": 1.5}
 
 
-def test_the_next_step_may_take_the_memory_of_metrics(tmp_path, base):
+def test_the_next_step_may_take_the_memory_of_metrics(tmp_path, base, begin):
     step = jax.jit(lambda x: x + 1, donate_argnums=0)
     loss = step(jnp.float32(0.5))
     with pytest.raises(Killed), opened(tmp_path) as checkpoints:
         checkpoints.save(states.state(step=1), step=1, metrics={"loss": loss, "note": "a"})
         jax.block_until_ready(step(loss))
+        begin()
         raise Killed
     assert restored(tmp_path).metrics == {"loss": 1.5, "note": "a"}
 

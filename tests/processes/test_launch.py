@@ -62,6 +62,11 @@ def test_lines_stay_whole_and_progress_bars_are_lines(tmp_path):
     assert done.returncode == 0 and sorted(done.stdout.splitlines()) == sorted(wanted)
 
 
+def test_an_end_of_line_may_come_in_two_halves(tmp_path):
+    script = "for end in '\\r', '\\n': print('a', end=end); time.sleep(0.3); print('', end='\\n')"
+    assert run(tmp_path, script, "-n", 1).stdout == "[0] a\n[0] a\n[0] \n"
+
+
 def test_a_progress_bar_is_visible_while_it_moves(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import time\n"
@@ -212,16 +217,16 @@ def test_ctrl_c_is_for_the_processes(tmp_path, ignored):
     script = tmp_path / "script.py"
     ignore = "signal.signal(signal.SIGINT, signal.SIG_IGN)\n" if ignored else ""
     script.write_text(f"import time, signal\n{ignore}print('up')\ntime.sleep(300)")
-    with subprocess.Popen(command("-n", 2, "--devices", 1, script), stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True) as launcher:
+    with subprocess.Popen(command("-n", 2, "--devices", 1, "--grace", 60, script), text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as launcher:
         assert [launcher.stdout.readline()[4:] for _ in range(2)] == ["up\n"] * 2
         for _ in range(2 if ignored else 1):
             time.sleep(0.3)
             launcher.send_signal(2)
         _, error = launcher.communicate(timeout=30)
     assert launcher.returncode == 130
-    assert ("zerojax launch: SIGINT: the processes have 4 s to end (--grace); a second signal ends "
-            "them") in error and "zerojax launch: killed" not in error
+    assert ("zerojax launch: SIGINT: the processes have 60 s to end (--grace); a second signal "
+            "ends them") in error and "zerojax launch: killed" not in error
     assert "the first to fail" not in error
     assert error.count("KeyboardInterrupt") == (0 if ignored else 2)
 
@@ -352,17 +357,21 @@ print(sleep.pid)
     assert done.returncode == 3 and not is_running(done.stdout.split()[1])
 
 
-def test_a_signal_during_the_start_is_sent_once(tmp_path, monkeypatch):
-    """A second SIGINT ends `zj.Preemption` without a state."""
+def test_processes_get_one_signal(tmp_path, monkeypatch):
+    """A second one ends `zj.Preemption` without a state.
+
+    The first comes while the processes start; then process 0 fails, which is a reason for another.
+    """
     (tmp_path / "script.py").write_text(HEAD + f"""
 folder = {str(tmp_path)!r}
 signals = []
-signal.signal(signal.SIGINT, lambda *_: signals.append(1))
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: signals.append(1))
 open(f"{{folder}}/{{me}}.up", "w")
 while not signals: time.sleep(0.01)
-time.sleep(1)
+time.sleep(0.5 + me)
 open(f"{{folder}}/{{me}}.signals", "w").write(str(len(signals)))
-sys.exit(75)
+sys.exit(75 if me else 1)
 """)
     start = launch._Job._start
 
@@ -375,7 +384,7 @@ sys.exit(75)
 
     monkeypatch.setattr(launch._Job, "_start", starts)
     plan = launch.Launch([sys.executable, str(tmp_path / "script.py")], [2], devices=1)
-    assert launch.launch(plan) == 75
+    assert launch.launch(plan) == 130
     assert [(tmp_path / f"{process}.signals").read_text() for process in range(2)] == ["1", "1"]
 
 

@@ -184,12 +184,10 @@ class Slots:
     def _grow(self, number: int, total: int, left: int = 0) -> None:
         """Allocates memory beyond what a slot has, except what others have left."""
         with self._file(number) as file:
-            had = os.fstat(file.fileno()).st_size
             try:
-                if had < total - left:
+                if os.fstat(file.fileno()).st_size < total - left:
                     os.posix_fallocate(file.fileno(), 0, total - left)
             except OSError as error:
-                file.truncate(had)
                 if error.errno not in (errno.ENOSPC, errno.ENOMEM):
                     raise
                 raise self._full(total) from None
