@@ -227,6 +227,18 @@ def test_a_late_process_is_named_once(threads, ends, caplog):
                 wait_until(lambda: len(caplog.records) == 6)
 
 
+def test_a_process_whose_call_was_interrupted_is_late_in_the_next(threads, ends, caplog):
+    job = Job(2, heartbeat=0.1)
+    with caplog.at_level(logging.WARNING, "zerojax"):
+        interrupted(job.members[0].meet, then=lambda: wait_until(lambda: len(caplog.records) == 2))
+        other = threads.submit(job.members[1].meet, job.call())
+        wait_until(lambda: len(caplog.records) == 4)
+    assert caplog.messages[-1].startswith("process 1 called save at train.py:1")
+    assert "and process 0 did not" in caplog.messages[-1]
+    job.members[0].meet(job.call())
+    assert other.result(20) is None and not ends
+
+
 def test_a_handler_that_fails_stops_no_thread(threads, ends, monkeypatch):
     def fail(*_):
         raise OSError

@@ -68,12 +68,12 @@ class Group:
     def add(self, process: int, made: Made) -> dict[int, Made] | None:
         """Notes a call; returns the calls of all members, by process, if it is the last of them."""
         self.open[process].append(made)
-        self._count()
+        self.behind.discard(process)
         if self.behind:
             return None
         self.is_reported = False
         complete = {p: calls.popleft() for p, calls in self.open.items()}
-        self._count()
+        self.behind = {p for p, calls in self.open.items() if not calls}
         return complete
 
     def withdraw(self, process: int, number: int) -> bool:
@@ -82,12 +82,10 @@ class Group:
         if made is None:
             return False
         self.open[process].remove(made)
-        self._count()
+        if not self.open[process]:
+            self.behind.add(process)
         self.is_reported &= bool(self.oldest())
         return True
-
-    def _count(self) -> None:
-        self.behind = {p for p, calls in self.open.items() if not calls}
 
     def oldest(self) -> dict[int, Made]:
         """Returns the calls of the oldest round that is not complete, by process."""
