@@ -48,6 +48,8 @@ def test_an_array_of_the_batchs_length_beside_it_is_not_split():
     assert run(_zero(), batch_argnums=(1, 2), accumulate=2) == 128 - 7.5
     with pytest.raises(zj.BatchError, match=r"\(16,\).*batch_argnums"):
         run(_zero(), accumulate=2)
+    with pytest.raises(zj.BatchError, match=r"accumulate=2.*no batch to split.*batch_argnums"):
+        run(_zero(), accumulate=2, batch_argnums=())
     with pytest.raises(zj.PolicyError, match=r"\(16,\).*batch_argnums"):
         run(_zero(gradients="per_device"))
 

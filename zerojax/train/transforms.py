@@ -168,7 +168,7 @@ class LossCall:
             with _noted(loss_fn, (model, *args), kwargs):
                 return loss_fn(model, *args, **kwargs)
 
-        if any(is_batch) or accumulate > 1:
+        if any(is_batch):
             batches.check(policy, _batch_of(args, batch), accumulate)
         examples = [x.shape[0] for x in trees.taken(inputs, is_batch)]
         objective = Objective(call, is_batch, split.kind, split.leaves,
