@@ -119,6 +119,7 @@ def test_a_snapshot_that_was_not_completed_is_not_used(tmp_path, base, monkeypat
     monkeypatch.setattr(slots, "_replace", fails)
     with (pytest.raises(zj.CheckpointError, match="snapshot of step 3 in memory failed: killed"),
           opened(tmp_path) as checkpoints):
+        checkpoints.restore_latest(states.target())
         checkpoints.save(states.state(seed=3, step=3))
         checkpoints.wait()
     monkeypatch.undo()

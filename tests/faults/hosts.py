@@ -12,7 +12,7 @@ import zerojax as zj
 
 
 def opened(tmp_path, **options):
-    return zj.Checkpointer(tmp_path / "c", memory=True, every=100, **options)
+    return zj.Checkpointer(tmp_path / "c", **{"memory": True, "every": 100} | options)
 
 
 class Killed(Exception):

@@ -265,7 +265,7 @@ def test_one_signal_ends_processes_that_ignore_it(tmp_path, stream):
 BELOW = """
 import signal, subprocess, sys, time
 def save(*_):
-    time.sleep(0.5)
+    time.sleep(1.5)
     print("saved", flush=True)
     sys.exit(75)
 if len(sys.argv) > 1:

@@ -3,10 +3,12 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import re
 import socket
 import threading
 import time
+import types
 import weakref
 
 import pytest
@@ -297,6 +299,39 @@ def test_strangers_that_say_nothing_are_dropped(pool, address, monkeypatch):
     stranger.settimeout(5)
     assert stranger.recv(100) == b""
     assert_met(first, pool.submit(join, address, 1, 2))
+
+
+@pytest.fixture
+def limited(address):
+    """Process 0 of a job of three, which may open only four files."""
+    with rendezvous._listening(address, 20) as server, rendezvous._Guests(server, 3) as guests:
+        def accept():
+            if len(guests.selector.get_map()) == 4:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return server.accept()
+
+        guests.server = types.SimpleNamespace(accept=accept)
+        yield guests
+
+
+def test_silent_strangers_do_not_use_up_the_files_of_process_0(pool, address, limited):
+    strangers = [socket.create_connection(rendezvous.split(address)) for _ in range(8)]
+    others = [pool.submit(join, address, process, 3) for process in (1, 2)]
+    assert limited.gathered(address, time.monotonic() + 9) == ""
+    limited.tell("")
+    for channel in (*limited.kept().values(), *(other.result(9) for other in others)):
+        channel.close()
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_process_0_may_open_too_few_files(pool, address, limited):
+    limited.processes = 5
+    others = [pool.submit(join, address, process, 5) for process in (1, 2, 3, 4)]
+    text = limited.gathered(address, time.monotonic() + 9)
+    assert "may not open more files" in text and "each of 5 processes; raise `ulimit -n`" in text
+    limited.tell(text)
+    assert text in error_of(next(concurrent.futures.as_completed(others)))
 
 
 def test_the_port_is_free_after_the_meeting(pool, address):

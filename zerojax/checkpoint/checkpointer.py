@@ -81,7 +81,7 @@ class Checkpointer:
         self._group = exchange.everyone()
         folder.check_shared(self.directory, self._group)
         self._snapshots = (Snapshots(self.directory, self._group, snapshot_every, zero)
-                           if memory else NoSnapshots())
+                           if memory else NoSnapshots(self.directory, self._group))
 
     def save(self, state: Any, *, step: int | None = None, data_state: Any = None,
              metrics: Any = None, force: bool = False) -> bool:
@@ -177,6 +177,7 @@ class Checkpointer:
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(writing.arrays(leaves)),
                                   manifest=ocp.args.JsonSave(manifest.to_json()))
         self._wait()
+        self._snapshots.begin_run()
         self._attempt(lambda: self._opened().save(step, args=args, force=True))
         self._begun = step
         if not self._options.enable_async_checkpointing:
@@ -276,7 +277,7 @@ class Checkpointer:
         self.wait()
         found = restoring.from_disk(self._group, self.directory, step, target,
                                     MODEL if params_only else only, cast)
-        self._snapshots.abandon(step + 1)
+        self._snapshots.restored(step, from_memory=False)
         return found
 
     def restore_latest(self, target: Any, *, if_none: Literal["raise", "none"] = "raise",
@@ -305,7 +306,7 @@ class Checkpointer:
         for step, is_on_disk, read in self._candidates():
             try:
                 found = read(target, MODEL if params_only else only, cast)
-                self._snapshots.abandon(step + 1)
+                self._snapshots.restored(step, not is_on_disk)
                 return found
             except CorruptCheckpointError as error:
                 what = f"step {step}" if is_on_disk else f"the snapshot of step {step} in memory"
@@ -321,7 +322,7 @@ class Checkpointer:
         if if_none == "raise":
             raise CheckpointError(f"{self.directory} has no checkpoint. If this may be the first "
                                   'run, write if_none="none", which returns None.')
-        self._snapshots.abandon(0)
+        self._snapshots.restored(-1, from_memory=False)
         return None
 
     def _candidates(self) -> Found:
@@ -371,7 +372,8 @@ class Checkpointer:
                 ends.callback(self._unlock)
                 if self._manager:
                     ends.callback(self._manager.close)
-                self._manager, self._snapshots, self._closed = None, NoSnapshots(), True
+                self._manager, self._closed = None, True
+                self._snapshots = NoSnapshots(self.directory, self._group)
 
     def __enter__(self) -> "Checkpointer":
         return self

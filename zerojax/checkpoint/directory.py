@@ -10,6 +10,7 @@ from etils import epath
 from zerojax.errors import CheckpointError
 from zerojax.processes.exchange import Group
 
+_RUN = ".zerojax-run"  # the file with the identity of the run whose snapshots count
 WAIT = 5.0  # seconds; NFS may show the files of another host late
 
 
@@ -118,8 +119,11 @@ def _check_writable(probe: epath.Path):
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
     except OSError as error:
-        raise CheckpointError(f"{probe.parent} is not writable: {error}. Give a directory that is "
-                              "writable.") from error
+        raise _not_writable(probe.parent, error) from error
+
+
+def _not_writable(path: epath.Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} is not writable: {error}. Give a directory that is writable.")
 
 
 def _check_visible(probe: epath.Path, group: Group):
@@ -137,6 +141,29 @@ def appears(path: epath.Path) -> bool:
             return False
         time.sleep(0.05)
     return True
+
+
+def run_of(path: epath.Path) -> str:
+    """Returns the identity of the run whose snapshots count, or ""."""
+    file = path / _RUN
+    return file.read_text().strip() if file.exists() else ""
+
+
+def set_run(path: epath.Path, run: str) -> None:
+    """Writes the identity of the run whose snapshots count from now on; "" means none do.
+
+    Raises:
+      CheckpointError: the directory is not writable.
+    """
+    try:
+        if not run:
+            (path / _RUN).unlink(missing_ok=True)
+            return
+        new = path / f"{_RUN}-{uuid.uuid4().hex}"
+        new.write_text(run)
+        new.replace(path / _RUN)
+    except OSError as error:
+        raise _not_writable(path, error) from error
 
 
 def set_aside(path: epath.Path, step: int) -> None:

@@ -33,7 +33,6 @@ from zerojax.policy import Policy
 from zerojax.processes import monitor
 from zerojax.processes.exchange import Group, Sent
 
-_RUN = ".zerojax-run"  # the file in the directory of checkpoints that tells runs apart
 _ALIGN = 64  # bytes
 
 
@@ -41,7 +40,17 @@ Found = list[tuple[int, bool, Callable[..., Restored]]]  # step, whether it is o
 
 
 class NoSnapshots:
-    """Keeps nothing in memory. `Snapshots` has the same methods."""
+    """Keeps nothing in memory. `Snapshots` has the same methods.
+
+    Args:
+      directory: the directory of checkpoints.
+      group: all processes of the job.
+    """
+
+    def __init__(self, directory: epath.Path, group: Group):
+        self._directory, self.group = directory, group
+        self.run = ""  # the identity of the run whose snapshots count
+        self._is_new_run = True  # it does not continue from a snapshot
 
     def save(self, state: Any, step: int | None, data_state: Any, metrics: Any) -> int | None:
         """Returns the step that was given."""
@@ -51,8 +60,24 @@ class NoSnapshots:
         """Returns the snapshots to restore from."""
         return []
 
-    def abandon(self, step: int) -> None:
-        """Notes that snapshots of this step and later ones are of a run that went back."""
+    def restored(self, step: int, from_memory: bool) -> None:
+        """Notes the step from which the run continues, and whether that is a snapshot."""
+
+    def begin_run(self) -> None:
+        """Writes the identity of a new run to disk, before its first step or snapshot.
+
+        The snapshots of earlier runs, in the memory of any host, do not count from then on.
+
+        Raises:
+          CheckpointError: the directory is not writable.
+        """
+        if self._is_new_run:
+            self.group.everywhere(self._write_run, [CheckpointError])
+            self._is_new_run = False
+
+    def _write_run(self) -> None:
+        if self.group.first:
+            folder.set_run(self._directory, self.run)
 
     def wait(self) -> None:
         """Waits for the snapshot in progress."""
@@ -83,10 +108,11 @@ class Snapshots(NoSnapshots):
             raise CheckpointError("memory=True: several processes must join with zj.initialize() "
                                   "to keep snapshots; jax.distributed.initialize() alone does not "
                                   "connect them.")
-        self.every, self.group, self._zero = every, group, zero
-        own = group.everywhere(lambda: _run_id(directory) if group.first else "")
+        super().__init__(directory, group)
+        self.every, self._zero = every, zero
+        own = group.everywhere(lambda: folder.run_of(directory) if group.first else "")
         self.run, self._job = group.of_first([own, uuid.uuid4().hex])
-        self._directory = directory
+        self._runs = 0  # that this job has begun
         self.slots = Slots(str(directory), group.process)
         try:
             group.everywhere(self.slots.open, [CheckpointError])
@@ -129,6 +155,7 @@ class Snapshots(NoSnapshots):
         position = json_values.encoded("data_state", writing.position_of(data_state))
         arrays = writing.arrays(leaves)
         if step <= self._step or self._step < 0:
+            self.begin_run()
             self._branch(min(step, self._abandoned))
         if not self._taken:
             _, total = _placed(arrays)
@@ -220,12 +247,24 @@ class Snapshots(NoSnapshots):
         return [(s.step, False, functools.partial(restoring.from_memory, self.group, here, s))
                 for s in warm.available(self.group, here, on_disk)]
 
-    def abandon(self, step: int) -> None:
+    def restored(self, step: int, from_memory: bool) -> None:
+        """See `NoSnapshots`."""
+        self._is_new_run = not from_memory
+        self._abandon(step + 1)
+
+    def _abandon(self, step: int) -> None:
         """Notes that snapshots of this step and later ones are of a run that went back.
 
         The next save that takes a snapshot removes them first.
         """
         self._step, self._abandoned = -1, min(step, self._abandoned)
+
+    def begin_run(self) -> None:
+        """See `NoSnapshots`."""
+        if self._is_new_run:
+            self._runs += 1
+            self.run = f"{self._job}/{self._runs}"
+        super().begin_run()
 
     def wait(self) -> None:
         """Waits until the snapshot that was started last is whole on all hosts.
@@ -240,7 +279,7 @@ class Snapshots(NoSnapshots):
         if error is None:
             return
         step = self._step
-        self.abandon(step)
+        self._abandon(step)
         if isinstance(error, ZeroError):
             raise error
         raise CheckpointError(f"the snapshot of step {step} in memory failed: {error}") from error
@@ -265,16 +304,6 @@ class Snapshots(NoSnapshots):
             self.slots.release()
         else:
             self.slots.remove()
-
-
-def _run_id(directory: epath.Path) -> str:
-    """Returns the identity of the run that saves into a directory, which a restart finds again."""
-    path = directory / _RUN
-    if not path.exists():
-        new = directory / f"{_RUN}-{uuid.uuid4().hex}"
-        new.write_text(uuid.uuid4().hex)
-        new.rename(path)
-    return path.read_text().strip()
 
 
 def _check_step(step: int, copies: Mapping[str, Any]) -> None:

@@ -210,7 +210,7 @@ class _Job:
             self.errors.append((process, status))
         if self.signals and status == -self.signals[0]:
             _send(os.killpg, self.children[process], self.signals[0])  # it did not pass it on
-        if status not in (0, PREEMPTED):  # if it is PREEMPTED, the others are about to save too
+        elif status not in (0, PREEMPTED):  # if it is PREEMPTED, the others are about to save too
             self._ask(signal.SIGTERM, _AFTER_FAILURE)
 
     def _ask(self, number: int, seconds: float) -> None:

@@ -24,6 +24,8 @@ _GREETING = b"zerojax rendezvous 2 "  # and a random number
 _NOTE = 5.0  # seconds until a process that waits says so
 _TICK = 0.1  # seconds between looks at the clock
 _PATIENCE = 10.0  # seconds until a connection must have named its process
+_MOMENT = 1.0  # the same, if no more files can be opened
+_PAUSE = 0.01  # seconds until the next attempt to open one
 
 Compare = Callable[[dict[int, Any]], str]  # the difference between the fields of processes, or ""
 
@@ -158,7 +160,7 @@ class _Guests(contextlib.AbstractContextManager):
         while not self.trouble and looks < 2 and time.monotonic() < deadline:
             ready = self.selector.select(0 if looks else _TICK)
             self._serve([key.data for key, _ in ready])
-            self._drop_silent()
+            self._drop_silent(_PATIENCE)
             # the second look finds out whether one has left in the meantime
             looks = looks + 1 if len(self.here) == self.processes - 1 else 0
         missing = sorted(set(range(1, self.processes)) - self.here.keys())
@@ -169,19 +171,23 @@ class _Guests(contextlib.AbstractContextManager):
         return self.trouble or (late if missing else "")
 
     def _serve(self, ready: list[_Guest | None]) -> None:
-        """Serves connections, or the server (None): those that may leave, before new ones come."""
-        for guest in sorted(ready, key=lambda guest: guest is None or guest.process is None):
+        """Serves connections, then the server (None): those that may leave, before new ones come.
+        """
+        for guest in sorted(ready, key=lambda g: (g is None, g is None or g.process is None)):
             if guest is None:
                 self._accept()
             else:
                 self._receive(guest)
 
-    def _drop_silent(self) -> None:
-        """Drops connections that name no process, which would use up the file descriptors."""
-        oldest = time.monotonic() - _PATIENCE
+    def _unknown(self) -> list[_Guest]:
+        """Returns the connections that have named no process, which use up file descriptors."""
         guests = [key.data for key in self.selector.get_map().values() if key.data]
-        for guest in guests if not self.trouble else ():
-            if guest.process is None and guest.since < oldest:
+        return [guest for guest in guests if guest.process is None]
+
+    def _drop_silent(self, patience: float) -> None:
+        oldest = time.monotonic() - patience
+        for guest in self._unknown() if not self.trouble else ():
+            if guest.since < oldest:
                 self._drop(guest)
 
     def _accept(self) -> None:
@@ -189,14 +195,22 @@ class _Guests(contextlib.AbstractContextManager):
             connection, _ = self.server.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                self.trouble = (f"process 0 may not open more files ({error.strerror}), and needs "
-                                f"one for each of {self.processes} processes; raise `ulimit -n`.")
+                self._make_room(error)
             return
         with contextlib.suppress(OSError):  # it has left already
             connection.setblocking(False)
             guest = _Guest(connection)
             self.selector.register(connection, selectors.EVENT_READ, guest)
             connection.sendall(_GREETING + guest.nonce + b"\n")
+
+    def _make_room(self, error: OSError) -> None:
+        """Drops connections that have named no process for a moment, to accept others."""
+        if self._unknown():
+            self._drop_silent(_MOMENT)
+            time.sleep(_PAUSE)  # a process that has come may be about to name itself
+        else:
+            self.trouble = (f"process 0 may not open more files ({error.strerror}), and needs one "
+                            f"for each of {self.processes} processes; raise `ulimit -n`.")
 
     def _receive(self, guest: _Guest) -> None:
         """Takes what has arrived over a connection; drops it when it is closed at the other end."""
