@@ -137,6 +137,14 @@ def test_a_memory_that_is_too_small_for_larger_slots_keeps_the_snapshots(small):
     made.release()
 
 
+def test_a_memory_with_room_for_one_snapshot_only(small):
+    """The error has the bytes that are free without the slot that was allocated."""
+    made = opened_slots()
+    with pytest.raises(zj.CheckpointError, match=r"take 2 x 600.* has 1,0\d\d\.\d KiB left"):
+        made.allocate(600 * KB)
+    made.release()
+
+
 def test_what_others_have_left_counts_as_free(small):
     """One process has the parts of two, and there is room for two snapshots only."""
     for process in (0, 1):

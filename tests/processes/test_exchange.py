@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import pytest
@@ -35,6 +36,16 @@ def test_alone_nothing_is_sent(lowerings):
 def test_an_absent_mesh_has_nobody_to_agree_with():
     mesh = jax.sharding.AbstractMesh((8,), ("data",))
     assert exchange.of_mesh() == exchange.of_mesh(mesh) == exchange.Alone()
+
+
+@pytest.mark.parametrize("call", [lambda group: group.words([1]), lambda group: group.send([1]),
+                                  lambda group: group.calling("step")])
+def test_a_process_outside_the_mesh(call):
+    """Otherwise it would wait in a collective without it, or look like one that was killed."""
+    devices = [types.SimpleNamespace(process_index=process) for process in (1, 2)]
+    with pytest.raises(zj.ClusterError, match="process 0 has no device in the mesh, whose devices "
+                                              "are those of processes 1-2; only these may"):
+        call(exchange.Group(tuple(devices)))
 
 
 def fail(kind):

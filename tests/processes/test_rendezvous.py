@@ -327,7 +327,7 @@ def test_silent_strangers_do_not_use_up_the_files_of_process_0(pool, address, li
 
 def test_process_0_may_open_too_few_files(pool, address, limited):
     limited.processes = 5
-    others = [pool.submit(join, address, process, 5) for process in (1, 2, 3, 4)]
+    others = [pool.submit(join, address, process, 5, connect_timeout=1) for process in (1, 2, 3, 4)]
     text = limited.gathered(address, time.monotonic() + 9)
     assert "may not open more files" in text and "each of 5 processes; raise `ulimit -n`" in text
     limited.tell(text)

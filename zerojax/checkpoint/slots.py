@@ -144,10 +144,10 @@ class Slots:
         try:
             self._grow(first, total)
             self._grow(1 - first, total, left)
-        except CheckpointError:
+        except OSError as error:
             for number in (n for n, step in self._steps.items() if step < 0):
                 self._unlink(f"{self.process}-{number}.*")
-            raise
+            raise self._explained(error, total) from None
 
     def _next(self) -> int:
         """Returns the number of the slot with the older snapshot, or with none."""
@@ -168,7 +168,10 @@ class Slots:
         if not self.folder.exists():  # someone has removed it
             self._create()
         number = self._next()
-        self._grow(number, total)
+        try:
+            self._grow(number, total)
+        except OSError as error:
+            raise self._explained(error, total) from None
         self._path("json", number).unlink(missing_ok=True)
         memory = self._memory(number, total)
         for offset, part in zip(offsets, parts, strict=True):
@@ -184,15 +187,13 @@ class Slots:
     def _grow(self, number: int, total: int, left: int = 0) -> None:
         """Allocates memory beyond what a slot has, except what others have left."""
         with self._file(number) as file:
-            try:
-                if os.fstat(file.fileno()).st_size < total - left:
-                    os.posix_fallocate(file.fileno(), 0, total - left)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.ENOMEM):
-                    raise
-                raise self._full(total) from None
+            if os.fstat(file.fileno()).st_size < total - left:
+                os.posix_fallocate(file.fileno(), 0, total - left)
 
-    def _full(self, total: int) -> CheckpointError:
+    def _explained(self, error: OSError, total: int) -> Exception:
+        """Returns the error to raise if memory for slots cannot be allocated."""
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+            return error
         free = shutil.disk_usage(self.folder).free
         return CheckpointError(
             f"memory=True: two snapshots of this process take 2 x {size(total)}, and {BASE} has "

@@ -82,13 +82,26 @@ class Group:
         members = tuple(dict.fromkeys(device.process_index for device in self.devices))
         return () if len(members) == jax.process_count() else members
 
+    def _with_this(self) -> tuple[int, ...]:
+        """Returns `members`.
+
+        Raises:
+          ClusterError: this process is not one of them.
+        """
+        if self.members and self.process not in self.members:
+            raise ClusterError(f"process {self.process} has no device in the mesh, whose devices "
+                               f"are those of {naming.named(self.members)}; only these may make "
+                               "this call. Make a mesh with devices of all processes, or call it "
+                               "on these alone.")
+        return self.members
+
     def calling(self, key: str) -> contextlib.AbstractContextManager[None]:
         """Reports a call that all processes of the group make; see `monitor.calling`."""
-        return monitor.calling(self.members, key)
+        return monitor.calling(self._with_this(), key)
 
     def send(self, words: Words) -> Sent:
         """Starts to send words, the same number from every process; `received` takes the result."""
-        monitor.called(self.members, "")
+        monitor.called(self._with_this(), "")
         return self._started(words)
 
     def _started(self, words: Words) -> Sent:
@@ -108,9 +121,10 @@ class Group:
         """Sends words, and waits for those of all processes.
 
         Raises:
-          ClusterError: other processes are at another call, or have ended.
+          ClusterError: other processes are at another call, or have ended; this process is not one
+            of the group.
         """
-        monitor.meet(self.members)
+        monitor.meet(self._with_this())
         return self.received(self._started(mine))
 
     def texts(self, mine: str) -> dict[int, str]:
