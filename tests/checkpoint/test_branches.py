@@ -53,6 +53,38 @@ def test_snapshots_of_a_run_that_was_left_never_count_again(tmp_path, base, opti
     assert states.bits(found.state) == states.bits(states.state(seed=2, step=20))
 
 
+def test_a_checkpointer_without_snapshots_beside_one_that_has_them(tmp_path, base):
+    """Such as one for the best or the last step of a run."""
+    with pytest.raises(Killed), opened(tmp_path) as checkpoints:
+        checkpoints.save(states.state(seed=1, step=1))
+        with opened(tmp_path, memory=False) as other:
+            other.save(states.state(seed=2, step=2), force=True)
+        checkpoints.save(states.state(seed=3, step=3))
+        checkpoints.wait()
+        raise Killed
+    assert restored(tmp_path).step == 3
+
+
+def test_a_save_that_cannot_begin_a_run_keeps_the_snapshots(tmp_path, base, monkeypatch):
+    killed_on_disk(tmp_path, 1, seed=1)
+    with pytest.raises(Killed), opened(tmp_path) as checkpoints:
+        checkpoints.restore_latest(states.target())
+        checkpoints.save(states.state(seed=2, step=2))
+        checkpoints.wait()
+        raise Killed
+    with opened(tmp_path) as checkpoints:
+        checkpoints.restore(1, states.target())
+        with monkeypatch.context() as broken:
+            broken.setattr(type(checkpoints.directory), "replace", fail)
+            with pytest.raises(zj.CheckpointError, match="is not writable: no"):
+                checkpoints.save(states.state(seed=3, step=3))
+        assert checkpoints.restore_latest(states.target()).step == 2
+
+
+def fail(*_):
+    raise OSError("no")
+
+
 def test_snapshots_count_until_the_run_that_left_them_writes(tmp_path, base):
     """A run that only reads, such as an evaluation, takes nothing from another."""
     killed_after(tmp_path, states.state(seed=3, step=3))

@@ -40,12 +40,14 @@ def test_an_absent_mesh_has_nobody_to_agree_with():
 
 @pytest.mark.parametrize("call", [lambda group: group.words([1]), lambda group: group.send([1]),
                                   lambda group: group.calling("step")])
-def test_a_process_outside_the_mesh(call):
+def test_a_process_outside_the_mesh(call, monkeypatch):
     """Otherwise it would wait in a collective without it, or look like one that was killed."""
-    devices = [types.SimpleNamespace(process_index=process) for process in (1, 2)]
-    with pytest.raises(zj.ClusterError, match="process 0 has no device in the mesh, whose devices "
-                                              "are those of processes 1-2; only these may"):
-        call(exchange.Group(tuple(devices)))
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    for processes, words in (((1, 2), "processes 1-2"), ((1,), "process 1")):
+        devices = [types.SimpleNamespace(process_index=process, id=7) for process in processes]
+        with pytest.raises(zj.ClusterError, match="process 0 has no device in the mesh, whose "
+                                                  f"devices are those of {words}; only these may"):
+            call(exchange._group(devices))
 
 
 def fail(kind):

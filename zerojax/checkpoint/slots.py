@@ -40,6 +40,11 @@ def folder_of(checkpoints: str) -> pathlib.Path:
     return BASE / f"zerojax-{os.getuid()}-{name}"
 
 
+def is_open(checkpoints: str, process: int) -> bool:
+    """Whether a checkpointer of this process, whose index is given, has its slots open."""
+    return str(folder_of(checkpoints) / f"{process}.lock") in _open
+
+
 class Slots:
     """The slots of one process of a job.
 

@@ -26,7 +26,7 @@ from zerojax.checkpoint import directory as folder
 from zerojax.checkpoint import entries, host_copies, json_values, restoring, warm, writing
 from zerojax.checkpoint.manifest import Manifest, optimizer_kinds, sha256
 from zerojax.checkpoint.restoring import Restored
-from zerojax.checkpoint.slots import FORMAT, Slots, headers
+from zerojax.checkpoint.slots import FORMAT, Slots, headers, is_open
 from zerojax.errors import CheckpointError, ZeroError
 from zerojax.layout import padded
 from zerojax.policy import Policy
@@ -72,12 +72,17 @@ class NoSnapshots:
           CheckpointError: the directory is not writable.
         """
         if self._is_new_run:
-            self.group.everywhere(self._write_run, [CheckpointError])
-            self._is_new_run = False
+            self._set_run("")
 
-    def _write_run(self) -> None:
-        if self.group.first:
-            folder.set_run(self._directory, self.run)
+    def _set_run(self, run: str) -> None:
+        self.group.everywhere(lambda: self._write_run(run), [CheckpointError])
+        self.run, self._is_new_run = run, False
+
+    def _write_run(self, run: str) -> None:
+        """Writes an identity; none, only if no checkpointer of this process keeps snapshots."""
+        are_kept = not run and is_open(str(self._directory), self.group.process)
+        if self.group.first and not are_kept:
+            folder.set_run(self._directory, run)
 
     def wait(self) -> None:
         """Waits for the snapshot in progress."""
@@ -263,8 +268,7 @@ class Snapshots(NoSnapshots):
         """See `NoSnapshots`."""
         if self._is_new_run:
             self._runs += 1
-            self.run = f"{self._job}/{self._runs}"
-        super().begin_run()
+            self._set_run(f"{self._job}/{self._runs}")
 
     def wait(self) -> None:
         """Waits until the snapshot that was started last is whole on all hosts.

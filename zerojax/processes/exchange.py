@@ -46,7 +46,8 @@ def everyone() -> "Group":
 
 def _group(devices: Iterable) -> "Group":
     group = Group(tuple(sorted(devices, key=lambda device: (device.process_index, device.id))))
-    return group if group.size > 1 else Alone()
+    others = {device.process_index for device in group.devices} - {Alone().process}
+    return group if others else Alone()
 
 
 @dataclasses.dataclass(frozen=True)
