@@ -143,9 +143,9 @@ def timed(directory, step, state, every):
 
 def report():
     """Prints the tables, each when it is complete."""
-    print(f"{STATE_BYTES / 1e9:.2f} GB, whose step on eight CPU devices computes on the same cores "
-          "that copy and check the snapshots. Files on disk are not in the page cache; programs "
-          "are in jax's compilation cache.\n")
+    print(f"A state of {STATE_BYTES / 1e9:.2f} GB, whose step on eight CPU devices computes on the "
+          "same cores that copy and check the snapshots. Files on disk are not in the page cache; "
+          "programs are in jax's compilation cache.\n")
     with tempfile.TemporaryDirectory() as directory:
         print(restarts(directory), flush=True)
         print(held_up(directory))

@@ -99,7 +99,7 @@ def test_the_second_copy_halves_the_gathers_between_hosts_and_takes_its_memory()
     assert flat.between == pytest.approx(ring + reduced, rel=0.02)
     assert second.between == pytest.approx(2 * once, rel=0.02)
     copy = (BLOCKS + TABLES) * 2 / PER_HOST
-    # the step without the copy has its peak at another time; 0.4 with jax 0.12
+    # measured: 1.15 of the copy with jax 0.10, and 0.40 with jax 0.12
     assert 0.3 * copy < second.memory.peak - flat.memory.peak < 1.3 * copy
 
 

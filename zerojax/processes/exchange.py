@@ -83,7 +83,7 @@ class Group:
         members = tuple(dict.fromkeys(device.process_index for device in self.devices))
         return () if len(members) == jax.process_count() else members
 
-    def _with_this(self) -> tuple[int, ...]:
+    def _checked_members(self) -> tuple[int, ...]:
         """Returns `members`.
 
         Raises:
@@ -98,11 +98,11 @@ class Group:
 
     def calling(self, key: str) -> contextlib.AbstractContextManager[None]:
         """Reports a call that all processes of the group make; see `monitor.calling`."""
-        return monitor.calling(self._with_this(), key)
+        return monitor.calling(self._checked_members(), key)
 
     def send(self, words: Words) -> Sent:
         """Starts to send words, the same number from every process; `received` takes the result."""
-        monitor.called(self._with_this(), "")
+        monitor.called(self._checked_members(), "")
         return self._started(words)
 
     def _started(self, words: Words) -> Sent:
@@ -125,7 +125,7 @@ class Group:
           ClusterError: other processes are at another call, or have ended; this process is not one
             of the group.
         """
-        monitor.meet(self._with_this())
+        monitor.meet(self._checked_members())
         return self.received(self._started(mine))
 
     def texts(self, mine: str) -> dict[int, str]:

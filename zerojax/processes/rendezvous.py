@@ -171,8 +171,7 @@ class _Guests(contextlib.AbstractContextManager):
         return self.trouble or (late if missing else "")
 
     def _serve(self, ready: list[_Guest | None]) -> None:
-        """Serves connections, then the server (None): those that may leave, before new ones come.
-        """
+        """Serves known processes first, because they may leave, and the server (None) last."""
         for guest in sorted(ready, key=lambda g: (g is None, g is None or g.process is None)):
             if guest is None:
                 self._accept()
@@ -185,6 +184,7 @@ class _Guests(contextlib.AbstractContextManager):
         return [guest for guest in guests if guest.process is None]
 
     def _drop_silent(self, patience: float) -> None:
+        """Drops connections that have named no process for so many seconds."""
         oldest = time.monotonic() - patience
         for guest in self._unknown() if not self.trouble else ():
             if guest.since < oldest:
