@@ -22,6 +22,10 @@ class Job:
     def call(self, name="save", line=1, members=(), key=""):
         return Call(members, name, f"train.py:{line}", key or name)
 
+    def settle(self, process):
+        """Returns when the hub has taken all that a process has sent."""
+        self.members[process].meet(self.call(members=(process,)))
+
 
 def wait_until(condition):
     end = time.monotonic() + 20

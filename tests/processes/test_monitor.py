@@ -106,6 +106,7 @@ def interrupted(meet, call=SAVE, then=lambda: None):
 def test_a_call_that_was_interrupted_is_forgotten(threads, ends):
     job = Job(2)
     interrupted(job.members[0].meet)
+    job.settle(0)
     both = [threads.submit(member.meet, job.call()) for member in job.members]
     assert [future.result(20) for future in both] == [None, None] and not ends
 
@@ -125,7 +126,7 @@ def test_a_call_is_forgotten_although_another_thread_has_called_since(threads, e
     job = Job(3)
     first, second = job.call("save", members=(0, 1)), job.call("step", members=members)
     interrupted(job.members[0].meet, first, lambda: job.members[0].report(second, waits=False))
-    time.sleep(0.3)
+    job.settle(0)
     job.members[members[1]].report(second, waits=False)
     both = [threads.submit(member.meet, first) for member in job.members[:2]]
     assert [future.result(20) for future in both] == [None, None] and not ends
@@ -231,6 +232,7 @@ def test_a_process_whose_call_was_interrupted_is_late_in_the_next(threads, ends,
     job = Job(2, heartbeat=0.1)
     with caplog.at_level(logging.WARNING, "zerojax"):
         interrupted(job.members[0].meet, then=lambda: wait_until(lambda: len(caplog.records) == 2))
+        job.settle(0)
         other = threads.submit(job.members[1].meet, job.call())
         wait_until(lambda: len(caplog.records) == 4)
     assert caplog.messages[-1].startswith("process 1 called save at train.py:1")
