@@ -1,4 +1,5 @@
 import concurrent.futures
+import threading
 
 import pytest
 
@@ -13,7 +14,22 @@ def ends(monkeypatch):
     return seen
 
 
+class _Daemons:
+    """Calls functions in threads, which do not keep a test that has failed from its end."""
+
+    def submit(self, function, *arguments):
+        future = concurrent.futures.Future()
+
+        def run():
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        return future
+
+
 @pytest.fixture
 def threads():
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        yield pool
+    return _Daemons()

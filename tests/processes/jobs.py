@@ -26,6 +26,10 @@ class Job:
         """Returns when the hub has taken all that a process has sent."""
         self.members[process].meet(self.call(members=(process,)))
 
+    def wait_for_call_of(self, process):
+        """Returns when the hub has a call of a process that has made none before."""
+        wait_until(lambda: process in self.hub._roll.last)
+
 
 def wait_until(condition):
     end = time.monotonic() + 20

@@ -63,7 +63,7 @@ def test_a_process_that_is_killed_ends_the_others(threads, ends):
     job = Job()
     job.members[1].report(job.call("train_step", 7), waits=False)
     waits = threads.submit(job.members[2].barrier, "snapshot 3", "")
-    time.sleep(0.1)
+    job.wait_for_call_of(1)
     job.members[1].channel.connection.shutdown(2)
     text = ("process 1 was killed, aborted or disconnected. Last calls: train_step at train.py:7 "
             "on process 1.")
@@ -132,6 +132,7 @@ def test_the_watchdog_does_not_blame_a_process_at_a_barrier(threads, ends, caplo
             member.report(job.call("train_step", 7), waits=False)
         waits = threads.submit(job.members[0].barrier, "snapshot 3", "")
         assert error_of(waits).startswith("process 1 made no call of zerojax for more than 1.5 s.")
+        wait_until(lambda: len(caplog.messages) == 2)
     assert caplog.messages == 2 * [
         "process 0 came to snapshot 3 more than 0.3 s ago, and process 1 did not, although all "
         "must."]
