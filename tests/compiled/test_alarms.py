@@ -89,6 +89,17 @@ class Twice(nn.Module):
         return x
 
 
+class Normed(nn.Module):
+    """Convolutions with batch norms, whose gradients are small, and float32 in a bfloat16 step."""
+
+    @nn.compact
+    def __call__(self, x):
+        for width in (64, 128):
+            x = nn.Conv(width, (3, 3), use_bias=False, dtype=BF16)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=False, dtype=BF16)(x))
+        return nn.Dense(10, dtype=BF16)(x.mean((1, 2)))
+
+
 CASES = {
     "two layers": (Mlp((2048, WIDTH)), 2, True, 1),
     "four layers": (Mlp((2048, WIDTH, 2048, WIDTH)), 1, False, 4),
@@ -123,6 +134,22 @@ def plan(model, stage, summed, accumulate, tx=None):
     pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_no_alarm(name):
     plan(*CASES[name]).check()
+
+
+def test_small_statistics_in_float32_beside_small_parameters():
+    """Of a small model whose every parameter is sharded, nearly all arrays are small."""
+
+    def loss(variables, x):
+        out, stats = Normed().apply(variables, x, mutable=["batch_stats"])
+        return zj.Loss(jnp.square(out).astype(jnp.float32).sum(), out.size, None, stats)
+
+    zero = zj.Zero(zj.make_mesh(topology="h200:1x8"), 3,
+                   precision=zj.Precision(compute="bfloat16"), min_shard=1)
+    tx, images = optax.sgd(0.1), jax.ShapeDtypeStruct((64, 16, 16, 3), BF16)
+    state = zero.abstract(Normed().init, tx, jax.random.key(0), jnp.zeros(images.shape, BF16))
+    found = zero.train_step(loss, tx).plan(state, images)
+    assert any("reduce-scatter" in c.kind for c in found.reading.collectives)
+    found.check()
 
 
 def test_what_moves_more_often_than_the_formula_is_reported():

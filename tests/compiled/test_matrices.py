@@ -12,7 +12,7 @@ import zerojax as zj
 from zerojax.hlo import collectives, schedule
 from zerojax.hlo.program import parse
 from zerojax.layout import topology
-from zerojax.plan import audit
+from zerojax.plan import audit, budget
 
 D = optax.contrib.MuonDimensionNumbers
 HEADS = {".*/[qkv]/kernel": D(-3, (-2, -1)), ".*/o/kernel": D((-3, -2), -1)}
@@ -40,7 +40,7 @@ def updated(shapes, dimensions=None, **settings):
 
     jitted = zero.jit(update, batch_argnums=(), compiler_options=topology.COMPILER_OPTIONS)
     program = parse(jitted.lower(state, state.params).compile().as_text())
-    large = [c for c in collectives.of(program) if c.bytes > audit.SMALL // N]
+    large = [c for c in collectives.of(program) if c.bytes > budget.SMALL // N]
     return large, sum(schedule.total_flops(program).values())
 
 

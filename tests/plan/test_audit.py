@@ -145,6 +145,22 @@ def test_small_arrays_may_be_a_hundredth_of_zeros_bytes_together():
         assert any(f.wrong for f in audit.communication(demand(), [found])) is wrong
 
 
+def test_the_small_arrays_of_parameters_leave_others_their_hundredth():
+    """Of a small model, nearly all arrays are small."""
+    small = [moved("all-gather", (96, 128), trips=30), moved("reduce-scatter", (96, 128), trips=30)]
+    assert sum(c.wire_bytes for c in small) > 0.01 * demand().total
+    few = moved("all-to-all", (96, 128), trips=30)
+    assert 0.001 < few.wire_bytes / demand().total < 0.01
+    assert audit.communication(demand(), [*small, few]) == []
+    finding, = audit.communication(demand(), [*small, dataclasses.replace(few, trips=90)])
+    assert finding.wrong and finding.instruction == "all-to-all"
+
+
+def test_a_small_parameter_that_moves_too_often_is_a_fault():
+    finding, = audit.communication(demand(), [moved("all-gather", (96, 128), trips=600)])
+    assert finding.wrong and "10 times as much as" in finding.what
+
+
 def test_the_widest_dtype_of_a_shape_is_no_fault_where_a_parameter_has_it():
     """`keep` computes one of two parameters of a shape in float32."""
     precision = zj.Precision(compute="bfloat16", reduce="float32", keep={"gate": "float32"})

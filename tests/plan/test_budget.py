@@ -53,6 +53,17 @@ def test_as_often_as_the_program_reads(uses, found, right):
     assert (audit.communication(demand(uses=(AGAIN, uses, ONCE)), found) == []) is right
 
 
+def test_statistics_beyond_a_budget_leave_it_to_whole_gradients():
+    """They are few bytes; the all-reduce of whole leaves that shares their budget is right."""
+    gradients = moved("all-reduce", (333 * 777,), BATCH, "f32", 1, name="gradients")
+    statistics = [moved("all-reduce", (100, 100), BATCH, "f32", 1) for _ in range(5)]
+    assert 1.02 * demand().summed < 333 * 777 + 5 * 100 * 100
+    assert audit.communication(demand(), [*statistics, gradients]) == []
+    activations = moved("all-reduce", (333 * 770,), BATCH, "f32", 1, name="activations")
+    found = audit.communication(demand(), [*statistics, gradients, activations])
+    assert len(found) == 1 and found[0].wrong
+
+
 def test_where_the_program_is_not_known_the_formula_is_the_budget():
     twice = [moved("all-gather", LAYER, trips=12)]
     assert audit.communication(demand(uses=None), twice) == []

@@ -69,6 +69,20 @@ def test_the_autotuner_is_off_unless_it_is_asked_for(zero, monkeypatch):
     assert requests == [False, True]
 
 
+def test_a_product_for_which_triton_has_no_tiles_is_compiled_without_it(zero):
+    """The end of attention over 65 tokens, 8 sequences per device; jax 0.12 has tiles for it."""
+
+    def attend(state, x):
+        weights = jax.nn.softmax(jnp.einsum("btnd,bsnd->bnts", x, x))
+        mixed = jnp.einsum("bnts,bsnd->btnd", weights, x).reshape(*x.shape[:2], -1)
+        return mixed @ state["params"]["w"]
+
+    state = {"params": {"w": jax.ShapeDtypeStruct((96, 96), jnp.float32,
+                                                  sharding=NamedSharding(zero.mesh, P()))}}
+    x = jax.ShapeDtypeStruct((16, 65, 4, 24), jnp.float32)
+    assert "f32[520,96]" in zero.plan(jax.jit(attend), state, x, cache=False).hlo
+
+
 def test_an_option_that_is_none_names_it_and_the_exit_status(zero):
     text = r"1x2 ended with exit status 1(.|\n)*xla_no_such': 3(.|\n)*No such compile opt"
     with pytest.raises(zj.CompileError, match=text):

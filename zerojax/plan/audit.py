@@ -21,14 +21,13 @@ from zerojax.hlo.collectives import Collective
 from zerojax.hlo.program import BITS, Instruction, Program, Shape
 from zerojax.layout.rules import Leaf
 from zerojax.plan import budget, finding, foreign, provenance
-from zerojax.plan.budget import Pair
+from zerojax.plan.budget import SMALL, Odd, Pair
 from zerojax.plan.demand import Demand, key
 from zerojax.plan.finding import Finding
 from zerojax.tables import quantity, size
 from zerojax.trees import itemsize
 
-SMALL = 2**16  # bytes of one array: norms, losses, batch statistics
-STATISTICS = 0.01  # of ZeRO's bytes: all arrays of that kind together
+STATISTICS = 0.01  # of ZeRO's bytes: all small arrays together that are not ZeRO's
 TINY = 2**12  # bytes sent by all of them that are never worth a finding
 NEGLIGIBLE = 0.001  # of ZeRO's bytes: what is not explained, all together
 OPTIMIZER = "zerojax_optimizer"  # the scope in which a step calls the optimizer
@@ -70,19 +69,21 @@ def _arrays(c: Collective) -> Iterator[Pair]:
 
 
 def _judged(demand: Demand, pairs: Sequence[Pair]) -> list[Finding]:
-    statistics = [(c, s) for c, s in pairs if s.bytes <= SMALL]
-    many = sum(c.wire(s) for c, s in statistics) > max(TINY, STATISTICS * demand.total)
-    odd, left = [], []
-    for c, s in pairs if many else [(c, s) for c, s in pairs if s.bytes > SMALL]:
-        if why := foreign.reason(demand, c, s):
-            odd.append(finding.moved(demand, c, s, why))
-        else:
-            left.append((c, s))
+    reasons = [(c, s, foreign.reason(demand, c, s)) for c, s in pairs]
+    odd = [one for one in reasons if one[2]]
+    left = [(c, s) for c, s, why in reasons if not why]
     more, left = budget.exceeding(demand, left, budget.by_shape, demand.owners)
     # a parameter that moves in several shapes has one budget for all of them
     gathered = [pair for pair in left if pair[0].kind != "all-reduce"]
-    return odd + more + budget.exceeding(demand, gathered, budget.by_family,
-                                         demand.relatives)[0]
+    again, _ = budget.exceeding(demand, gathered, budget.by_family, demand.relatives)
+    return [finding.moved(demand, *one) for one in _counted(demand, [*odd, *more, *again])]
+
+
+def _counted(demand: Demand, odd: Sequence[Odd]) -> list[Odd]:
+    """Returns arrays without the small ones, unless those send much together."""
+    small = sum(c.wire(s) for c, s, _ in odd if s.bytes <= SMALL)
+    many = small > max(TINY, STATISTICS * demand.total)
+    return [one for one in odd if many or one[1].bytes > SMALL]
 
 
 def _weighed(demand: Demand, odd: list[Finding]) -> list[Finding]:

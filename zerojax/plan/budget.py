@@ -5,20 +5,21 @@ from collections.abc import Callable, Sequence
 
 from zerojax.hlo.collectives import Collective
 from zerojax.hlo.program import Shape
-from zerojax.plan import finding, provenance
+from zerojax.plan import provenance
 from zerojax.plan.demand import Demand, key
-from zerojax.plan.finding import Finding
 from zerojax.plan.moves import Move
 from zerojax.tables import quantity
 
 SLACK = 1.02
+SMALL = 2**16  # bytes of one array: norms, losses, batch statistics
 
 Pair = tuple[Collective, Shape]
+Odd = tuple[Collective, Shape, str]  # an array, and why it is none of ZeRO's
 
 
 def exceeding(demand: Demand, pairs: Sequence[Pair], group: Callable,
-              owners: Callable[..., list[Move]]) -> tuple[list, list[Pair]]:
-    """Returns findings for the arrays that exceed the budgets of their groups, and the others.
+              owners: Callable[..., list[Move]]) -> tuple[list[Odd], list[Pair]]:
+    """Returns the arrays that exceed the budgets of their groups, and the others.
 
     Args:
       group: returns the key of an array's group.
@@ -27,14 +28,14 @@ def exceeding(demand: Demand, pairs: Sequence[Pair], group: Callable,
     groups = collections.defaultdict(list)
     for pair in pairs:
         groups[group(demand, *pair)].append(pair)
-    found, left = [], []
+    odd, left = [], []
     for mine in groups.values():
         c, s = mine[0]
         axes = c.axes(demand.policy.mesh.shape) or ()
-        findings, rest = _too_often(demand, mine, _most(demand, c, owners(s, c.kind, axes)))
-        found += findings
+        more, rest = _too_often(demand, mine, _most(demand, c, owners(s, c.kind, axes)))
+        odd += more
         left += rest
-    return found, left
+    return odd, left
 
 
 def by_shape(demand: Demand, c: Collective, s: Shape) -> tuple:
@@ -50,20 +51,21 @@ def by_family(demand: Demand, c: Collective, s: Shape) -> tuple:
     return c.kind, axes, frozenset(demand.relatives(s, c.kind, axes))
 
 
-def _too_often(demand: Demand, pairs: list[Pair], most: float) -> tuple[list[Finding], list[Pair]]:
-    """Returns findings for the arrays that exceed a budget of elements, and the other arrays.
+def _too_often(demand: Demand, pairs: list[Pair], most: float) -> tuple[list[Odd], list[Pair]]:
+    """Returns the arrays that exceed a budget of elements, and the others.
 
-    Named first are those that did not come from zerojax's gather and scatter, then those of long
-    loops.
+    Named first are small ones, then those that did not come from zerojax's gather and scatter, then
+    those of long loops.
     """
     total = moved = sum(s.elements * c.trips for c, s in pairs)
-    left = sorted(pairs, key=lambda p: (not provenance.by_the_pair(p[0].frames), p[0].trips))
+    left = sorted(pairs, key=lambda p: (p[1].bytes <= SMALL,
+                                        not provenance.by_the_pair(p[0].frames), p[0].trips))
     often = f"{moved / most:.3g} times as much as" if most else "though none may be moved"
     odd = []
     while left and total > SLACK * most:
         c, s = left.pop()
         total -= s.elements * c.trips
-        odd.append(finding.moved(demand, c, s, (
+        odd.append((c, s, (
             f"arrays of these parameters' shapes move {often} in stage {demand.policy.stage} with "
             f"{quantity(demand.accumulate, 'microbatch')} and this program's reads: an activation "
             "of a parameter's shape, or a weight that is read in a loop which does not slice it")))

@@ -38,6 +38,7 @@ from zerojax.precision import has_64_bits
 
 MEMORY = ("argument", "output", "alias", "temp", "generated_code", "host_argument", "host_output",
           "host_alias", "host_temp")
+_NO_TILES, _TRITON = "Couldn't find output tile sizes", "xla_gpu_enable_triton_gemm"
 _STATUS = re.compile(r"\b(INTERNAL|INVALID_ARGUMENT|UNIMPLEMENTED|RESOURCE_EXHAUSTED|NOT_FOUND"
                      r"|FAILED_PRECONDITION): ")  # XLA's reason, which a stack trace may follow
 
@@ -247,12 +248,25 @@ def main(folder: str) -> None:
     lowered = jitted.lower(*_arguments(exported, request))
     start = time.perf_counter()
     try:
-        compiled = lowered.compile(compiler_options=request["options"])
+        compiled = _optimized(lowered, request["options"])
     except jax.errors.JaxRuntimeError as error:
         sys.exit(str(error))
     answer = {"text": compiled.as_text(), "memory": _memory(compiled),
               "seconds": time.perf_counter() - start}
     (work / "answer.json.gz").write_bytes(cache.packed(answer))
+
+
+def _optimized(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> jax.stages.Compiled:
+    """Compiles, without Triton's products if XLA has no tiles for one of them.
+
+    With a GPU, XLA would measure and choose another kernel (jax 0.10; openxla/xla#36792).
+    """
+    try:
+        return lowered.compile(compiler_options=dict(options))
+    except jax.errors.JaxRuntimeError as error:
+        if _NO_TILES not in str(error) or _TRITON in options:
+            raise
+        return lowered.compile(compiler_options={**options, _TRITON: False})
 
 
 def _arguments(exported: Any, request: dict) -> list[jax.ShapeDtypeStruct]:
