@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from optax.contrib import muon
 
 import zerojax as zj
@@ -150,6 +152,42 @@ def test_small_statistics_in_float32_beside_small_parameters():
     found = zero.train_step(loss, tx).plan(state, images)
     assert any("reduce-scatter" in c.kind for c in found.reading.collectives)
     found.check()
+
+
+class Split(nn.Module):
+    """Residual layers whose width is split over "model", as is the sequence of activations."""
+
+    mesh: jax.sharding.AbstractMesh
+
+    @nn.compact
+    def __call__(self, x):
+        def init(*axes):
+            return nn.with_partitioning(nn.initializers.lecun_normal(), axes)
+
+        for _ in range(2):
+            h = nn.gelu(nn.Dense(512, use_bias=False, kernel_init=init(None, "model"))(x))
+            h = nn.Dense(128, use_bias=False, kernel_init=init("model", None))(h)
+            places = NamedSharding(self.mesh, P(P.UNCONSTRAINED, "model"))
+            x = x + jax.lax.with_sharding_constraint(h, places)
+        return x
+
+
+def test_tensor_and_sequence_parallelism():
+    """XLA gathers shards as a stack, and permutes it."""
+    gpu = zj.make_mesh(topology="h200:1x8").abstract_device
+    mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2,
+                                     abstract_device=gpu)
+    zero = zj.Zero(mesh, 3, axis="data", min_shard=1)
+
+    def loss(variables, x):
+        out = Split(mesh).apply(variables, x)
+        return zj.Loss(jnp.square(out).sum(), out.size)
+
+    tx, x = optax.sgd(0.1), jax.ShapeDtypeStruct((16, 64, 128), jnp.float32)
+    state = zero.abstract(Split(mesh).init, tx, jax.random.key(0), jnp.zeros(x.shape))
+    found = zero.train_step(loss, tx).plan(state, x).check()
+    assert any(c.kind == "all-gather" and s.dims != (256, 128) and s.elements == 256 * 128
+               for c in found.reading.collectives for s in c.shapes)
 
 
 def test_what_moves_more_often_than_the_formula_is_reported():

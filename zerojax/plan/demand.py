@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Sequence
 
 from zerojax.hlo.program import Shape
+from zerojax.layout import rules
 from zerojax.layout.rules import Leaf, Placement
 from zerojax.plan import moves, theory
 from zerojax.plan.moves import Count, Move
@@ -126,10 +127,20 @@ class Demand:
             place = places[move.leaf]
             stacks = [i for i, (rest, whole) in enumerate(zip(place.spec, place.whole, strict=True))
                       if rest == whole and i < len(move.dims)]
-            for one in {_without(move.dims, sliced) for n in range(3)
-                        for sliced in itertools.combinations(stacks, n)}:
+            for one in {_without(dims, sliced) for dims in self._forms(move, place)
+                        for n in range(3) for sliced in itertools.combinations(stacks, n)}:
                 found[math.prod(one)].append((one, move))
         return found
+
+    def _forms(self, move: Move, place: Placement) -> list[tuple[int, ...]]:
+        """Returns the dimensions of a move, and of the stack of its shards: of a parameter that the
+        model splits too, the compiler may gather a stack, and permute it."""
+        own = rules.axes_of(place.whole)
+        if not move.whole or not own:
+            return [move.dims]
+        apart = rules.keep(place.spec, lambda axis: axis in own or axis in move.axes)
+        shard = moves.local(self.policy, move.leaf, place, apart)
+        return [move.dims, (*shard, math.prod(self.policy.mesh.shape[a] for a in move.axes))]
 
     def owners(self, shape: Shape, kind: str | None = None,
                axes: Collection[str] | None = None) -> list[Move]:
