@@ -139,7 +139,7 @@ def test_no_alarm(name):
 
 
 def test_small_statistics_in_float32_beside_small_parameters():
-    """Of a small model whose every parameter is sharded, nearly all arrays are small."""
+    """Nearly all arrays of a small model are small, if every parameter is sharded."""
 
     def loss(variables, x):
         out, stats = Normed().apply(variables, x, mutable=["batch_stats"])

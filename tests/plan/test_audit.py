@@ -148,7 +148,7 @@ def test_small_arrays_may_be_a_hundredth_of_zeros_bytes_together():
 
 
 def test_the_small_arrays_of_parameters_leave_others_their_hundredth():
-    """Of a small model, nearly all arrays are small."""
+    """Nearly all arrays of a small model are small."""
     small = [moved("all-gather", (96, 128), trips=30), moved("reduce-scatter", (96, 128), trips=30)]
     assert sum(c.wire_bytes for c in small) > 0.01 * demand().total
     few = moved("all-to-all", (96, 128), trips=30)
@@ -156,6 +156,16 @@ def test_the_small_arrays_of_parameters_leave_others_their_hundredth():
     assert audit.communication(demand(), [*small, few]) == []
     finding, = audit.communication(demand(), [*small, dataclasses.replace(few, trips=90)])
     assert finding.wrong and finding.instruction == "all-to-all"
+
+
+def test_a_few_kibibytes_are_never_worth_a_finding():
+    leaf = Leaf("w", (64, 64), "float32", P(None, None))
+    tiny = Demand(demand().policy, (leaf,), (Placement(P("data", None), P(None, None)),))
+    few = moved("all-to-all", (16, 16), trips=2)
+    assert few.wire_bytes > 0.02 * tiny.total
+    assert audit.communication(tiny, [few]) == []
+    finding, = audit.communication(tiny, [dataclasses.replace(few, trips=20)])
+    assert finding.wrong
 
 
 def test_a_small_parameter_that_moves_too_often_is_a_fault():

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from jax.sharding import PartitionSpec as P
-from moves import AGAIN, BATCH, LAYER, LEAVES, MESH, ONCE, PLACES, REPLICA, demand, moved
+from moves import AGAIN, BATCH, LAYER, LEAVES, MESH, ODD, ONCE, PLACES, REPLICA, demand, moved
 
 import zerojax as zj
 from zerojax.layout.rules import Leaf, Placement
@@ -55,13 +55,28 @@ def test_as_often_as_the_program_reads(uses, found, right):
 
 def test_statistics_beyond_a_budget_leave_it_to_whole_gradients():
     """They are few bytes; the all-reduce of whole leaves that shares their budget is right."""
-    gradients = moved("all-reduce", (333 * 777,), BATCH, "f32", 1, name="gradients")
-    statistics = [moved("all-reduce", (100, 100), BATCH, "f32", 1) for _ in range(5)]
+    gradients = moved("all-reduce", (333 * 777,), BATCH, "f32", 1, ours=False)
+    statistics = [moved("all-reduce", (100, 100), BATCH, "f32", 1, ours=False) for _ in range(5)]
     assert 1.02 * demand().summed < 333 * 777 + 5 * 100 * 100
     assert audit.communication(demand(), [*statistics, gradients]) == []
-    activations = moved("all-reduce", (333 * 770,), BATCH, "f32", 1, name="activations")
-    found = audit.communication(demand(), [*statistics, gradients, activations])
-    assert len(found) == 1 and found[0].wrong
+    activations = moved("all-reduce", (333 * 770,), BATCH, "f32", 2, name="activations", ours=False)
+    finding, = audit.communication(demand(), [*statistics, gradients, activations])
+    assert finding.wrong and finding.instruction == "activations"
+
+
+@pytest.mark.parametrize("elements", [150_000, 320_000])
+def test_large_activations_do_not_use_the_budget_of_small_gradients(elements):
+    """Only the activations are named, although less of the small gradients would fit beside them.
+    """
+    biases = [Leaf(f"bias{n}", (16_000,), "float32", P(None)) for n in range(100)]
+    many = dataclasses.replace(demand(), leaves=(*LEAVES, *biases), uses=None,
+                               places=(*PLACES, *[Placement(P(None), P(None))] * 100))
+    gradients = [moved("all-reduce", leaf.shape, BATCH, "f32", 1, name=leaf.path)
+                 for leaf in (ODD, *biases)]
+    foreign = moved("all-reduce", (elements,), BATCH, "f32", 1, name="foreign", ours=False)
+    assert audit.communication(many, gradients) == []
+    finding, = audit.communication(many, [*gradients, foreign])
+    assert finding.wrong and finding.instruction == "foreign"
 
 
 def test_where_the_program_is_not_known_the_formula_is_the_budget():

@@ -1,8 +1,10 @@
 """Processes that end, fail or are silent, and barriers, simulated within one process."""
 
 import concurrent.futures
+import contextlib
 import logging
 import os
+import pathlib
 import socket
 import threading
 import time
@@ -182,6 +184,14 @@ def test_process_0_waits_after_an_error_for_the_end_of_the_others(threads, ends)
     leaves.result(10)
 
 
+def _files_of(process):
+    files = set()
+    for link in pathlib.Path(f"/proc/{process}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            files.add(os.readlink(link))
+    return files
+
+
 def test_a_forked_child_keeps_no_connection(ends):
     """The death of its parent would be noticed only when the child ends."""
     job = Job(2)
@@ -192,10 +202,10 @@ def test_a_forked_child_keeps_no_connection(ends):
         time.sleep(30)
         os._exit(0)
     monitor._member = before
-    time.sleep(0.5)
-    fds = os.listdir(f"/proc/{child}/fd")
-    held = [os.readlink(f"/proc/{child}/fd/{fd}") for fd in fds]
-    own = {os.fstat(c.connection.fileno()).st_ino for c in job.hub.channels.values()}
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    assert not any(f"socket:[{number}]" in held for number in own)
+    own = {f"socket:[{os.fstat(channel.connection.fileno()).st_ino}]"
+           for channel in job.hub.channels.values()}
+    try:
+        wait_until(lambda: not own & _files_of(child))
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)

@@ -115,7 +115,7 @@ def test_a_call_that_others_have_made_cannot_be_forgotten(threads, ends):
     job = Job(2)
     other = threads.submit(job.members[1].meet, job.call())
     job.wait_for_call_of(1)
-    interrupted(job.members[0].meet)
+    interrupted(job.members[0].meet, then=lambda: wait_until(other.done))
     assert other.result(20) is None
     wait_until(lambda: len(ends) == 2)
     assert ends[0][0] == ("process 0 was interrupted in save at train.py:1, which the others have "

@@ -69,21 +69,21 @@ def _arrays(c: Collective) -> Iterator[Pair]:
 
 
 def _judged(demand: Demand, pairs: Sequence[Pair]) -> list[Finding]:
-    reasons = [(c, s, foreign.reason(demand, c, s)) for c, s in pairs]
-    odd = [one for one in reasons if one[2]]
-    left = [(c, s) for c, s, why in reasons if not why]
+    reasons = [Odd(c, s, foreign.reason(demand, c, s)) for c, s in pairs]
+    odd = [one for one in reasons if one.why]
+    left = [(one.collective, one.shape) for one in reasons if not one.why]
     more, left = budget.exceeding(demand, left, budget.by_shape, demand.owners)
     # a parameter that moves in several shapes has one budget for all of them
     gathered = [pair for pair in left if pair[0].kind != "all-reduce"]
     again, _ = budget.exceeding(demand, gathered, budget.by_family, demand.relatives)
-    return [finding.moved(demand, *one) for one in _counted(demand, [*odd, *more, *again])]
+    return [finding.moved(demand, *one) for one in _noticeable(demand, [*odd, *more, *again])]
 
 
-def _counted(demand: Demand, odd: Sequence[Odd]) -> list[Odd]:
+def _noticeable(demand: Demand, odd: Sequence[Odd]) -> list[Odd]:
     """Returns arrays without the small ones, unless those send much together."""
     small = sum(c.wire(s) for c, s, _ in odd if s.bytes <= SMALL)
     many = small > max(TINY, STATISTICS * demand.total)
-    return [one for one in odd if many or one[1].bytes > SMALL]
+    return [one for one in odd if many or one.shape.bytes > SMALL]
 
 
 def _weighed(demand: Demand, odd: list[Finding]) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from zerojax.hlo.collectives import Collective
 from zerojax.hlo.program import Shape
@@ -14,7 +15,14 @@ SLACK = 1.02
 SMALL = 2**16  # bytes of one array: norms, losses, batch statistics
 
 Pair = tuple[Collective, Shape]
-Odd = tuple[Collective, Shape, str]  # an array, and why it is none of ZeRO's
+
+
+class Odd(NamedTuple):
+    """An array that is none of ZeRO's, and why."""
+
+    collective: Collective
+    shape: Shape
+    why: str
 
 
 def exceeding(demand: Demand, pairs: Sequence[Pair], group: Callable,
@@ -52,24 +60,40 @@ def by_family(demand: Demand, c: Collective, s: Shape) -> tuple:
 
 
 def _too_often(demand: Demand, pairs: list[Pair], most: float) -> tuple[list[Odd], list[Pair]]:
-    """Returns the arrays that exceed a budget of elements, and the others.
-
-    Named first are small ones, then those that did not come from zerojax's gather and scatter, then
-    those of long loops.
-    """
-    total = moved = sum(s.elements * c.trips for c, s in pairs)
-    left = sorted(pairs, key=lambda p: (p[1].bytes <= SMALL,
-                                        not provenance.by_the_pair(p[0].frames), p[0].trips))
+    """Returns the arrays that exceed a budget of elements, and the others."""
+    moved = sum(_elements(pair) for pair in pairs)
     often = f"{moved / most:.3g} times as much as" if most else "though none may be moved"
-    odd = []
-    while left and total > SLACK * most:
-        c, s = left.pop()
-        total -= s.elements * c.trips
-        odd.append((c, s, (
-            f"arrays of these parameters' shapes move {often} in stage {demand.policy.stage} with "
-            f"{quantity(demand.accumulate, 'microbatch')} and this program's reads: an activation "
-            "of a parameter's shape, or a weight that is read in a loop which does not slice it")))
-    return odd, left
+    why = (f"arrays of these parameters' shapes move {often} in stage {demand.policy.stage} with "
+           f"{quantity(demand.accumulate, 'microbatch')} and this program's reads: an activation "
+           "of a parameter's shape, or a weight that is read in a loop which does not slice it")
+    beyond, left = _beyond(pairs, SLACK * most)
+    return [Odd(c, s, why) for c, s in beyond], left
+
+
+def _beyond(pairs: list[Pair], most: float) -> tuple[list[Pair], list[Pair]]:
+    """Returns arrays without which the others have at most so many elements, and the others.
+
+    The first to go are those that did not come from zerojax's gather and scatter: small ones, which
+    may be statistics, then those of long loops. Those that fit after all are kept.
+    """
+    left = sorted(pairs, key=lambda pair: (not provenance.by_the_pair(pair[0].frames),
+                                           pair[1].bytes <= SMALL, pair[0].trips))
+    total, gone, beyond = sum(_elements(pair) for pair in pairs), [], []
+    while left and total > most:
+        gone.append(left.pop())
+        total -= _elements(gone[-1])
+    for pair in reversed(gone):
+        if total + _elements(pair) > most:
+            beyond.append(pair)
+        else:
+            left.append(pair)
+            total += _elements(pair)
+    return beyond, left
+
+
+def _elements(pair: Pair) -> int:
+    c, s = pair
+    return s.elements * c.trips
 
 
 def _most(demand: Demand, c: Collective, owners: Sequence[Move]) -> float:

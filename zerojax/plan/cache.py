@@ -24,7 +24,7 @@ from zerojax.hlo.program import Frame
 from zerojax.plan import provenance
 from zerojax.processes import fingerprint
 
-FORMAT = 1  # of the answers: to be raised when the compiling process does something else
+FORMAT = 2  # of the answers: to be raised when the compiling process does something else
 VARIABLE = "ZEROJAX_CACHE"
 _ALIAS = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.MULTILINE)
 _FILE = re.compile(r'"([^"\n]+)":\d+:\d+')

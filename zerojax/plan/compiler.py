@@ -77,12 +77,14 @@ class Compiled:
       text: the optimized, scheduled program.
       memory: the compiler's figures in bytes per device, by the names of `MEMORY`.
       seconds: how long the compiler took.
+      added: options without which the compiler failed.
       cached: whether it is the answer of an earlier, identical call.
     """
 
     text: str
     memory: Mapping[str, int]
     seconds: float
+    added: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cached: bool = False
 
 
@@ -248,25 +250,30 @@ def main(folder: str) -> None:
     lowered = jitted.lower(*_arguments(exported, request))
     start = time.perf_counter()
     try:
-        compiled = _optimized(lowered, request["options"])
+        compiled, added = _optimized(lowered, request["options"])
     except jax.errors.JaxRuntimeError as error:
         sys.exit(str(error))
     answer = {"text": compiled.as_text(), "memory": _memory(compiled),
-              "seconds": time.perf_counter() - start}
+              "seconds": time.perf_counter() - start, "added": added}
     (work / "answer.json.gz").write_bytes(cache.packed(answer))
 
 
-def _optimized(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> jax.stages.Compiled:
+def _optimized(lowered: jax.stages.Lowered,
+               options: Mapping[str, Any]) -> tuple[jax.stages.Compiled, dict[str, Any]]:
     """Compiles, without Triton's products if XLA has no tiles for one of them.
 
     With a GPU, XLA would measure and choose another kernel (jax 0.10; openxla/xla#36792).
+
+    Returns:
+      The compiled program, and the options that were added.
     """
     try:
-        return lowered.compile(compiler_options=dict(options))
+        return lowered.compile(compiler_options=dict(options)), {}
     except jax.errors.JaxRuntimeError as error:
         if _NO_TILES not in str(error) or _TRITON in options:
             raise
-        return lowered.compile(compiler_options={**options, _TRITON: False})
+    added = {_TRITON: False}
+    return lowered.compile(compiler_options={**options, **added}), added
 
 
 def _arguments(exported: Any, request: dict) -> list[jax.ShapeDtypeStruct]:

@@ -62,9 +62,17 @@ class Demand:
     why: str = ""
     uses: tuple[Use | None, ...] | None = None
 
-    @property
+    @functools.cached_property
     def wire(self) -> theory.Wire:
-        return theory.wire(self.policy.stage, self.accumulate, per_device=self.per_device)
+        """ZeRO's formula for a sharded parameter."""
+        wire = theory.wire(self.policy.stage, self.accumulate, per_device=self.per_device,
+                           regathered=self.differentiates)
+        return wire if self.differentiates else dataclasses.replace(wire, reduced=0)
+
+    @functools.cached_property
+    def differentiates(self) -> bool:
+        """Whether the program may compute gradients; no, if its reads are known and have none."""
+        return not self.uses or any(use is None or use.scatters for use in self.uses)
 
     @property
     def sharded(self) -> list[tuple[Leaf, Placement]]:
@@ -213,12 +221,13 @@ class Demand:
 
     def _sent(self, leaf: Leaf, place: Placement) -> float:
         p, size = self.policy, math.prod(self.local(leaf, place))
-        reduce = itemsize(p.precision.reduced(leaf.path, leaf.dtype)) if leaf.trained else 0
+        reduced = leaf.trained and self.differentiates
+        reduce = itemsize(p.precision.reduced(leaf.path, leaf.dtype)) if reduced else 0
         if not place.sharded:
             whole = theory.wire(0, self.accumulate, per_device=self.per_device)
             return whole.bytes(size, p.parts, reduce=reduce)
         copies = 2 * (p.replicas - 1) / p.replicas * size * reduce * self.wire.reduced / p.shards
-        backward = self.wire.gathered / 2 if p.stage == 3 else 0
+        backward = self.wire.gathered / 2 if p.stage == 3 and self.differentiates else 0
         count = Count(self.wire.gathered, self.wire.gathered - backward, self.wire.reduced)
         return copies + sum(move.sent(p.mesh.shape) for move in
                             moves.of(p, leaf, place, count, self.per_device))

@@ -47,6 +47,15 @@ def of(reading: Reading, account: Memory) -> Iterator[Finding]:
     yield from _exchanged(reading)
     yield from _near_the_limit(reading, account)
     yield from _unknown_loops(reading.program)
+    yield from _added(reading)
+
+
+def _added(reading: Reading) -> Iterator[Finding]:
+    for option, value in reading.compiled.added.items():
+        yield Finding(
+            f"the plan is compiled with {option}={value}, because XLA has no tiles for one of the "
+            "products and cannot measure other kernels without a GPU. The job on GPUs needs no "
+            "option, and its kernels may differ.", 0.0)
 
 
 def _exchanged(reading: Reading) -> Iterator[Finding]:

@@ -130,11 +130,12 @@ def formulas(demand: Demand, layout: Layout) -> dict[str, float | None]:
     def gradient(leaf):
         return p.precision.accumulate if demand.accumulate > 1 else leaf.dtype
 
+    gradients = _bytes(demand, gradient, "trained") / (1 if whole_gradients else p.shards)
     return {"parameters": _bytes(demand, lambda leaf: leaf.dtype, "trained", "frozen") / shards,
             "optimizer state": _optimizer(layout) / shards,
             "gathered parameters":
                 _bytes(demand, read, "trained", "frozen") if p.stage in (1, 2) else None,
-            "gradients": _bytes(demand, gradient, "trained") / (1 if whole_gradients else p.shards)}
+            "gradients": gradients if demand.differentiates else None}
 
 
 def _paper(demand: Demand, layout: Layout) -> float:
