@@ -197,6 +197,19 @@ def test_what_moves_more_often_than_the_formula_is_reported():
     assert found.sent / found.zero_bytes == pytest.approx(2, rel=0.02)
 
 
+def test_the_formula_of_a_function_without_gradients_has_none():
+    zero = zj.Zero(zj.make_mesh(topology="h200:1x8"), 3,
+                   precision=zj.Precision(compute="bfloat16"), min_shard=2**15)
+    model, x = Mlp((2048, WIDTH)), jax.ShapeDtypeStruct((4096, WIDTH), BF16)
+    state = zero.abstract(model.init, optax.sgd(0.1), jax.random.key(0), jnp.zeros(x.shape, BF16))
+    apply = zero.gathered(lambda params, x: model.apply({"params": params}, x))
+    found = zero.jit(lambda state, x: apply(state.params, x)).plan(state, x).check()
+    assert found.sent == pytest.approx(found.zero_bytes, rel=0.01)
+    assert found.memory.zero["gradients"] is None
+    trained = plan(model, 3, True, 1)
+    assert trained.zero_bytes > 2 * found.zero_bytes and trained.memory.zero["gradients"]
+
+
 def test_an_optimizer_that_communicates_is_reported():
     """Muon orthogonalises whole matrices, of which each device holds a shard."""
     found = plan(Mlp((2048, WIDTH)), 3, True, 1, tx=muon(1e-3)).check()

@@ -52,6 +52,7 @@ class Demand:
       per_device: whether each device differentiates its own part.
       why: the reason for that, as text.
       uses: the use of each leaf in the traced program; None where the program is not known.
+      differentiates: whether the program has a backward pass, for `total`.
     """
 
     policy: Policy
@@ -61,18 +62,11 @@ class Demand:
     per_device: bool = True
     why: str = ""
     uses: tuple[Use | None, ...] | None = None
+    differentiates: bool = True
 
-    @functools.cached_property
+    @property
     def wire(self) -> theory.Wire:
-        """ZeRO's formula for a sharded parameter."""
-        wire = theory.wire(self.policy.stage, self.accumulate, per_device=self.per_device,
-                           regathered=self.differentiates)
-        return wire if self.differentiates else dataclasses.replace(wire, reduced=0)
-
-    @functools.cached_property
-    def differentiates(self) -> bool:
-        """Whether the program may compute gradients; no, if its reads are known and have none."""
-        return not self.uses or any(use is None or use.scatters for use in self.uses)
+        return theory.wire(self.policy.stage, self.accumulate, per_device=self.per_device)
 
     @property
     def sharded(self) -> list[tuple[Leaf, Placement]]:
@@ -219,16 +213,24 @@ class Demand:
         pairs = zip(self.leaves, self.places, strict=True)
         return sum(self._sent(leaf, place) for leaf, place in pairs)
 
+    @functools.cached_property
+    def _formula(self) -> Count:
+        """How often ZeRO's formula moves each sharded parameter."""
+        wire = theory.wire(self.policy.stage, self.accumulate, per_device=self.per_device,
+                           regathered=self.differentiates)
+        if not self.differentiates:
+            return Count(wire.gathered, wire.gathered, 0)
+        backward = wire.gathered / 2 if self.policy.stage == 3 else 0
+        return Count(wire.gathered, wire.gathered - backward, wire.reduced)
+
     def _sent(self, leaf: Leaf, place: Placement) -> float:
-        p, size = self.policy, math.prod(self.local(leaf, place))
+        p, size, count = self.policy, math.prod(self.local(leaf, place)), self._formula
         reduced = leaf.trained and self.differentiates
         reduce = itemsize(p.precision.reduced(leaf.path, leaf.dtype)) if reduced else 0
         if not place.sharded:
             whole = theory.wire(0, self.accumulate, per_device=self.per_device)
             return whole.bytes(size, p.parts, reduce=reduce)
-        copies = 2 * (p.replicas - 1) / p.replicas * size * reduce * self.wire.reduced / p.shards
-        backward = self.wire.gathered / 2 if p.stage == 3 and self.differentiates else 0
-        count = Count(self.wire.gathered, self.wire.gathered - backward, self.wire.reduced)
+        copies = 2 * (p.replicas - 1) / p.replicas * size * reduce * count.reductions / p.shards
         return copies + sum(move.sent(p.mesh.shape) for move in
                             moves.of(p, leaf, place, count, self.per_device))
 

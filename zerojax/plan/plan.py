@@ -28,6 +28,7 @@ from zerojax.plan.traffic import Traffic
 from zerojax.tables import Sheet, quantity, seconds, size
 
 MOST = 10  # findings in an error
+_BACKWARD = re.compile(r"transpose\(\w+\(")  # in the names of operations of a backward pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +281,7 @@ def make(demand: Demand, layout: Layout, batch_bytes: float, call: Call, *,
     """
     mesh = demand.policy.mesh
     compiled = compiler.compile(call, mesh, cached=cache)
+    demand = dataclasses.replace(demand, differentiates=bool(_BACKWARD.search(compiled.text)))
     return read(Reading(demand, layout, batch_bytes, compiled, Topology.of(mesh), call.options))
 
 
