@@ -54,8 +54,8 @@ def test_as_often_as_the_program_reads(uses, found, right):
 
 
 def test_statistics_beyond_a_budget_leave_it_to_whole_gradients():
-    """They are few bytes; the all-reduce of whole leaves that shares their budget is right."""
-    gradients = moved("all-reduce", (333 * 777,), BATCH, "f32", 1, ours=False)
+    """They are few bytes; the gradients that share their budget, joined with scalars, are right."""
+    gradients = moved("all-reduce", (333 * 777 + 17,), BATCH, "f32", 1, ours=False)
     statistics = [moved("all-reduce", (100, 100), BATCH, "f32", 1, ours=False) for _ in range(5)]
     assert 1.02 * demand().summed < 333 * 777 + 5 * 100 * 100
     assert audit.communication(demand(), [*statistics, gradients]) == []
@@ -64,18 +64,29 @@ def test_statistics_beyond_a_budget_leave_it_to_whole_gradients():
     assert finding.wrong and finding.instruction == "activations"
 
 
+BIASES = [Leaf(f"bias{n}", (16_000,), "float32", P(None)) for n in range(100)]
+MANY = dataclasses.replace(demand(), leaves=(*LEAVES, *BIASES), uses=None,
+                           places=(*PLACES, *[Placement(P(None), P(None))] * 100))
+
+
+@pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize("elements", [150_000, 320_000])
-def test_large_activations_do_not_use_the_budget_of_small_gradients(elements):
-    """Only the activations are named, although less of the small gradients would fit beside them.
-    """
-    biases = [Leaf(f"bias{n}", (16_000,), "float32", P(None)) for n in range(100)]
-    many = dataclasses.replace(demand(), leaves=(*LEAVES, *biases), uses=None,
-                               places=(*PLACES, *[Placement(P(None), P(None))] * 100))
-    gradients = [moved("all-reduce", leaf.shape, BATCH, "f32", 1, name=leaf.path)
-                 for leaf in (ODD, *biases)]
+def test_large_activations_do_not_use_the_budget_of_small_gradients(elements, ours):
+    gradients = [moved("all-reduce", leaf.shape, BATCH, "f32", 1, name=leaf.path, ours=ours)
+                 for leaf in (ODD, *BIASES)]
     foreign = moved("all-reduce", (elements,), BATCH, "f32", 1, name="foreign", ours=False)
-    assert audit.communication(many, gradients) == []
-    finding, = audit.communication(many, [*gradients, foreign])
+    assert audit.communication(MANY, gradients) == []
+    finding, = audit.communication(MANY, [*gradients, foreign])
+    assert finding.wrong and finding.instruction == "foreign"
+
+
+def test_statistics_are_right_where_they_fit_beside_what_is_left():
+    statistics = [moved("all-reduce", (100, 100), BATCH, "f32", 1, ours=False) for _ in range(15)]
+    assert sum(c.wire_bytes for c in statistics) > 0.01 * MANY.total
+    right = [*statistics, moved("all-reduce", ODD.shape, BATCH, "f32", 1, ours=False)]
+    foreign = moved("all-reduce", (1_700_000,), BATCH, "f32", 1, name="foreign", ours=False)
+    assert audit.communication(MANY, right) == []
+    finding, = audit.communication(MANY, [*right, foreign])
     assert finding.wrong and finding.instruction == "foreign"
 
 

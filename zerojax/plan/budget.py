@@ -66,18 +66,17 @@ def _too_often(demand: Demand, pairs: list[Pair], most: float) -> tuple[list[Odd
     why = (f"arrays of these parameters' shapes move {often} in stage {demand.policy.stage} with "
            f"{quantity(demand.accumulate, 'microbatch')} and this program's reads: an activation "
            "of a parameter's shape, or a weight that is read in a loop which does not slice it")
-    beyond, left = _beyond(pairs, SLACK * most)
+    beyond, left = _beyond(demand, pairs, SLACK * most)
     return [Odd(c, s, why) for c, s in beyond], left
 
 
-def _beyond(pairs: list[Pair], most: float) -> tuple[list[Pair], list[Pair]]:
+def _beyond(demand: Demand, pairs: list[Pair],
+            most: float) -> tuple[list[Pair], list[Pair]]:
     """Returns arrays without which the others have at most so many elements, and the others.
 
-    The first to go are those that did not come from zerojax's gather and scatter: small ones, which
-    may be statistics, then those of long loops. Those that fit after all are kept.
+    Those that fit after all, once a large one is gone, are kept.
     """
-    left = sorted(pairs, key=lambda pair: (not provenance.by_the_pair(pair[0].frames),
-                                           pair[1].bytes <= SMALL, pair[0].trips))
+    left = sorted(pairs, key=lambda pair: _doubt(demand, *pair))
     total, gone, beyond = sum(_elements(pair) for pair in pairs), [], []
     while left and total > most:
         gone.append(left.pop())
@@ -89,6 +88,15 @@ def _beyond(pairs: list[Pair], most: float) -> tuple[list[Pair], list[Pair]]:
             left.append(pair)
             total += _elements(pair)
     return beyond, left
+
+
+def _doubt(demand: Demand, c: Collective, s: Shape) -> tuple:
+    """Returns a key that is higher for arrays that are more likely to be none of ZeRO's.
+
+    Those of no parameter's shape may be statistics if they are small, so that these go first.
+    """
+    is_known = bool(demand.is_whole(s) or demand.owners(s))
+    return (not provenance.by_the_pair(c.frames), not is_known, s.bytes <= SMALL, c.trips)
 
 
 def _elements(pair: Pair) -> int:
