@@ -200,6 +200,15 @@ def test_an_instruction_is_named_once_with_all_its_bytes():
     assert "With 1 more arrays" in finding.what and finding.bytes == both.wire_bytes
 
 
+def test_gradients_summed_over_the_models_axis_and_the_batch_have_a_remedy():
+    everywhere = (tuple(range(16)),)
+    for dims in (LAYER, (6 * 1024 * 4096 + 17,)):
+        summed = moved("all-reduce", dims, everywhere, "f32", backward=True, ours=False)
+        finding, = audit.communication(demand(per_device=False), [summed])
+        assert finding.wrong and "not split over model are summed" in finding.what
+        assert "Return zj.Loss" in finding.what
+
+
 def test_a_padded_parameter_and_a_table_in_a_loop_have_reasons_of_their_own():
     place = Placement(P("data", None), P(None, None), kept=(336, 777))
     padded = dataclasses.replace(demand(per_device=False), places=(*PLACES[:2], place))
