@@ -52,7 +52,7 @@ class Demand:
       per_device: whether each device differentiates its own part.
       why: the reason for that, as text.
       uses: the use of each leaf in the traced program; None where the program is not known.
-      differentiates: whether the program has a backward pass, for `total`.
+      differentiates: whether the program has a backward pass, which ZeRO's formulas then count.
     """
 
     policy: Policy
