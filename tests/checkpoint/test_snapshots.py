@@ -175,7 +175,8 @@ def test_headers_that_were_changed_are_left_out(tmp_path, base, content):
         content(values)
         content = json.dumps(values).encode()
     header.write_bytes(content)
-    assert restored(tmp_path).step == 1
+    with pytest.warns(UserWarning, match=f"a snapshot in memory is left out: .*{header.name}, was"):
+        assert restored(tmp_path).step == 1
 
 
 def test_links_are_not_followed(tmp_path, base):
@@ -183,7 +184,8 @@ def test_links_are_not_followed(tmp_path, base):
     header, _ = newest(base)
     header.rename(tmp_path / "outside")
     header.symlink_to(tmp_path / "outside")
-    assert restored(tmp_path).step == 1
+    with pytest.warns(UserWarning, match="a snapshot in memory is left out"):
+        assert restored(tmp_path).step == 1
 
 
 def test_a_directory_that_others_can_write_is_refused(tmp_path, base):

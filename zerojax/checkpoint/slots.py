@@ -265,14 +265,27 @@ def headers(folder: pathlib.Path, run: str) -> dict[pathlib.Path, dict[str, Any]
 
     Those that are being replaced, or are damaged, are left out.
     """
-    found = {}
-    for path in sorted(folder.glob("*-[01].json")):
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            header = _header(path)
-            is_intact = header.pop("digest") == sha256(header)
-            if is_intact and (header["format"], header["run"]) == (FORMAT, run):
-                found[path] = header
-    return found
+    intact = {path: _intact(path) for path in _paths(folder)}
+    return {path: header for path, header in intact.items()
+            if header and (header.get("format"), header.get("run")) == (FORMAT, run)}
+
+
+def damaged(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the headers that were changed or cannot be read."""
+    return [path for path in _paths(folder) if _intact(path) is None and os.path.lexists(path)]
+
+
+def _paths(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(folder.glob("*-[01].json"))
+
+
+def _intact(path: pathlib.Path) -> dict[str, Any] | None:
+    """Returns a header if its digest is that of its content."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        header = _header(path)
+        if header.pop("digest") == sha256(header):
+            return header
+    return None
 
 
 def _header(path: pathlib.Path) -> dict[str, Any]:

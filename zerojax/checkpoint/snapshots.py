@@ -26,7 +26,7 @@ from zerojax.checkpoint import directory as folder
 from zerojax.checkpoint import entries, host_copies, json_values, restoring, warm, writing
 from zerojax.checkpoint.manifest import Manifest, optimizer_kinds, sha256
 from zerojax.checkpoint.restoring import Restored
-from zerojax.checkpoint.slots import FORMAT, Slots, headers, is_open
+from zerojax.checkpoint.slots import FORMAT, Slots, damaged, headers, is_open
 from zerojax.errors import CheckpointError, ZeroError
 from zerojax.layout import padded
 from zerojax.policy import Policy
@@ -248,6 +248,9 @@ class Snapshots(NoSnapshots):
         Args:
           on_disk: the newest step on disk, or -1.
         """
+        for header in damaged(self.slots.folder):
+            errors.warn(f"a snapshot in memory is left out: its header, {header}, was changed or "
+                        "cannot be read.")
         here = headers(self.slots.folder, self.run)
         return [(s.step, False, functools.partial(restoring.from_memory, self.group, here, s))
                 for s in warm.available(self.group, here, on_disk)]
