@@ -66,6 +66,7 @@ def test_kill_9_at_random_moments(tmp_path, kills, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # 21 starts and 2,000 steps, perhaps beside other tests
 def test_the_example_killed_twenty_times(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # it runs longer than it compiles
     command = [EXAMPLES / "train_gpt.py", "--every", "20", "--checkpoint"]
