@@ -92,7 +92,7 @@ class Twice(nn.Module):
 
 
 class Normed(nn.Module):
-    """Convolutions with batch norms, whose gradients are small, and float32 in a bfloat16 step."""
+    """Convolutions with batch norms, whose gradients are small arrays in float32."""
 
     @nn.compact
     def __call__(self, x):

@@ -15,7 +15,7 @@ def ends(monkeypatch):
 
 
 class _Daemons:
-    """Calls functions in threads, which do not keep a test that has failed from its end."""
+    """Calls functions in daemon threads, for which a test that has failed does not wait."""
 
     def submit(self, function, *arguments):
         future = concurrent.futures.Future()

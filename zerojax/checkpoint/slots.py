@@ -280,7 +280,7 @@ def _paths(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _intact(path: pathlib.Path) -> dict[str, Any] | None:
-    """Returns a header if its digest is that of its content."""
+    """Returns a header, or None if it is damaged or gone."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         header = _header(path)
         if header.pop("digest") == sha256(header):

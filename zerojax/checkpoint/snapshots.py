@@ -248,8 +248,8 @@ class Snapshots(NoSnapshots):
         Args:
           on_disk: the newest step on disk, or -1.
         """
-        for header in damaged(self.slots.folder):
-            errors.warn(f"a snapshot in memory is left out: its header, {header}, was changed or "
+        for path in damaged(self.slots.folder):
+            errors.warn(f"a snapshot in memory is left out: its header, {path}, was changed or "
                         "cannot be read.")
         here = headers(self.slots.folder, self.run)
         return [(s.step, False, functools.partial(restoring.from_memory, self.group, here, s))

@@ -69,9 +69,12 @@ def _arrays(c: Collective) -> Iterator[Pair]:
 
 
 def _judged(demand: Demand, pairs: Sequence[Pair]) -> list[Finding]:
-    reasons = [Odd(c, s, foreign.reason(demand, c, s)) for c, s in pairs]
-    odd = [one for one in reasons if one.why]
-    left = [(one.collective, one.shape) for one in reasons if not one.why]
+    odd, left = [], []
+    for c, s in pairs:
+        if why := foreign.reason(demand, c, s):
+            odd.append(Odd(c, s, why))
+        else:
+            left.append((c, s))
     more, left = budget.exceeding(demand, left, budget.by_shape, demand.owners)
     # a parameter that moves in several shapes has one budget for all of them
     gathered = [pair for pair in left if pair[0].kind != "all-reduce"]
@@ -80,7 +83,7 @@ def _judged(demand: Demand, pairs: Sequence[Pair]) -> list[Finding]:
 
 
 def _noticeable(demand: Demand, odd: Sequence[Odd]) -> list[Odd]:
-    """Returns arrays without the small ones, unless those send much together."""
+    """Returns the arrays, without the small ones if these send little together."""
     small = sum(c.wire(s) for c, s, _ in odd if s.bytes <= SMALL)
     many = small > max(TINY, STATISTICS * demand.total)
     return [one for one in odd if many or one.shape.bytes > SMALL]

@@ -70,11 +70,11 @@ def _too_often(demand: Demand, pairs: list[Pair], most: float) -> tuple[list[Odd
     return [Odd(c, s, why) for c, s in beyond], left
 
 
-def _beyond(demand: Demand, pairs: list[Pair],
-            most: float) -> tuple[list[Pair], list[Pair]]:
-    """Returns arrays without which the others have at most so many elements, and the others.
+def _beyond(demand: Demand, pairs: list[Pair], most: float) -> tuple[list[Pair], list[Pair]]:
+    """Returns the arrays that exceed a number of elements, and the others.
 
-    Those that fit after all, once a large one is gone, are kept.
+    The most doubtful arrays are taken out until the others fit; then those that fit after all are
+    put back.
     """
     left = sorted(pairs, key=lambda pair: _doubt(demand, *pair))
     total, gone, beyond = sum(_elements(pair) for pair in pairs), [], []
@@ -90,10 +90,11 @@ def _beyond(demand: Demand, pairs: list[Pair],
     return beyond, left
 
 
-def _doubt(demand: Demand, c: Collective, s: Shape) -> tuple:
-    """Returns a key that is higher for arrays that are more likely to be none of ZeRO's.
+def _doubt(demand: Demand, c: Collective, s: Shape) -> tuple[bool, bool, bool, int]:
+    """Returns a sort key, which is higher for arrays that are less likely to be ZeRO's.
 
-    Those of no parameter's shape may be statistics if they are small, so that these go first.
+    Small arrays of no parameter's shape have the highest: they may be statistics, which are no
+    fault if they send little.
     """
     is_known = bool(demand.is_whole(s) or demand.owners(s))
     return (not provenance.by_the_pair(c.frames), not is_known, s.bytes <= SMALL, c.trips)

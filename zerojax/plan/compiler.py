@@ -260,9 +260,9 @@ def main(folder: str) -> None:
 
 def _optimized(lowered: jax.stages.Lowered,
                options: Mapping[str, Any]) -> tuple[jax.stages.Compiled, dict[str, Any]]:
-    """Compiles, without Triton's products if XLA has no tiles for one of them.
+    """Compiles, without Triton's products if XLA finds no tiles for one of them (jax 0.10).
 
-    With a GPU, XLA would measure and choose another kernel (jax 0.10; openxla/xla#36792).
+    XLA's developers advise this option, or the autotuner, which needs a GPU (openxla/xla#36792).
 
     Returns:
       The compiled program, and the options that were added.

@@ -135,8 +135,8 @@ class Demand:
         return found
 
     def _forms(self, move: Move, place: Placement) -> list[tuple[int, ...]]:
-        """Returns the dimensions of a move, and of the stack of its shards: of a parameter that the
-        model splits too, the compiler may gather a stack, and permute it."""
+        """Returns the dimensions of a move and, if the model splits the parameter too, those of a
+        stack of its shards, which the compiler may gather and then permute."""
         own = rules.axes_of(place.whole)
         if not move.whole or not own:
             return [move.dims]

@@ -74,11 +74,11 @@ def _reduction(demand: Demand, c: Collective, s: Shape, owners: Sequence[Leaf],
         return ("the gradient of a table that is looked up in a loop is summed in each iteration: "
                 "look it up before the loop, or return zj.Loss, so that each device adds up its "
                 "own part first")
-    models = sorted(axes - set(demand.policy.batch_axes))
+    models = ", ".join(sorted(axes - set(demand.policy.batch_axes)))
     if models and not demand.per_device:
-        return (f"gradients of parameters that are not split over {', '.join(models)} are summed "
-                "over it and the batch at once, whole on every device. Return zj.Loss, so that "
-                "each device reduces its own part's")
+        return (f"gradients of parameters that are not split over {models} are summed over "
+                f"{models} and the batch at once, and are whole on every device. Return zj.Loss, "
+                "so that each device reduces the gradients of its own part")
     return _summed_whole(demand, c, s, owners)
 
 

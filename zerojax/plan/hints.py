@@ -53,9 +53,9 @@ def of(reading: Reading, account: Memory) -> Iterator[Finding]:
 def _added(reading: Reading) -> Iterator[Finding]:
     for option, value in reading.compiled.added.items():
         yield Finding(
-            f"the plan is compiled with {option}={value}, because XLA has no tiles for one of the "
-            "products and cannot measure other kernels without a GPU. The job on GPUs needs no "
-            "option, and its kernels may differ.", 0.0)
+            f"the plan is compiled with {option}={value}, because XLA found no tiles for one of "
+            "the products. On GPUs, XLA measures several kernels and may choose another; if it "
+            "fails there too, pass this option.", 0.0)
 
 
 def _exchanged(reading: Reading) -> Iterator[Finding]:
